@@ -1,0 +1,73 @@
+"""What can go wrong, as one small family of exceptions.
+
+Every error that a user can cause or meet derives from `AutoQError`. The docstring of a class is its
+default message. `exit_code` is what the command line ends with: 1 for a failure, 2 for bad input.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable
+
+
+class AutoQError(Exception):
+    """Something failed; run again with --debug for the traceback."""
+
+    exit_code = 1
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message or inspect.cleandoc(self.__doc__ or ""))
+
+
+class BadInput(AutoQError):
+    """The input is not usable."""
+
+    exit_code = 2
+
+
+class UnknownName(BadInput):
+    """A name that is not among the choices."""
+
+    def __init__(self, kind: str, name: object, choices: Iterable[str]) -> None:
+        known = sorted(choices)
+        near = difflib.get_close_matches(str(name), known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        listed = ", ".join(known) or "(there are none)"
+        super().__init__(f"no {kind} {str(name)!r}{hint} choose from {listed}")
+
+
+class SpecError(BadInput):
+    """The study spec is not valid."""
+
+
+class SchemeRefused(BadInput):
+    """A scheme that a method or a target cannot run on a layer."""
+
+
+class ModelRefused(BadInput):
+    """The model cannot be used."""
+
+
+class DataRefused(BadInput):
+    """The data cannot be used."""
+
+
+class NotFound(BadInput):
+    """There is no such study or trial."""
+
+
+class StoreError(AutoQError):
+    """The database cannot be used."""
+
+
+class NotFinite(AutoQError):
+    """A measurement came out as NaN or infinite."""
+
+
+class KernelMismatch(AutoQError):
+    """A kernel does not compute what the dequantized weights compute."""
+
+
+class WorkerLost(AutoQError):
+    """A worker died while it evaluated an assignment."""

@@ -1,0 +1,68 @@
+"""What is known of a model without its weights: layers, shapes, fusion groups, bytes. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from autoq.scheme import Scheme
+
+LayerKind = Literal["linear", "conv1d", "embedding", "head"]
+Task = Literal["causal", "masked", "seq2seq", "encoder"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One quantizable weight.
+
+    `out_features` and `in_features` are those of the mathematical map y = W x, whatever order the
+    module stores (GPT-2's Conv1D stores the transpose). For an embedding, `out_features` is the
+    number of rows (tokens) and `in_features` the width. A tied head and embedding are one layer,
+    of kind `head`, named after the head; `tied` names the other modules that hold the same weight.
+    `fusion_group` names the layers that read the same input in the same parent module (q/k/v,
+    gate/up): they carry equal group names; a layer alone in its group has None.
+    `block` is the index of the repeated block that holds the layer, or None.
+    """
+
+    name: str
+    kind: LayerKind
+    out_features: int
+    in_features: int
+    dtype_bytes: int
+    has_bias: bool = False
+    tied: tuple[str, ...] = ()
+    fusion_group: str | None = None
+    block: int | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights."""
+        return self.out_features * self.in_features
+
+    def nbytes(self, scheme: Scheme) -> int:
+        """Bytes that ship for this layer's weight under `scheme`."""
+        return scheme.nbytes(self.out_features, self.in_features, self.dtype_bytes)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A model's skeleton: enough to build the search space before any weight is loaded.
+
+    `other_bytes` is everything that ships beside the layers: norms, biases, positional tables,
+    stored buffers. `architecture` is the transformers class name, `dtype` a torch dtype name.
+    """
+
+    architecture: str
+    task: Task
+    dtype: str
+    vocab_size: int
+    max_positions: int | None
+    layers: tuple[Layer, ...]
+    other_bytes: int
+
+    def layer(self, name: str) -> Layer:
+        """The layer of that name. Raises `KeyError` where there is none."""
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(name)

@@ -1,0 +1,97 @@
+"""Objectives: one measured quantity each, with unit and direction, one file each.
+
+Three kinds. A `TokenObjective` maps the model's outputs to one value per token. A `TableObjective` is
+computed exactly from the assignment. A `LatencyObjective` is predicted from the target's table while
+searching and timed end to end for reporting. To add one, write `autoq/objectives/NAME.py` with one
+concrete subclass; the file's name is the objective's name.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from autoq.assignment import Assignment
+from autoq.layer import ModelInfo, Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Direction = Literal["minimize", "maximize"]
+
+
+class Objective(abc.ABC):
+    """What all objectives have: a unit and a direction."""
+
+    unit: ClassVar[str]
+    direction: ClassVar[Direction] = "minimize"
+
+    def refuses(self, info: ModelInfo) -> str | None:
+        """Why this objective has no meaning for such a model (one clause), or None."""
+        return None
+
+
+class TokenChunk:
+    """Outputs of some consecutive tokens, shared by all token objectives. Shapes: t tokens, v outputs.
+
+    `output` (t, v) float32: logits, or final hidden states for an encoder without a head.
+    `log_normalizer` (t,): logsumexp of `output`, for models with logits (else None).
+    `next_token` (t,) int64: the true next token, -1 where there is none.
+    `reference` (t, v): the unquantized model's probabilities, normalized, in reduced precision (or
+    its final hidden states); `reference_entropy` (t,): Σ p log p of exactly these numbers, in nats.
+    """
+
+    __slots__ = ("log_normalizer", "next_token", "output", "reference", "reference_entropy")
+
+    def __init__(
+        self,
+        output: Tensor,
+        log_normalizer: Tensor | None,
+        next_token: Tensor,
+        reference: Tensor,
+        reference_entropy: Tensor | None,
+    ) -> None:
+        self.output = output
+        self.log_normalizer = log_normalizer
+        self.next_token = next_token
+        self.reference = reference
+        self.reference_entropy = reference_entropy
+
+
+class TokenObjective(Objective):
+    """One value per token; the study sees their mean, transformed, with its standard error."""
+
+    tasks: ClassVar[frozenset[Task]] = frozenset({"causal", "masked", "seq2seq"})
+
+    def refuses(self, info: ModelInfo) -> str | None:
+        if info.task not in self.tasks:
+            return f"it needs a {' or '.join(sorted(self.tasks))} model, and {info.architecture} is {info.task}"
+        return None
+
+    @abc.abstractmethod
+    def per_token(self, chunk: TokenChunk) -> Tensor:
+        """Values (t,) float32; NaN for tokens that do not count."""
+
+    def transform(self, mean: float, stderr: float) -> tuple[float, float]:
+        """The objective's value and standard error from the mean over tokens and its error."""
+        return mean, stderr
+
+
+class TableObjective(Objective):
+    """Computed exactly from shapes and schemes."""
+
+    @abc.abstractmethod
+    def compute(self, info: ModelInfo, assignment: Assignment) -> float:
+        """The value for `assignment`; layers it does not name keep their weights."""
+
+
+class LatencyObjective(Objective):
+    """Milliseconds on the target: predicted from a table, then timed end to end."""
+
+    unit: ClassVar[str] = "ms"
+    tasks: ClassVar[frozenset[Task]] = frozenset({"causal", "masked", "seq2seq", "encoder"})
+
+    def refuses(self, info: ModelInfo) -> str | None:
+        if info.task not in self.tasks:
+            return f"it needs a {' or '.join(sorted(self.tasks))} model, and {info.architecture} is {info.task}"
+        return None

@@ -1,0 +1,66 @@
+"""The folder is the registry: `autoq/methods/gptq.py` is the method `gptq`.
+
+A plugin file defines exactly one concrete subclass of its folder's base class; names come from a
+listing of the folder, so asking for them imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from autoq.errors import UnknownName
+
+Folder = Literal["methods", "targets", "objectives", "search.samplers"]
+P = TypeVar("P")
+
+
+@functools.cache
+def names(folder: Folder) -> tuple[str, ...]:
+    """The plugins of a folder, sorted, by listing the folder. Imports no plugin."""
+    package = importlib.util.find_spec(f"autoq.{folder}")
+    assert package is not None and package.submodule_search_locations is not None, folder
+    found = pkgutil.iter_modules(package.submodule_search_locations)
+    return tuple(sorted(module.name for module in found if not module.name.startswith("_")))
+
+
+def load(folder: Folder, name: str, base: type[P]) -> P:
+    """An instance of the plugin `name`, which must be the one concrete subclass of `base` in its file.
+
+    Raises `UnknownName` with the choices.
+    """
+    if name not in names(folder):
+        raise UnknownName(folder.rsplit(".", 1)[-1].removesuffix("s"), name, names(folder))
+    return _load(folder, name, base)
+
+
+@functools.cache
+def _load(folder: Folder, name: str, base: type[P]) -> P:
+    module = importlib.import_module(f"autoq.{folder}.{name}")
+    own = [
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value)
+        and issubclass(value, base)
+        and value.__module__ == module.__name__
+        and not inspect.isabstract(value)
+        and not value.__name__.startswith("_")
+    ]
+    assert len(own) == 1, f"{module.__name__} must define one {base.__name__}, found {len(own)}"
+    plugin: P = own[0]()
+    return plugin
+
+
+@functools.cache
+def summary(folder: Folder, name: str) -> str:
+    """The first line of a plugin file's docstring, read without importing it."""
+    found = importlib.util.find_spec(f"autoq.{folder}")
+    assert found is not None and found.submodule_search_locations is not None, folder
+    source = Path(next(iter(found.submodule_search_locations)), f"{name}.py").read_text(encoding="utf-8")
+    return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
