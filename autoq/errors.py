@@ -32,9 +32,9 @@ class UnknownName(BadInput):
     def __init__(self, kind: str, name: object, choices: Iterable[str]) -> None:
         known = sorted(choices)
         near = difflib.get_close_matches(str(name), known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}? choose" if near else "; choose"
         listed = ", ".join(known) or "(there are none)"
-        super().__init__(f"no {kind} {str(name)!r}{hint} choose from {listed}")
+        super().__init__(f"no {kind} {str(name)!r}{hint} from {listed}")
 
 
 class SpecError(BadInput):

@@ -102,7 +102,9 @@ class TargetSpec(_Section):
     @field_validator("name")
     @classmethod
     def _name(cls, name: str) -> str:
-        _known("targets", name.replace("-", "_"))
+        choices = [known.replace("_", "-") for known in plugins.names("targets")]
+        if name not in choices:
+            raise ValueError(str(UnknownName("target", name, choices)))
         return name
 
     @property
@@ -239,15 +241,15 @@ class StudySpec(_Section):
 
     model: ModelSpec
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = "study"
-    data: DataSpec = DataSpec()
-    target: TargetSpec = TargetSpec()
-    space: SpaceSpec = SpaceSpec()
+    data: DataSpec = Field(default_factory=DataSpec)
+    target: TargetSpec = Field(default_factory=TargetSpec)
+    space: SpaceSpec = Field(default_factory=SpaceSpec)
     objectives: tuple[str, ...] = ("kl_nats_per_token", "size_bytes", "latency_decode_ms")
     constraints: dict[str, Bound] = Field(default_factory=dict)
-    sampler: SamplerSpec = SamplerSpec()
-    budget: BudgetSpec = BudgetSpec()
-    workers: WorkersSpec = WorkersSpec()
-    bank: BankSpec = BankSpec()
+    sampler: SamplerSpec = Field(default_factory=SamplerSpec)
+    budget: BudgetSpec = Field(default_factory=BudgetSpec)
+    workers: WorkersSpec = Field(default_factory=WorkersSpec)
+    bank: BankSpec = Field(default_factory=BankSpec)
 
     @field_validator("objectives")
     @classmethod
@@ -402,8 +404,8 @@ def _one_line(problem: ValidationError) -> str:
         case "extra_forbidden":
             choices = _section_fields(path[:-1])
             near = difflib.get_close_matches(str(path[-1]), choices, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            text = f"{where}: no such field{hint} choose from {', '.join(choices)}"
+            hint = f"; did you mean {near[0]!r}? choose" if near else "; choose"
+            text = f"{where}: no such field{hint} from {', '.join(choices)}"
         case "missing":
             text = f"{where}: is required"
         case "literal_error":
