@@ -1,0 +1,9 @@
+"""Milliseconds to read the prompt (or to encode the input), at the spec's batch and prompt length."""
+
+from __future__ import annotations
+
+from autoq.objectives import LatencyObjective
+
+
+class LatencyPrefill(LatencyObjective):
+    """Time of one forward pass over the prompt."""

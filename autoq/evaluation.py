@@ -1,0 +1,363 @@
+"""Evaluation: (assignment, model, objectives) -> measurements. The one place where things meet.
+
+An `Evaluator` belongs to a worker. It loads the model once, keeps the unquantized model's answers on
+the data, takes quantized layers from the bank, swaps them in by pointer and runs one forward pass. It
+knows nothing of the database or of Optuna. Its public methods are what an executor's jobs call.
+
+What the unquantized model answered is kept as probabilities in bfloat16 (tokens × vocabulary) where
+they fit in a quarter of the free memory; else as final hidden states (tokens × width), from which the
+original head gives the probabilities again, chunk by chunk; else as probabilities in a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F  # noqa: N812 - the field's own abbreviation
+from torch import Tensor
+
+from autoq import plugins
+from autoq.assignment import Assignment
+from autoq.bank import Bank
+from autoq.cache import cache_dir
+from autoq.calibration import curvature
+from autoq.calibration.text import windows
+from autoq.device import fingerprint
+from autoq.errors import BadInput, NotFinite
+from autoq.layer import ModelInfo
+from autoq.measurement import Measurement, Part
+from autoq.methods import QuantizedWeight
+from autoq.models import LoadedModel, load
+from autoq.objectives import LatencyObjective, Objective, TableObjective, TokenChunk, TokenObjective
+from autoq.scheme import Integer, Keep, Scheme, parse_scheme
+from autoq.spec import StudySpec
+from autoq.statistics import mean_and_stderr
+from autoq.targets import CostTable, Target
+
+CHUNK_ELEMENTS = 1 << 20  # logits turned to float32 at a time: 4 MB, which stays in the caches
+CURVATURE_TOKENS = 4096  # more of them changed nothing
+
+
+def computed(
+    objectives: Mapping[str, Objective], info: ModelInfo, assignment: Assignment, costs: CostTable | None
+) -> list[Measurement]:
+    """Measurements that need no model: sizes exactly, latencies as predicted by `costs`."""
+    found = []
+    for name, objective in objectives.items():
+        if isinstance(objective, TableObjective):
+            value = objective.compute(info, assignment)
+            found.append(Measurement(name, value, objective.unit, "computed", "search"))
+        elif isinstance(objective, LatencyObjective):
+            assert costs is not None, name
+            value = costs.predict(name, assignment)
+            found.append(Measurement(name, value, objective.unit, "predicted", "search", device=costs.device))
+    return found
+
+
+@dataclass
+class _Reference:
+    """The unquantized model's answers on one part of the data.
+
+    `kept` is (windows, tokens, v) probabilities or hidden states of the head's input (v = width), or
+    of the encoder's output. `entropy` (windows, tokens) is Σ p log p for probabilities, else None.
+    """
+
+    kept: Tensor
+    entropy: Tensor | None
+    head: torch.nn.Module | None = None
+    head_weight: Tensor | None = None
+    directory: tempfile.TemporaryDirectory[str] | None = None
+
+    def rows(self, window: int, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """Reference (t, v) and entropy (t,) of some tokens of a window."""
+        kept = self.kept[window, rows]
+        if self.head_weight is None:
+            return kept, None if self.entropy is None else self.entropy[window, rows]
+        assert self.head is not None
+        bias = getattr(self.head, "bias", None)
+        probabilities = F.linear(kept, self.head_weight, bias).float().softmax(-1)
+        return probabilities, _negative_entropy(probabilities)
+
+
+def _negative_entropy(probabilities: Tensor) -> Tensor:
+    """Σ p log p (t,) of probabilities (t, v) that may hold zeros."""
+    return -torch.special.entr(probabilities).sum(-1)
+
+
+class Evaluator:
+    """Evaluates assignments of one study: model, data, bank and target, loaded once.
+
+    Raises `AutoQError` where the model, the data or the target cannot be used.
+    """
+
+    def __init__(self, spec: StudySpec) -> None:
+        self.spec = spec
+        torch.set_num_threads(spec.workers.cpus or torch.get_num_threads())
+        if spec.workers.gpus > 0 and not torch.cuda.is_available():
+            raise BadInput(f"workers.gpus is {spec.workers.gpus:g} but this machine has no CUDA device; set it to 0")
+        self.device = "cuda" if spec.workers.gpus > 0 else "cpu"
+        self.model: LoadedModel = load(spec.model, self.device)
+        self.info = self.model.info
+        self.parts = windows(spec.data, self.model.tokenizer, self.info.max_positions)
+        self.target = plugins.load("targets", spec.target.plugin, Target)  # type: ignore[type-abstract]
+        share = psutil.virtual_memory().available // (4 * spec.workers.count)
+        self._share_bytes = share if spec.bank.memory is None else spec.bank.memory
+        self.bank = Bank(cache_dir() / "bank", spec.bank.disk, self._share_bytes)
+        self.fingerprint = fingerprint()
+        self._hashes: dict[str, str] = {}
+        self._reference: tuple[Part, _Reference] | None = None
+        self._objectives: dict[str, TokenObjective] = {}
+        for name in spec.measured:
+            objective = plugins.load("objectives", name, Objective)  # type: ignore[type-abstract]
+            if isinstance(objective, TokenObjective):
+                self._objectives[name] = objective
+
+    # -- jobs -------------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        """What this worker is and holds, for the start of a study."""
+        return {
+            "device": self.fingerprint,
+            "threads": torch.get_num_threads(),
+            "search_tokens": self.parts.search.numel(),
+            "report_tokens": self.parts.report.numel(),
+            "calibration_tokens": self.parts.calibration.numel(),
+            "window_tokens": self.parts.search.shape[1],
+        }
+
+    def measure(self, assignment: Assignment, part: Part) -> list[Measurement]:
+        """Quality of `assignment` on one part of the data, one measurement per token objective.
+
+        Raises `NotFinite` where the model's outputs or an objective are NaN or infinite.
+        """
+        if not self._objectives:
+            return []
+        weights, activations = self._swappable(assignment)
+        reference = self._reference_for(part)
+        data = self._part(part)
+        values = {name: torch.full(data.shape, torch.nan, dtype=torch.float64) for name in self._objectives}
+        self.model.swap(weights, activations)
+        try:
+            with torch.inference_mode():
+                for index, window in enumerate(data):
+                    output = self.model.outputs(window.unsqueeze(0).to(self.model.device))[0]
+                    for rows, chunk in self._chunks(window, output, reference, index):
+                        for name, objective in self._objectives.items():
+                            values[name][index, rows] = objective.per_token(chunk).double().cpu()
+        finally:
+            self.model.restore()
+        return [self._measurement(name, values[name].numpy(), part) for name in self._objectives]
+
+    def calibrate(self) -> str:
+        """Gather the statistics of the curvature proxy into this node's cache; returns the file.
+
+        One forward and one backward pass over the calibration part. A file that is already there for
+        the same model and data is used as it is.
+        """
+        path = self._statistics_path()
+        if not path.exists():
+            data = self.parts.calibration
+            data = data[: max(1, CURVATURE_TOKENS // data.shape[1])]
+            curvature.save(curvature.gather(self.model, data, self.spec.sampler.seed), path)
+        return str(path)
+
+    def sensitivities(self, choices: Mapping[str, Sequence[str]]) -> dict[str, dict[str, float]]:
+        """Layer -> scheme -> predicted KL in nats per token, by the curvature proxy.
+
+        Quantizes each layer under each of its choices, which also fills the bank.
+        """
+        path = Path(self.calibrate())
+        found: dict[str, dict[str, float]] = {}
+        for name, texts in choices.items():
+            statistics = curvature.load(path, name)
+            weight = self.model.weight(name).cpu()
+            found[name] = {}
+            for text in texts:
+                scheme = parse_scheme(text)
+                if isinstance(scheme, Keep):
+                    found[name][text] = 0.0
+                    continue
+                dequantized = self.bank.quantized(weight, self._hash(name), scheme).dequantize()
+                dynamic = isinstance(scheme, Integer) and scheme.activation == "a8dyn"
+                found[name][text] = curvature.proxy(statistics, weight, dequantized, dynamic)
+        return found
+
+    def cost_table(self, choices: Mapping[str, Sequence[str]]) -> CostTable:
+        """Time every layer of `choices` under its schemes, with the target's kernels."""
+        representative: dict[tuple[Any, ...], str] = {}
+        weights = {}
+        for name, texts in choices.items():
+            # Layers of equal shape are timed once, so only the first of each is worth unpacking.
+            layer = self.info.layer(name)
+            same = (layer.kind, layer.out_features, layer.in_features, layer.has_bias, tuple(texts))
+            first = representative.setdefault(same, name)
+            if first == name:
+                weights[name] = [self._quantized(name, parse_scheme(text)) for text in texts]
+            else:
+                weights[name] = weights[first]
+        return self.target.cost_table(self.model, weights, self.spec.target)
+
+    def time(self, assignment: Assignment) -> list[Measurement]:
+        """Latency of the assembled model, end to end on the target."""
+        weights = {
+            name: self._quantized(name, scheme)
+            for name, scheme in assignment.items()
+            if not isinstance(scheme, Keep)
+        }
+        wanted = set(self.spec.measured)
+        return [m for m in self.target.time(self.model, weights, self.spec.target) if m.objective in wanted]
+
+    # -- the bank ---------------------------------------------------------------------------------
+
+    def _hash(self, name: str) -> str:
+        if name not in self._hashes:
+            self._hashes[name] = self.bank.weight_hash(self.model.weight(name))
+        return self._hashes[name]
+
+    def _quantized(self, name: str, scheme: Scheme) -> QuantizedWeight:
+        return self.bank.quantized(self.model.weight(name).cpu(), self._hash(name), scheme)
+
+    def _swappable(self, assignment: Assignment) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        weights, activations = {}, {}
+        for name, scheme in assignment.items():
+            if isinstance(scheme, Keep):
+                continue
+            original = self.model.weight(name)
+            weights[name] = self.bank.dequantized(original, self._hash(name), scheme, original.dtype).to(
+                original.device
+            )
+            if (function := self.target.activation(scheme)) is not None:
+                activations[name] = function
+        return weights, activations
+
+    def _statistics_path(self) -> Path:
+        digest = hashlib.sha256()
+        for layer in self.info.layers:
+            digest.update(f"{layer.name} {self._hash(layer.name)}\n".encode())
+        digest.update(self.parts.calibration.numpy().tobytes())
+        digest.update(f"{self.spec.sampler.seed} {self.info.task} {CURVATURE_TOKENS} 1".encode())
+        return cache_dir() / "statistics" / f"{digest.hexdigest()[:32]}.safetensors"
+
+    # -- the reference ----------------------------------------------------------------------------
+
+    def _part(self, part: Part) -> Tensor:
+        return self.parts.search if part == "search" else self.parts.report
+
+    def _reference_for(self, part: Part) -> _Reference:
+        """The reference of a part; only one part's is in memory at a time."""
+        if self._reference is None or self._reference[0] != part:
+            self._reference = None
+            with torch.inference_mode():
+                self._reference = (part, self._make_reference(self._part(part)))
+        return self._reference[1]
+
+    def _make_reference(self, data: Tensor) -> _Reference:
+        if self.info.task == "encoder":
+            states = [self.model.outputs(window.unsqueeze(0).to(self.model.device)) for window in data]
+            return _Reference(torch.cat(states), None)
+        needed = data.numel() * self.info.vocab_size * 2
+        if needed > self._share_bytes and (kept := self._hidden_states(data)) is not None:
+            return kept
+        directory = None
+        shape = (*data.shape, self.info.vocab_size)
+        if needed > self._share_bytes and self.device == "cpu":
+            directory = tempfile.TemporaryDirectory(prefix="autoq-reference-")
+            storage = torch.UntypedStorage.from_file(os.path.join(directory.name, "p"), True, needed)  # noqa: PTH118
+            probabilities = torch.empty(0, dtype=torch.bfloat16).set_(storage, 0, shape)  # type: ignore[call-overload]
+        else:
+            probabilities = torch.empty(shape, dtype=torch.bfloat16, device=self.model.device)
+        entropy = torch.empty(data.shape, device=self.model.device)
+        for index, window in enumerate(data):
+            output = self.model.outputs(window.unsqueeze(0).to(self.model.device))[0]
+            for rows in self._row_blocks(output):
+                rounded = output[rows].float().softmax(-1).to(torch.bfloat16)
+                probabilities[index, rows] = rounded
+                # Σ of rounded p is not quite 1; `_chunks` divides by it, so the entropy does as well.
+                exact = rounded.float()
+                entropy[index, rows] = _negative_entropy(exact / exact.sum(-1, keepdim=True))
+        return _Reference(probabilities, entropy, directory=directory)
+
+    def _hidden_states(self, data: Tensor) -> _Reference | None:
+        """The reference as inputs of the head, or None where logits are more than the head's product
+        (a soft cap, a scale), which is tried out on the first window."""
+        head = self.model.model.get_output_embeddings()  # type: ignore[operator]
+        if not isinstance(head, torch.nn.Module):
+            return None
+        states: list[Tensor] = []
+        handle = head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0][0]))
+        weight = head.weight.data
+        assert isinstance(weight, Tensor)
+        try:
+            for index, window in enumerate(data):
+                logits = self.model.outputs(window.unsqueeze(0).to(self.model.device))[0]
+                if index == 0:
+                    again = F.linear(states[0], weight, getattr(head, "bias", None))
+                    if again.shape != logits.shape or not torch.allclose(again, logits, rtol=1e-2, atol=1e-2):
+                        return None
+        finally:
+            handle.remove()
+        return _Reference(torch.stack(states), None, head, weight)
+
+    # -- tokens -----------------------------------------------------------------------------------
+
+    @staticmethod
+    def _row_blocks(output: Tensor) -> Iterator[slice]:
+        step = max(1, CHUNK_ELEMENTS // output.shape[-1])
+        for start in range(0, output.shape[0], step):
+            yield slice(start, min(start + step, output.shape[0]))
+
+    def _next_tokens(self, window: Tensor) -> Tensor:
+        """What each position is to predict; a sequence-to-sequence decoder's input is already shifted."""
+        if self.info.task == "seq2seq":
+            return window
+        nothing = torch.full_like(window[:1], -1)
+        if self.info.task == "causal":
+            return torch.cat([window[1:], nothing])
+        return nothing.expand_as(window)
+
+    def _chunks(
+        self, window: Tensor, output: Tensor, reference: _Reference, index: int
+    ) -> Iterator[tuple[slice, TokenChunk]]:
+        next_tokens = self._next_tokens(window).to(output.device)
+        for rows in self._row_blocks(output):
+            values = output[rows].float()
+            kept, entropy = reference.rows(index, rows)
+            if self.info.task == "encoder":
+                normalizer = None
+                finite = torch.isfinite(values).all()
+            else:
+                normalizer = values.logsumexp(-1)
+                finite = torch.isfinite(normalizer).all()
+                kept = kept.float()
+                if reference.head_weight is None:
+                    kept = kept / kept.sum(-1, keepdim=True)
+            if not finite:
+                raise NotFinite("the model's outputs are NaN or infinite under this assignment")
+            yield rows, TokenChunk(values, normalizer, next_tokens[rows], kept, entropy)
+
+    def _measurement(self, name: str, values: np.ndarray[Any, np.dtype[np.float64]], part: Part) -> Measurement:
+        objective = self._objectives[name]
+        mean, stderr, n = mean_and_stderr(values)
+        value, error = objective.transform(mean, stderr if stderr is not None else 0.0)
+        if not np.isfinite(value):
+            raise NotFinite(f"{name} is {value} under this assignment")
+        return Measurement(
+            name,
+            value,
+            objective.unit,
+            "measured",
+            part,
+            stderr=None if stderr is None else error,
+            n=n,
+            device=self.fingerprint,
+            detail={"threads": torch.get_num_threads(), "dtype": self.spec.model.dtype},
+        )

@@ -1,0 +1,374 @@
+"""The controller: ask, dispatch, store, tell. The only writer of trials.
+
+Proposals come from the plan (baselines, seeds), then from the sampler. `workers.count` trials are out
+at a time. Results are stored as they come and told to the sampler in the order of trial numbers, and
+trial n is asked for once trial n − count has been told; so the proposals depend on the spec and its
+seed alone, not on which worker was faster, not on the executor, and not on interruptions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from autoq import evaluation
+from autoq.assignment import Assignment
+from autoq.errors import AutoQError, NotFinite
+from autoq.measurement import Measurement
+from autoq.search.executors import Executor, Failure, Job, Result, make_executor
+from autoq.search.observer import Observer
+from autoq.search.optuna_study import AskTell, Exhausted, Row
+from autoq.search.setup import Problem, Proposal, create_study, make_plan, pose, run_job
+from autoq.spec import Bound, StudySpec
+from autoq.store import Store, StudyRecord, TrialRecord
+from autoq.targets import CostTable
+
+__all__ = ["create_study", "run_study"]
+
+MAX_ATTEMPTS = 2  # an assignment that took two workers down is not tried again
+MAX_REPEATS = 200  # consecutive duplicates after which a sampler is taken to have nothing new
+
+
+def run_study(store: Store, study_id: int, observer: Observer | None = None) -> StudyRecord:
+    """Run a study to the end of its budget, or go on with one that was interrupted.
+
+    Every trial is stored before the observer hears of it. On Ctrl-C the study is left `interrupted`
+    and `KeyboardInterrupt` goes on; on an error it is left `failed` with the reason and `AutoQError`
+    goes on. Either way nothing that finished is lost and the study can be resumed.
+    """
+    observer = observer or Observer()
+    study = store.study(study_id)
+    try:
+        store.set_state(study_id, "running")
+        problem = pose(study.spec)
+        with make_executor(study.spec) as executor:
+            _Run(store, study, problem, executor, observer).run()
+        store.set_state(study_id, "finished")
+    except KeyboardInterrupt:
+        store.set_state(study_id, "interrupted", "interrupted by the user")
+        raise
+    except AutoQError as problem_met:
+        _leave_failed(store, study_id, str(problem_met))
+        raise
+    except Exception as bug:
+        _leave_failed(store, study_id, f"{type(bug).__name__}: {bug}")
+        raise
+    return store.study(study_id)
+
+
+def _leave_failed(store: Store, study_id: int, reason: str) -> None:
+    """Note the reason, unless the database itself is what failed."""
+    try:
+        store.set_state(study_id, "failed", reason)
+    except AutoQError:
+        return
+
+
+def violations(constraints: Mapping[str, Bound], measurements: Sequence[Measurement]) -> dict[str, float]:
+    """How far each bound is overstepped, relative to the bound; at most 0 where it is kept."""
+    values = {m.objective: m.value for m in measurements if m.part == "search"}
+    found = {}
+    for name, bound in constraints.items():
+        if bound.max is not None:
+            found[f"{name}.max"] = (values[name] - bound.max) / (abs(bound.max) or 1.0)
+        if bound.min is not None:
+            found[f"{name}.min"] = (bound.min - values[name]) / (abs(bound.min) or 1.0)
+    return found
+
+
+@dataclass
+class _Outcome:
+    """What the sampler is told of a trial: objective values, or None if it failed."""
+
+    values: list[float] | None
+    violations: list[float] = field(default_factory=list)
+
+
+class _Run:
+    """One run of `run_study`: the state of the loop."""
+
+    def __init__(
+        self, store: Store, study: StudyRecord, problem: Problem, executor: Executor, observer: Observer
+    ) -> None:
+        self.store, self.study, self.problem = store, study, problem
+        self.executor, self.observer = executor, observer
+        self.spec: StudySpec = problem.spec
+        self.started = time.monotonic()
+        self.plan: list[Proposal] = []
+        self.costs: CostTable | None = None
+        self.asktell: AskTell
+        self.asked = 0  # trials with a number, the next number
+        self.told = 0  # trials told to the sampler, in order
+        self.done = 0  # trials that count against the budget
+        self.outcomes: dict[int, _Outcome | int] = {}  # a number stands for "as that trial came out"
+        self.flying: dict[str, TrialRecord] = {}
+        self.by_hash: dict[str, int] = {}
+
+    def run(self) -> None:
+        """All stages of the study."""
+        self.observer.stage("load", 1)
+        facts = run_job(self.executor, Job("describe", "describe")).value
+        self.observer.advance()
+        variables = self.problem.space.variables
+        self.observer.study(
+            self.study.name,
+            facts
+            | {
+                "model": self.spec.model.id,
+                "layers": len(self.problem.info.layers),
+                "searched": sum(len(v.layers) for v in variables),
+                "variables": len(variables),
+                "choices": max(len(v.choices) for v in variables),
+                "sampler": self.spec.sampler.name,
+                "trials": self.spec.budget.trials,
+            },
+        )
+        self.plan, self.costs = make_plan(self.problem, self.store, self.study.id, self.executor, self.observer)
+        self._restore()
+        self._search()
+        self._report()
+
+    # -- search -----------------------------------------------------------------------------------
+
+    def _restore(self) -> None:
+        """Rebuild the sampler from the stored trials and dispatch again what was running."""
+        self.asktell = AskTell(
+            [(v.name, len(v.choices)) for v in self.problem.space.variables],
+            [self.problem.objectives[name].direction for name in self.spec.objectives],
+            self.spec.sampler.name,
+            self.spec.sampler.seed,
+            dict(self.spec.sampler.options),
+            n_startup=len(self.plan),
+            n_constraints=sum((b.min is not None) + (b.max is not None) for b in self.spec.constraints.values()),
+            workers=self.spec.workers.count,
+        )
+        trials = self.store.trials(self.study.id, with_assignments=True)
+        outcome_of: dict[int, _Outcome] = {}
+        rows: list[Row] = []
+        for trial in trials:
+            assert trial.number == self.asked, "trial numbers have a gap"
+            self.asked += 1
+            assert trial.assignment is not None
+            if trial.state != "duplicate":
+                self.by_hash[trial.hash] = trial.number
+            if trial.state == "running":
+                attempt = self.store.retry_trial(trial.id)
+                self._dispatch(trial, trial.assignment, attempt)
+            elif trial.state == "duplicate":
+                assert trial.duplicate_of is not None
+                self.outcomes[trial.number] = trial.duplicate_of
+            else:
+                self.done += 1
+                outcome_of[trial.number] = self._outcome(trial)
+                self.outcomes[trial.number] = outcome_of[trial.number]
+        # The sampler had been told, in order, of all trials before the first that is still out.
+        while isinstance(found := self.outcomes.get(self.told), _Outcome | int):
+            outcome_of[self.told] = outcome_of[found] if isinstance(found, int) else found
+            del self.outcomes[self.told]
+            self.told += 1
+        for trial in trials:
+            assert trial.assignment is not None
+            indices = self.problem.space.indices(trial.assignment)
+            if indices is None:  # a baseline outside of the space: the sampler never hears of it
+                continue
+            outcome = outcome_of.get(trial.number) if trial.number < self.told else None
+            state = "running" if trial.number >= self.told else "failed" if not outcome or outcome.values is None else "complete"
+            rows.append(
+                Row(
+                    trial.number,
+                    indices,
+                    state,
+                    outcome.values if outcome else None,
+                    outcome.violations if outcome else [],
+                    dict(trial.sampler_attrs),
+                )
+            )
+        self._told_outcomes = outcome_of
+        self.asktell.restore(rows, self.study.sampler_attrs)
+
+    def _search(self) -> None:
+        self.observer.stage("search", self.spec.budget.trials)
+        self.observer.advance(self.done)
+        repeats = 0
+        exhausted = False
+        while True:
+            while not exhausted and self._may_ask():
+                try:
+                    fresh = self._propose()
+                except Exhausted:
+                    exhausted = True
+                    self.observer.note("every assignment of the space has been tried")
+                    break
+                repeats = 0 if fresh else repeats + 1
+                if repeats >= MAX_REPEATS:
+                    exhausted = True
+                    self.observer.note(f"the sampler proposed nothing new {MAX_REPEATS} times in a row; stopping")
+            if not self.flying:
+                return
+            result = self.executor.next()
+            if result is None:
+                raise AutoQError("the workers stopped while trials were running")
+            self._receive(result)
+            self._tell()
+
+    def _may_ask(self) -> bool:
+        budget = self.spec.budget
+        if self.done + len(self.flying) >= budget.trials:
+            return False
+        if budget.wall_time is not None and time.monotonic() - self.started >= budget.wall_time:
+            return False
+        return self.asked - self.told < self.spec.workers.count
+
+    def _propose(self) -> bool:
+        """Take the next proposal; False if it was a duplicate. Raises `Exhausted`."""
+        number = self.asked
+        if number < len(self.plan):
+            proposal = self.plan[number]
+            assignment, baseline = proposal.assignment, proposal.baseline
+            origin = "baseline" if baseline else "seed"
+            indices = self.problem.space.indices(assignment)
+            if indices is not None:
+                self.asktell.ask_fixed(number, indices)
+        else:
+            indices = self.asktell.ask(number)
+            assignment, baseline, origin = self.problem.space.assignment(indices), None, "sampler"
+        attrs = self.asktell.attrs(number) if indices is not None else {}
+        self.asked += 1
+        if (original := self.by_hash.get(assignment.hash)) is not None:
+            trial = self.store.record_duplicate(self.study.id, number, assignment, original, attrs)
+            self.outcomes[number] = original
+            self.observer.trial(trial, self.done, self.spec.budget.trials)
+            self._tell()
+            return False
+        self.by_hash[assignment.hash] = number
+        trial = self.store.start_trial(self.study.id, number, assignment, origin, baseline, attrs)
+        self._dispatch(trial, assignment, trial.attempt)
+        return True
+
+    def _dispatch(self, trial: TrialRecord, assignment: Assignment, attempt: int) -> None:
+        key = f"trial-{trial.number}"
+        self.flying[key] = trial
+        self.executor.submit(Job(key, "measure", {"assignment": assignment, "part": "search"}, attempt))
+
+    def _receive(self, result: Result) -> None:
+        trial = self.flying[result.job.key]
+        assignment: Assignment = result.job.arguments["assignment"]
+        failure = result.failure
+        if failure is not None and failure.crashed and result.job.attempt < MAX_ATTEMPTS:
+            self.observer.note(f"trial {trial.number}: the worker died; trying once more")
+            self._dispatch(trial, assignment, self.store.retry_trial(trial.id))
+            return
+        del self.flying[result.job.key]
+        measurements: list[Measurement] = []
+        if failure is None:
+            measurements = self._complete(result.value, assignment)
+            if bad := next((m for m in measurements if m.value != m.value), None):
+                failure = Failure.of(NotFinite(f"{bad.objective} is not a number"))
+        accepted = (
+            self._store_failure(trial, result, failure)
+            if failure is not None
+            else self.store.finish_trial(
+                trial.id,
+                result.job.attempt,
+                measurements,
+                violations(self.spec.constraints, measurements),
+                result.seconds,
+                result.worker,
+            )
+        )
+        if not accepted:  # somebody else finished this attempt; what is stored is what counts
+            self.observer.note(f"trial {trial.number}: a late result was dropped")
+        self.done += 1
+        stored = self.store.trial(self.study.id, trial.number)
+        self.outcomes[trial.number] = self._outcome(stored)
+        self.observer.trial(stored, self.done, self.spec.budget.trials)
+
+    def _complete(self, quality: Sequence[Measurement], assignment: Assignment) -> list[Measurement]:
+        tables = evaluation.computed(self.problem.objectives, self.problem.info, assignment, self.costs)
+        by_name = {m.objective: m for m in [*quality, *tables]}
+        return [by_name[name] for name in self.spec.measured]
+
+    def _store_failure(self, trial: TrialRecord, result: Result, failure: Failure) -> bool:
+        message = failure.message
+        if failure.crashed:
+            message = f"quarantined after {result.job.attempt} crashes: {message}"
+        return self.store.fail_trial(
+            trial.id, result.job.attempt, failure.error, message, failure.traceback, result.seconds, result.worker
+        )
+
+    def _outcome(self, trial: TrialRecord) -> _Outcome:
+        if trial.state != "complete":
+            return _Outcome(None)
+        return _Outcome(list(trial.values(self.spec.objectives)), [trial.violations[k] for k in sorted(trial.violations)])
+
+    def _tell(self) -> None:
+        """Tell the sampler of every outcome that is next in order."""
+        while (found := self.outcomes.pop(self.told, None)) is not None:
+            # A duplicate repeats an earlier number, which has been told already.
+            outcome = self._told_outcomes[found] if isinstance(found, int) else found
+            self._told_outcomes[self.told] = outcome
+            if self.asktell.knows(self.told):
+                self.asktell.tell(self.told, outcome.values, outcome.violations)
+                self.store.save_sampler_attrs(self.study.id, self.told, self.asktell.attrs(self.told), self.asktell.study_attrs())
+            self.told += 1
+
+    # -- report -----------------------------------------------------------------------------------
+
+    def _report(self) -> None:
+        """Measure the frontier and the baselines again on data the search never saw, and time them.
+
+        Nothing is selected again by these values: they only say what the selection is worth.
+        """
+        points = self._points_to_report()
+        timed = bool(self.problem.latencies)
+        self.observer.stage("report", len(points) * (1 + timed))
+        quality = {f"report-{trial.number}": trial for trial in points}
+        if not self.problem.has_quality:
+            self.observer.advance(len(points))
+        else:
+            self._run_report(quality, "measure", exclusive=False)
+        if timed:
+            self._run_report({f"time-{trial.number}": trial for trial in points}, "time", exclusive=True)
+
+    def _points_to_report(self) -> list[TrialRecord]:
+        frontier = self.store.frontier(self.study.id, with_assignments=True)
+        limit = self.spec.budget.report_points
+        if limit is not None and len(frontier) > limit:
+            # Evenly along the first objective: the ends and what lies between.
+            frontier.sort(key=lambda trial: trial.values(self.spec.objectives))
+            kept = {round(i * (len(frontier) - 1) / max(limit - 1, 1)) for i in range(limit)}
+            frontier = [frontier[i] for i in sorted(kept)]
+        numbers = {trial.number for trial in frontier}
+        complete = self.store.trials(self.study.id, states=["complete"], with_assignments=True)
+        return [trial for trial in complete if trial.number in numbers or trial.baseline]
+
+    def _run_report(self, points: Mapping[str, TrialRecord], action: str, *, exclusive: bool) -> None:
+        out = 0
+        for key, trial in points.items():
+            wanted = self.problem.latencies if action == "time" else [
+                n for n in self.spec.measured if (n, "search") in trial.measurements
+                and trial.measurements[n, "search"].kind == "measured"
+            ]
+            if all((name, "report") in trial.measurements for name in wanted):
+                self.observer.advance()
+                continue
+            arguments = {"assignment": trial.assignment} | ({} if action == "time" else {"part": "report"})
+            self.executor.submit(Job(key, action, arguments, exclusive=exclusive))
+            out += 1
+        while out:
+            result = self.executor.next()
+            if result is None:
+                raise AutoQError("the workers stopped while the frontier was reported")
+            trial = points[result.job.key]
+            job = result.job
+            if result.failure is None:
+                self.store.add_measurements(trial.id, result.value)
+                self.observer.reported(self.store.trial(self.study.id, trial.number))
+            elif result.failure.crashed and job.attempt < MAX_ATTEMPTS:
+                self.executor.submit(Job(job.key, job.action, job.arguments, job.attempt + 1, job.exclusive))
+                continue
+            else:
+                self.observer.note(f"trial {trial.number}: {action} for the report failed: {result.failure.message}")
+            out -= 1
+            self.observer.advance()

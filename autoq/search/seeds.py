@@ -1,0 +1,101 @@
+"""The first proposals of every study: uniform baselines, then exact solutions of the curvature proxy.
+
+The proxy predicts the quality loss of an assignment as a sum over layers. Under an additive cost, the
+best assignment for a budget is a multiple-choice knapsack, which `autoq.search.budget` solves exactly.
+Seeds are spread along the predicted frontier of quality against size and, where the study has latency
+objectives, of quality against predicted latency and against an even mix of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoq.scheme import Scheme
+from autoq.search.budget import frontier
+from autoq.search.space import SearchSpace
+from autoq.targets import CostTable
+
+Table = Mapping[str, Mapping[str, float]]
+Vector = NDArray[np.float64]
+
+_SCAN = 48  # budgets at which the predicted frontier is sampled before seeds are placed on it
+
+
+def proposals(
+    space: SearchSpace,
+    sensitivities: Table,
+    costs: CostTable | None,
+    latencies: Sequence[str],
+    count: int,
+    max_bytes: float | None = None,
+) -> list[list[int]]:
+    """Up to `count` different assignments, as choice indices, best predicted quality at their budgets.
+
+    `sensitivities` is layer -> scheme text -> predicted loss; `costs` the latency table, needed where
+    `latencies` names phases. `max_bytes` limits the total size of the searched layers.
+    """
+    quality = [_per_choice(v.choices, [sensitivities[layer.name] for layer in v.layers]) for v in space.variables]
+    size = [np.array([v.nbytes(scheme) for scheme in v.choices], dtype=np.float64) for v in space.variables]
+    weights = [size]
+    for phase in latencies:
+        assert costs is not None
+        table = costs.layer_ms[phase]
+        latency = [_per_choice(v.choices, [table[layer.name] for layer in v.layers]) for v in space.variables]
+        weights += [latency, _mix(size, latency)]
+    # Round robin over the kinds of budget, so that any prefix of the seeds covers all of them.
+    per_kind = -(-count // len(weights))
+    found = [_along(quality, weight, per_kind + 2) for weight in weights]
+    seeds: dict[tuple[int, ...], None] = {}
+    for rank in range(max(map(len, found), default=0)):
+        for kind in found:
+            if rank < len(kind) and _fits(size, kind[rank], max_bytes):
+                seeds[tuple(kind[rank])] = None
+    return [list(seed) for seed in seeds][:count]
+
+
+def _per_choice(choices: Sequence[Scheme], tables: Sequence[Mapping[str, float]]) -> Vector:
+    return np.array([sum(table[str(scheme)] for table in tables) for scheme in choices], dtype=np.float64)
+
+
+def _mix(a: Sequence[Vector], b: Sequence[Vector]) -> list[Vector]:
+    """Both weights, each scaled to its range over the whole space."""
+    spans = [max(sum(float(v.max() - v.min()) for v in kind), 1e-30) for kind in (a, b)]
+    return [x / spans[0] + y / spans[1] for x, y in zip(a, b, strict=True)]
+
+
+def _fits(size: Sequence[Vector], indices: Sequence[int], max_bytes: float | None) -> bool:
+    return max_bytes is None or sum(v[i] for v, i in zip(size, indices, strict=True)) <= max_bytes
+
+
+def _along(quality: Sequence[Vector], weight: Sequence[Vector], count: int) -> list[list[int]]:
+    """`count` solutions, evenly spaced along the predicted frontier, in an order that fills it from
+    coarse to fine.
+
+    Even in what a person sees: the frontier drawn as log loss against weight.
+    """
+    low = sum(float(v.min()) for v in weight)
+    # Beyond the weight of the best-quality assignment there is nothing to gain.
+    best = [int(np.lexsort((w, q))[0]) for q, w in zip(quality, weight, strict=True)]
+    high = sum(float(w[i]) for w, i in zip(weight, best, strict=True))
+    slack = 1e-9 * max(abs(low), abs(high), 1e-30)
+    budgets = np.linspace(low, max(high, low), _SCAN) + slack
+    scan = frontier(quality, weight, list(budgets))
+    loss = np.array([solution.cost for solution in scan])
+    floor = max(loss[loss > 0].min(initial=np.inf) * 0.5, 1e-12) if (loss > 0).any() else 1e-12
+    height = np.log(np.maximum(loss, floor))
+    x = (budgets - budgets[0]) / max(budgets[-1] - budgets[0], 1e-30)
+    y = (height - height.min()) / max(float(np.ptp(height)), 1e-30)
+    arc = np.concatenate([[0.0], np.cumsum(np.hypot(np.diff(x), np.diff(y)))])
+    wanted = np.interp(np.linspace(0, arc[-1], count), arc, budgets)
+    solutions = frontier(quality, weight, list(wanted))
+    return [list(solutions[i].choices) for i in _coarse_to_fine(count)]
+
+
+def _coarse_to_fine(count: int) -> list[int]:
+    """0..count-1 in bit-reversed order: any prefix is spread over the whole range."""
+    width = max(1, (count - 1).bit_length())
+    order = (int(f"{i:0{width}b}"[::-1], 2) for i in range(2**width))
+    return [i for i in order if i < count]

@@ -1,0 +1,217 @@
+"""What a study needs before its first trial: validation, tables, and the fixed first proposals.
+
+`create_study` checks a spec against the model's skeleton and the target, before any weight is loaded
+and before anything is written. `make_plan` has the workers gather sensitivities and latency costs and
+turns them into the plan: baselines and seeds. Both tables and the plan are stored, so that a resumed
+study goes on with the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from autoq import models, plugins
+from autoq.assignment import Assignment
+from autoq.errors import AutoQError, BadInput, SpecError
+from autoq.layer import ModelInfo
+from autoq.objectives import LatencyObjective, Objective, TableObjective
+from autoq.search import samplers, seeds
+from autoq.search.executors import Executor, Job, Result
+from autoq.search.observer import Observer
+from autoq.search.space import SearchSpace, build_space, refusal
+from autoq.spec import StudySpec
+from autoq.store import Store, StudyRecord
+from autoq.targets import CostTable, Target
+
+_LAYERS_PER_JOB = 7  # one block of a Llama: small enough for a smooth progress bar
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A fixed first proposal: a named baseline or a seed."""
+
+    assignment: Assignment
+    baseline: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for the store."""
+        return {"baseline": self.baseline, "assignment": self.assignment.to_dict()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Proposal:
+        """The inverse of `to_json`."""
+        return cls(Assignment.from_dict(data["assignment"]), data["baseline"])
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A study's fixed parts: what is searched, on what, and what is measured."""
+
+    spec: StudySpec
+    info: ModelInfo
+    target: Target
+    space: SearchSpace
+    objectives: Mapping[str, Objective]
+
+    @property
+    def latencies(self) -> list[str]:
+        """The latency objectives that the study measures."""
+        return [name for name, objective in self.objectives.items() if isinstance(objective, LatencyObjective)]
+
+    @property
+    def has_quality(self) -> bool:
+        """Whether an objective needs the model to run on data."""
+        return any(not isinstance(o, TableObjective | LatencyObjective) for o in self.objectives.values())
+
+
+def pose(spec: StudySpec) -> Problem:
+    """Check a spec against the model's skeleton, the target and the sampler.
+
+    Reads no weights. Raises `BadInput` with one line for whatever does not fit.
+    """
+    info = models.inspect(spec.model)
+    target = plugins.load("targets", spec.target.plugin, Target)  # type: ignore[type-abstract]
+    objectives = {name: plugins.load("objectives", name, Objective) for name in spec.measured}  # type: ignore[type-abstract]
+    for name, objective in objectives.items():
+        if (rule := objective.refuses(info)) is not None:
+            raise SpecError(f"objectives: {name} does not fit model {spec.model.id!r}: {rule}")
+        if isinstance(objective, LatencyObjective) and name not in target.latencies:
+            can = ", ".join(sorted(target.latencies)) or "none"
+            raise SpecError(f"objectives: target {spec.target.name} does not time {name}; it times {can}")
+    if any(isinstance(o, LatencyObjective) for o in objectives.values()) and (missing := target.unavailable()):
+        raise SpecError(f"target.name: {spec.target.name} cannot measure on this machine: {missing}")
+    space = build_space(info, spec.space, spec.target.name, target)
+    sampler = samplers.load(spec.sampler.name)
+    rule = sampler.refuses([len(v.choices) for v in space.variables], len(spec.objectives), spec.sampler.options)
+    if rule is not None:
+        raise SpecError(f"sampler.name: {spec.sampler.name} cannot search this space: {rule}")
+    return Problem(spec, info, target, space, objectives)
+
+
+def create_study(store: Store, spec: StudySpec) -> StudyRecord:
+    """Validate a spec and write a new study. Raises `BadInput` and then has written nothing."""
+    problem = pose(spec)
+    facts = [(name, problem.objectives[name].unit, problem.objectives[name].direction) for name in spec.objectives]
+    return store.create_study(spec, facts)
+
+
+def make_plan(
+    problem: Problem, store: Store, study_id: int, executor: Executor, observer: Observer
+) -> tuple[list[Proposal], CostTable | None]:
+    """Baselines and seeds, and the latency table if the study needs one; all stored.
+
+    Stages that a former, interrupted run of the study finished are read from the store.
+    """
+    costs = _costs(problem, store, study_id, executor, observer)
+    stored = store.plan(study_id)
+    if stored:
+        return [Proposal.from_json(entry) for entry in stored["proposals"]], costs
+    plan = _baselines(problem)
+    wanted = problem.spec.sampler.seeds
+    if wanted is None:
+        wanted = max(0, problem.spec.budget.trials - len(plan)) // 2
+    if wanted and problem.has_quality:
+        sensitivities = _sensitivities(problem, store, study_id, executor, observer)
+        bound = problem.spec.constraints.get("size_bytes")
+        fixed = sum(v.nbytes(v.choices[0]) for v in problem.space.variables)
+        others = _size(problem, [0] * len(problem.space.variables)) - fixed
+        limit = bound.max - others if bound is not None and bound.max is not None else None
+        for indices in seeds.proposals(problem.space, sensitivities, costs, problem.latencies, wanted, limit):
+            plan.append(Proposal(problem.space.assignment(indices)))
+    unique = list({proposal.assignment.hash: proposal for proposal in reversed(plan)}.values())[::-1]
+    store.save_plan(study_id, {"proposals": [proposal.to_json() for proposal in unique]})
+    return unique, costs
+
+
+def _size(problem: Problem, indices: Sequence[int]) -> float:
+    objective = plugins.load("objectives", "size_bytes", Objective)  # type: ignore[type-abstract]
+    assert isinstance(objective, TableObjective)
+    return objective.compute(problem.info, problem.space.assignment(indices))
+
+
+def _baselines(problem: Problem) -> list[Proposal]:
+    refuses = refusal(problem.spec.target.name, problem.target)
+    found: dict[str, Proposal] = {}
+    for name, preference in problem.target.baselines().items():
+        assignment = problem.space.uniform(preference, refuses)
+        # A baseline that nothing can run is the unquantized model again: its first name stays.
+        found.setdefault(assignment.hash, Proposal(assignment, name))
+    return list(found.values())
+
+
+def _sensitivities(
+    problem: Problem, store: Store, study_id: int, executor: Executor, observer: Observer
+) -> dict[str, dict[str, float]]:
+    table: dict[str, dict[str, float]] = store.table(study_id, "sensitivity") or {}
+    choices = {name: [str(s) for s in schemes] for name, schemes in problem.space.choices.items()}
+    missing = [name for name in choices if name not in table]
+    if not missing:
+        return table
+    observer.stage("calibrate", 1)
+    run_job(executor, Job("calibrate", "calibrate", exclusive=True))
+    observer.advance()
+    observer.stage("quantize", len(missing))
+    batches = [missing[i : i + _LAYERS_PER_JOB] for i in range(0, len(missing), _LAYERS_PER_JOB)]
+    jobs = [
+        Job(f"sensitivities-{i}", "sensitivities", {"choices": {name: choices[name] for name in batch}})
+        for i, batch in enumerate(batches)
+    ]
+    for result in run_jobs(executor, jobs):
+        table |= result.value
+        observer.advance(len(result.value))
+    store.put_table(study_id, "sensitivity", table)
+    return table
+
+
+def _costs(
+    problem: Problem, store: Store, study_id: int, executor: Executor, observer: Observer
+) -> CostTable | None:
+    if not problem.latencies:
+        return None
+    if (stored := store.table(study_id, "costs")) is not None:
+        return CostTable(**stored)
+    observer.stage("time", 1)
+    refuses = refusal(problem.spec.target.name, problem.target)
+    choices = {}
+    baselines = [scheme for preference in problem.target.baselines().values() for scheme in preference]
+    for layer in problem.info.layers:
+        searched = problem.space.choices.get(layer.name)
+        # A baseline may use schemes that the study does not search, and any layer may be kept.
+        more = ["keep", *(str(s) for s in baselines if refuses(layer, s) is None)] if searched else ["keep"]
+        choices[layer.name] = list(dict.fromkeys([*(str(s) for s in searched or ()), *more]))
+    table: CostTable = run_job(executor, Job("costs", "cost_table", {"choices": choices}, exclusive=True)).value
+    store.put_table(study_id, "costs", asdict(table))
+    observer.advance()
+    return table
+
+
+def run_job(executor: Executor, job: Job) -> Result:
+    """Run one job of a stage to its end. Raises `AutoQError` with its reason if it fails twice by
+    crashing, or once otherwise: no study can do without its stages."""
+    (result,) = run_jobs(executor, [job])
+    return result
+
+
+def run_jobs(
+    executor: Executor, jobs: Sequence[Job], wait: Callable[[], None] = lambda: None
+) -> Iterator[Result]:
+    """Run jobs of a stage; yields their results as they come. Raises as `run_job` does."""
+    for job in jobs:
+        executor.submit(job)
+    left = len(jobs)
+    while left:
+        wait()
+        result = executor.next()
+        if result is None:
+            raise AutoQError("the workers stopped before the stage was done")
+        if result.failure is not None:
+            if result.failure.crashed and result.job.attempt < 2:
+                again = result.job
+                executor.submit(Job(again.key, again.action, again.arguments, again.attempt + 1, again.exclusive))
+                continue
+            kind = BadInput if result.failure.error in ("BadInput", "DataRefused", "ModelRefused") else AutoQError
+            raise kind(f"{result.job.action}: {result.failure.message}")
+        left -= 1
+        yield result

@@ -1,0 +1,248 @@
+"""The search space: model's layers × (target ∩ methods ∩ spec), fusion groups, exact bytes.
+
+Built from a model's skeleton, before any weight is loaded, so that what cannot run is refused early
+with the layer, its shape and the rule.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from autoq import plugins
+from autoq.assignment import Assignment
+from autoq.errors import SchemeRefused, SpecError
+from autoq.layer import Layer, ModelInfo
+from autoq.methods import Grid, Method
+from autoq.scheme import Keep, PerChannel, PerGroup, PerTensor, Scheme, parse_scheme
+from autoq.spec import OverrideSpec, SpaceSpec
+from autoq.targets import Target
+
+Refusal = Callable[[Layer, Scheme], str | None]
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One decision of the search: the scheme of a layer, or of a fusion group that must share one.
+
+    `choices` are sorted by bytes, fewest first, so that an index is an ordinal quantity.
+    """
+
+    name: str
+    layers: tuple[Layer, ...]
+    choices: tuple[Scheme, ...]
+
+    def nbytes(self, scheme: Scheme) -> int:
+        """Bytes of the variable's layers under `scheme`."""
+        return sum(layer.nbytes(scheme) for layer in self.layers)
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """All decisions. Layers that no variable holds keep their weights."""
+
+    info: ModelInfo
+    variables: tuple[Variable, ...]
+
+    @cached_property
+    def _kept(self) -> dict[str, Scheme]:
+        return {layer.name: Keep() for layer in self.info.layers}
+
+    @cached_property
+    def choices(self) -> dict[str, tuple[Scheme, ...]]:
+        """Layer name -> schemes, of the searched layers."""
+        return {layer.name: variable.choices for variable in self.variables for layer in variable.layers}
+
+    @property
+    def size(self) -> int:
+        """Number of assignments."""
+        product = 1
+        for variable in self.variables:
+            product *= len(variable.choices)
+        return product
+
+    def assignment(self, indices: Sequence[int]) -> Assignment:
+        """The assignment of one choice index per variable."""
+        assert len(indices) == len(self.variables)
+        schemes = dict(self._kept)
+        for variable, index in zip(self.variables, indices, strict=True):
+            schemes |= {layer.name: variable.choices[index] for layer in variable.layers}
+        return Assignment(schemes)
+
+    def indices(self, assignment: Assignment) -> list[int] | None:
+        """The choice indices of an assignment, or None if it lies outside of the space."""
+        found = []
+        for variable in self.variables:
+            schemes = {assignment[layer.name] for layer in variable.layers}
+            if len(schemes) != 1 or (scheme := schemes.pop()) not in variable.choices:
+                return None
+            found.append(variable.choices.index(scheme))
+        searched = self.choices
+        outside = any(scheme != Keep() for name, scheme in assignment.items() if name not in searched)
+        return None if outside else found
+
+    def uniform(self, preference: Sequence[Scheme], refuses: Refusal) -> Assignment:
+        """Every searched layer under the first scheme of `preference` that runs on it, else kept.
+
+        Runs means on the target, whether or not the study's own choices hold the scheme: a baseline
+        is what people would do without the search.
+        """
+        schemes = dict(self._kept)
+        for variable in self.variables:
+            for scheme in preference:
+                if not any(refuses(layer, scheme) for layer in variable.layers):
+                    schemes |= {layer.name: scheme for layer in variable.layers}
+                    break
+        return Assignment(schemes)
+
+
+def refusal(target_name: str, target: Target) -> Refusal:
+    """Why a scheme cannot be made or run for a layer, asked of the method, then of the target."""
+
+    def refuses(layer: Layer, scheme: Scheme) -> str | None:
+        method = plugins.load("methods", scheme.method, Method)  # type: ignore[type-abstract]
+        if (rule := method.refuses(layer, scheme)) is not None:
+            return f"{scheme.method}: {rule}"
+        if (rule := target.refuses(layer, scheme)) is not None:
+            return f"{target_name}: {rule}"
+        return None
+
+    return refuses
+
+
+def build_space(info: ModelInfo, spec: SpaceSpec, target_name: str, target: Target) -> SearchSpace:
+    """The search space of a model on a target.
+
+    Raises `SchemeRefused` for a layer that nothing of what the spec asks for can run, and for a scheme
+    or value that the spec spells out and that no layer can run, naming layer, shape and rule; and
+    `SpecError` where nothing is left to search.
+    """
+    refuses = refusal(target_name, target)
+    kinds = {kind for wanted in spec.kinds for kind in ({"linear", "conv1d"} if wanted == "linear" else {wanted})}
+    # A tied head is the embedding too, so either word includes it.
+    layers = [
+        layer
+        for layer in info.layers
+        if (layer.kind in kinds or (layer.tied and "embedding" in kinds)) and not _matches(layer, spec.exclude)
+    ]
+    if not layers:
+        raise SpecError(
+            f"space: no layer is left to search; kinds {', '.join(spec.kinds)}, exclude {list(spec.exclude)}"
+        )
+    for index, override in enumerate(spec.overrides):
+        if not any(fnmatch.fnmatchcase(layer.name, override.match) for layer in layers):
+            raise SpecError(f"space.overrides.{index}.match: {override.match!r} matches no searched layer")
+    options = {layer.name: _options(layer, _section(layer, spec), target.grid(), refuses) for layer in layers}
+    _refuse_unusable(layers, spec, target.grid(), refuses)
+    return SearchSpace(info, tuple(_variables(layers, options, target.fuses, refuses)))
+
+
+def _matches(layer: Layer, patterns: Iterable[str]) -> bool:
+    names = (layer.name, *layer.tied)
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+def _section(layer: Layer, spec: SpaceSpec) -> SpaceSpec | OverrideSpec:
+    """The last override that matches, as later lines win, or the space itself."""
+    matching = [override for override in spec.overrides if fnmatch.fnmatchcase(layer.name, override.match)]
+    return matching[-1] if matching else spec
+
+
+def _granularity(value: int | str) -> PerGroup | PerChannel | PerTensor:
+    if isinstance(value, int):
+        return PerGroup(value)
+    return PerChannel() if value == "channel" else PerTensor()
+
+
+def _grid(section: SpaceSpec | OverrideSpec, default: Grid) -> Grid:
+    """The section's axes; one that is left out is the target's."""
+    activations = None if section.activations is None else tuple(None if a == "none" else a for a in section.activations)
+    return Grid(
+        methods=section.methods or default.methods,
+        bits=section.bits or default.bits,
+        granularities=tuple(_granularity(v) for v in section.group_size) if section.group_size else default.granularities,
+        zero_points=section.zero_points or default.zero_points,
+        activations=activations or default.activations,
+    )
+
+
+def _candidates(section: SpaceSpec | OverrideSpec, default: Grid) -> list[Scheme]:
+    """The schemes that a section names or spans, without repeats."""
+    if section.schemes is not None:
+        return list(dict.fromkeys(parse_scheme(text) for text in section.schemes))
+    grid = _grid(section, default)
+    found: dict[Scheme, None] = {}
+    for name in grid.methods:
+        method = plugins.load("methods", name, Method)  # type: ignore[type-abstract]
+        found |= dict.fromkeys(method.schemes(name, grid))
+    return list(found)
+
+
+def _options(layer: Layer, section: SpaceSpec | OverrideSpec, default: Grid, refuses: Refusal) -> list[Scheme]:
+    candidates = _candidates(section, default)
+    usable = [scheme for scheme in candidates if refuses(layer, scheme) is None]
+    if not usable:
+        # The narrowest miss tells most: the rule of the last candidate is as good as any, so the first.
+        rule = refuses(layer, candidates[0]) if candidates else "the grid spans no scheme"
+        raise SchemeRefused(
+            f"space: layer {layer.name} of shape ({layer.out_features}, {layer.in_features}) can run none of "
+            f"{_some(candidates)}: {rule}; exclude it or widen the space"
+        )
+    return usable
+
+
+def _some(schemes: Sequence[Scheme]) -> str:
+    shown = ", ".join(str(scheme) for scheme in schemes[:4])
+    return shown + (f" and {len(schemes) - 4} more" if len(schemes) > 4 else "")
+
+
+def _refuse_unusable(layers: Sequence[Layer], spec: SpaceSpec, default: Grid, refuses: Refusal) -> None:
+    """Refuse what a section spells out and no layer of it can run: it would vanish without a word."""
+    for section in (spec, *spec.overrides):
+        own = [layer for layer in layers if _section(layer, spec) is section]
+        if not own:
+            continue
+        candidates = _candidates(section, default)
+        usable = {scheme for scheme in candidates if any(refuses(layer, scheme) is None for layer in own)}
+        named: dict[str, Callable[[Scheme], bool]] = {}
+        for text in section.schemes or ():
+            named[f"schemes: {text}"] = lambda scheme, text=text: str(scheme) == text  # type: ignore[misc]
+        for method in section.methods or ():
+            named[f"methods: {method}"] = lambda scheme, method=method: scheme.method == method  # type: ignore[misc]
+        for bits in section.bits or ():
+            named[f"bits: {bits}"] = lambda scheme, bits=bits: getattr(scheme, "bits", None) == bits  # type: ignore[misc]
+        for size in section.group_size or ():
+            wanted = _granularity(size)
+            named[f"group_size: {size}"] = (  # type: ignore[misc]
+                lambda scheme, wanted=wanted: getattr(scheme, "granularity", None) == wanted
+            )
+        for what, asks in named.items():
+            if any(asks(scheme) for scheme in usable):
+                continue
+            scheme = next((scheme for scheme in candidates if asks(scheme)), None)
+            layer = own[0]
+            rule = refuses(layer, scheme) if scheme is not None else "no method makes such a scheme"
+            raise SchemeRefused(
+                f"space.{what} runs on no layer; for instance {layer.name} of shape "
+                f"({layer.out_features}, {layer.in_features}) as {scheme}: {rule}"
+            )
+
+
+def _variables(
+    layers: Sequence[Layer], options: Mapping[str, Sequence[Scheme]], fuses: bool, refuses: Refusal
+) -> Iterable[Variable]:
+    groups: dict[str, list[Layer]] = {}
+    for layer in layers:
+        key = layer.fusion_group if fuses and layer.fusion_group else layer.name
+        groups.setdefault(key, []).append(layer)
+    for name, members in groups.items():
+        shared = [scheme for scheme in options[members[0].name] if all(scheme in options[m.name] for m in members)]
+        if not shared:
+            one, other = members[0], members[-1]
+            raise SchemeRefused(
+                f"space: {one.name} and {other.name} are one layer on this target and have no scheme in common"
+            )
+        sizes = {scheme: sum(member.nbytes(scheme) for member in members) for scheme in shared}
+        yield Variable(name, tuple(members), tuple(sorted(shared, key=lambda scheme: (sizes[scheme], str(scheme)))))
