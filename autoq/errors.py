@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Iterable
+from typing import Any
 
 
 class AutoQError(Exception):
@@ -18,6 +19,16 @@ class AutoQError(Exception):
 
     def __init__(self, message: str | None = None) -> None:
         super().__init__(message or inspect.cleandoc(self.__doc__ or ""))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Errors cross process boundaries, and children's constructors take other arguments.
+        return _restored, (type(self), str(self)), self.__dict__
+
+
+def _restored(kind: type[AutoQError], message: str) -> AutoQError:
+    problem = kind.__new__(kind)
+    AutoQError.__init__(problem, message)
+    return problem
 
 
 class BadInput(AutoQError):

@@ -33,11 +33,10 @@ from autoq.calibration import curvature
 from autoq.calibration.text import windows
 from autoq.device import fingerprint
 from autoq.errors import BadInput, NotFinite
-from autoq.layer import ModelInfo
 from autoq.measurement import Measurement, Part
 from autoq.methods import QuantizedWeight
 from autoq.models import LoadedModel, load
-from autoq.objectives import LatencyObjective, Objective, TableObjective, TokenChunk, TokenObjective
+from autoq.objectives import Objective, TokenChunk, TokenObjective
 from autoq.scheme import Integer, Keep, Scheme, parse_scheme
 from autoq.spec import StudySpec
 from autoq.statistics import mean_and_stderr
@@ -45,22 +44,6 @@ from autoq.targets import CostTable, Target
 
 CHUNK_ELEMENTS = 1 << 20  # logits turned to float32 at a time: 4 MB, which stays in the caches
 CURVATURE_TOKENS = 4096  # more of them changed nothing
-
-
-def computed(
-    objectives: Mapping[str, Objective], info: ModelInfo, assignment: Assignment, costs: CostTable | None
-) -> list[Measurement]:
-    """Measurements that need no model: sizes exactly, latencies as predicted by `costs`."""
-    found = []
-    for name, objective in objectives.items():
-        if isinstance(objective, TableObjective):
-            value = objective.compute(info, assignment)
-            found.append(Measurement(name, value, objective.unit, "computed", "search"))
-        elif isinstance(objective, LatencyObjective):
-            assert costs is not None, name
-            value = costs.predict(name, assignment)
-            found.append(Measurement(name, value, objective.unit, "predicted", "search", device=costs.device))
-    return found
 
 
 @dataclass
@@ -90,7 +73,8 @@ class _Reference:
 
 def _negative_entropy(probabilities: Tensor) -> Tensor:
     """Σ p log p (t,) of probabilities (t, v) that may hold zeros."""
-    return -torch.special.entr(probabilities).sum(-1)
+    entropy: Tensor = torch.special.entr(probabilities).sum(-1)
+    return -entropy
 
 
 class Evaluator:
@@ -117,7 +101,7 @@ class Evaluator:
         self._reference: tuple[Part, _Reference] | None = None
         self._objectives: dict[str, TokenObjective] = {}
         for name in spec.measured:
-            objective = plugins.load("objectives", name, Objective)  # type: ignore[type-abstract]
+            objective = plugins.load("objectives", name, Objective)
             if isinstance(objective, TokenObjective):
                 self._objectives[name] = objective
 
@@ -209,9 +193,7 @@ class Evaluator:
     def time(self, assignment: Assignment) -> list[Measurement]:
         """Latency of the assembled model, end to end on the target."""
         weights = {
-            name: self._quantized(name, scheme)
-            for name, scheme in assignment.items()
-            if not isinstance(scheme, Keep)
+            name: self._quantized(name, scheme) for name, scheme in assignment.items() if not isinstance(scheme, Keep)
         }
         wanted = set(self.spec.measured)
         return [m for m in self.target.time(self.model, weights, self.spec.target) if m.objective in wanted]

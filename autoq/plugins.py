@@ -13,7 +13,7 @@ import importlib.util
 import inspect
 import pkgutil
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from autoq.errors import UnknownName
 
@@ -37,11 +37,16 @@ def load(folder: Folder, name: str, base: type[P]) -> P:
     """
     if name not in names(folder):
         raise UnknownName(folder.rsplit(".", 1)[-1].removesuffix("s"), name, names(folder))
-    return _load(folder, name, base)
+    if (folder, name) not in _loaded:
+        _loaded[folder, name] = _instance(folder, name, base)
+    plugin: P = _loaded[folder, name]
+    return plugin
 
 
-@functools.cache
-def _load(folder: Folder, name: str, base: type[P]) -> P:
+_loaded: dict[tuple[str, str], Any] = {}
+
+
+def _instance(folder: Folder, name: str, base: type[P]) -> P:
     module = importlib.import_module(f"autoq.{folder}.{name}")
     own = [
         value
@@ -53,8 +58,7 @@ def _load(folder: Folder, name: str, base: type[P]) -> P:
         and not value.__name__.startswith("_")
     ]
     assert len(own) == 1, f"{module.__name__} must define one {base.__name__}, found {len(own)}"
-    plugin: P = own[0]()
-    return plugin
+    return own[0]()
 
 
 @functools.cache

@@ -148,7 +148,7 @@ class Codebook:
         else:
             books = out_features * _groups_per_row(self.granularity, in_features)
         codes = out_features * _packed_row_bytes(in_features, self.bits)
-        return codes + books * 2**self.bits * PARAMETER_BITS // 8
+        return codes + books * (1 << self.bits) * PARAMETER_BITS // 8
 
 
 Scheme = Keep | Integer | Codebook

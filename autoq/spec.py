@@ -7,62 +7,82 @@ refused in one line that names the field, the value and the choices.
 from __future__ import annotations
 
 import difflib
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from autoq import plugins
+from autoq import plugins, strict_yaml
 from autoq.errors import BadInput, SpecError, UnknownName
-from autoq.scheme import MAX_BITS, MIN_BITS, Activation, ZeroPoint, parse_scheme
-
-MAX_SPEC_BYTES = 1_000_000
+from autoq.scheme import MAX_BITS, MIN_BITS, ZeroPoint, parse_scheme
+from autoq.spec_errors import one_line, short
 
 _BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _BYTE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_TIME_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_QUANTITY = re.compile(r"\s*(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)\s*([A-Za-z]*)\s*")
+_SIZE = re.compile(r"\s*(\d{1,20}(?:\.\d{0,20})?(?:[eE][+-]?\d{1,2})?)\s*([A-Za-z]*)\s*")
+_TIME_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_TIME = re.compile(r"\s*(?:\d{1,9}(?:\.\d{0,9})?\s*[smhd]\s*)+")
 
 
 def parse_bytes(value: object) -> int:
-    """Bytes from a number or text such as `120MB`, `1.5GiB`. Raises `ValueError`."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError("must be a size such as 120MB")
-    found = _QUANTITY.fullmatch(str(value))
+    """Bytes from a whole number or text such as `120MB`, `1.5GiB`. Raises `ValueError`."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    found = _SIZE.fullmatch(value) if isinstance(value, str) else None
     if not found or found[2].upper() not in _BYTE_UNITS:
-        raise ValueError(f"must be a size such as 120MB, with one of the units {', '.join(filter(None, _BYTE_UNITS))}")
+        raise ValueError("must be a size such as 120MB, with one of the units B, KB, MB, GB, TB, KiB, MiB, GiB, TiB")
     return round(float(found[1]) * _BYTE_UNITS[found[2].upper()])
 
 
 def parse_seconds(value: object) -> float:
-    """Seconds from a number or text such as `90s`, `30m`, `1.5h`. Raises `ValueError`."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError("must be a time such as 30m")
-    parts = re.findall(r"(\d+(?:\.\d*)?)([a-z]*)", str(value))
-    if not parts or "".join(a + b for a, b in parts) != str(value).replace(" ", "") or any(
-        unit not in _TIME_UNITS for _, unit in parts
-    ):
-        raise ValueError("must be a time such as 30m or 1h30m, with the units s, m, h, d")
+    """Seconds from a number or text such as `90s`, `30m`, `1h30m`. Raises `ValueError`."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value
+    if not isinstance(value, str) or not _TIME.fullmatch(value):
+        raise ValueError("must be a time such as 90s, 30m or 1h30m, with the units s, m, h, d")
+    parts = re.findall(r"([\d.]+)\s*([smhd])", value)
     return sum(float(number) * _TIME_UNITS[unit] for number, unit in parts)
 
 
-Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
+def _no_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
+
+
+def _group_size(value: object) -> object:
+    whole = isinstance(value, int) and not isinstance(value, bool) and 2 <= value <= 65536
+    if not whole and value not in ("channel", "tensor"):
+        raise ValueError("must be a whole number from 2 to 65536, channel or tensor")
+    return value
+
+
+# Whole numbers are strict: 4.0, "4" and true are mistakes more often than they are the number meant.
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0, le=2**63 - 1)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-Bits = Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS)]
+Count = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
+Bits = Annotated[int, Field(strict=True, ge=MIN_BITS, le=MAX_BITS)]
+Number = Annotated[float, BeforeValidator(_no_bool)]
+GroupSize = Annotated[int | str, BeforeValidator(_group_size)]
+ActivationChoice = Literal["none", "a8dyn"]
+LayerKindChoice = Literal["linear", "embedding", "head"]
+_GRID_AXES = ("methods", "bits", "group_size", "zero_points", "activations")
 
 
 def _known(folder: plugins.Folder, name: str) -> str:
     if name not in plugins.names(folder):
-        raise ValueError(str(UnknownName(folder.rsplit(".", 1)[-1].removesuffix("s"), name, plugins.names(folder))))
+        kind = folder.rsplit(".", 1)[-1].removesuffix("s")
+        raise ValueError(str(UnknownName(kind, str(name)[:80], plugins.names(folder))))
     return name
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class ModelSpec(_Section):
@@ -87,8 +107,8 @@ class DataSpec(_Section):
     calibration_tokens: Count = 4096
     search_tokens: Count = 2048
     report_tokens: Count = 16384
-    window_tokens: Annotated[int, Field(ge=8)] = 512
-    seed: int = 0
+    window_tokens: Annotated[int, Field(strict=True, ge=8, le=2**31 - 1)] = 512
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = 0
 
 
 class TargetSpec(_Section):
@@ -104,17 +124,13 @@ class TargetSpec(_Section):
     def _name(cls, name: str) -> str:
         choices = [known.replace("_", "-") for known in plugins.names("targets")]
         if name not in choices:
-            raise ValueError(str(UnknownName("target", name, choices)))
+            raise ValueError(str(UnknownName("target", name[:80], choices)))
         return name
 
     @property
     def plugin(self) -> str:
         """The name of the target's file: `torch-cpu` lives in `torch_cpu.py`."""
         return self.name.replace("-", "_")
-
-
-GroupSize = Annotated[int, Field(ge=2, le=65536)] | Literal["channel", "tensor"]
-LAYER_KINDS = ("linear", "embedding", "head")
 
 
 class _Choices(_Section):
@@ -125,7 +141,7 @@ class _Choices(_Section):
     bits: tuple[Bits, ...] | None = None
     group_size: tuple[GroupSize, ...] | None = None
     zero_points: tuple[ZeroPoint, ...] | None = None
-    activations: tuple[Activation | Literal["none"], ...] | None = None
+    activations: tuple[ActivationChoice, ...] | None = None
 
     @field_validator("schemes")
     @classmethod
@@ -147,12 +163,12 @@ class _Choices(_Section):
 
     @model_validator(mode="after")
     def _one_way(self) -> _Choices:
-        grid = [name for name in ("methods", "bits", "group_size", "zero_points", "activations") if getattr(self, name)]
-        if self.schemes is not None and grid:
-            raise ValueError(f"give either schemes or a grid, not both schemes and {grid[0]}")
-        for name in ("schemes", "methods", "bits", "group_size", "zero_points", "activations"):
+        for name in ("schemes", *_GRID_AXES):
             if getattr(self, name) == ():
                 raise ValueError(f"{name} must not be empty; leave it out for the default")
+        both = [name for name in _GRID_AXES if self.schemes is not None and getattr(self, name) is not None]
+        if both:
+            raise ValueError(f"give either schemes or a grid, not both schemes and {both[0]}")
         return self
 
 
@@ -169,27 +185,43 @@ class SpaceSpec(_Choices):
     What is left open is filled in by the target: everything it runs.
     """
 
-    kinds: tuple[Literal["linear", "embedding", "head"], ...] = ("linear",)
+    kinds: tuple[LayerKindChoice, ...] = ("linear",)
     exclude: tuple[str, ...] = ()
     overrides: tuple[OverrideSpec, ...] = ()
 
 
 class Bound(_Section):
-    """A limit on one objective, in its unit; sizes may be written `120MB`."""
+    """A limit on one objective, in its unit; limits on `…_bytes` may be written `120MB`."""
 
-    min: float | None = None
-    max: float | None = None
-
-    @field_validator("min", "max", mode="before")
-    @classmethod
-    def _number(cls, value: object) -> object:
-        return parse_bytes(value) if isinstance(value, str) else value
+    min: Number | None = None
+    max: Number | None = None
 
     @model_validator(mode="after")
     def _some(self) -> Bound:
         if self.min is None and self.max is None:
             raise ValueError("give min, max or both")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min {self.min:g} is above max {self.max:g}")
         return self
+
+
+def parse_bound(objective: str, value: object) -> object:
+    """A limit as it is written: text with a size unit becomes bytes where the objective is in bytes.
+
+    Everything else is given back as it is, for `Bound` to judge. Raises `ValueError` for a size that
+    is not one.
+    """
+    return parse_bytes(value) if isinstance(value, str) and objective.endswith("_bytes") else value
+
+
+def _read_bound(objective: str, sides: Mapping[str, object]) -> dict[str, object]:
+    read = {}
+    for side, value in sides.items():
+        try:
+            read[side] = parse_bound(objective, value)
+        except ValueError as problem:
+            raise ValueError(f"{objective}.{side} {problem} (got {short(value)})") from None
+    return read
 
 
 class SamplerSpec(_Section):
@@ -199,9 +231,19 @@ class SamplerSpec(_Section):
     """
 
     name: str = "nsga2"
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    seeds: Annotated[int, Field(ge=0)] | None = None
-    options: dict[str, int | float | bool | str | None] = Field(default_factory=dict)
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = 0
+    seeds: Annotated[int, Field(strict=True, ge=0)] | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("options")
+    @classmethod
+    def _options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        for key, value in options.items():
+            if not isinstance(value, int | float | bool | str | None):
+                raise ValueError(f"{key[:80]!r} must be a number, text, true, false or null (got {short(value)})")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{key[:80]!r} must be finite (got {value})")
+        return options
 
     @field_validator("name")
     @classmethod
@@ -224,9 +266,17 @@ class WorkersSpec(_Section):
 
     executor: Literal["local", "ray"] = "local"
     count: Count = 1
-    cpus: Annotated[int, Field(ge=1)] | None = None
-    gpus: Annotated[float, Field(ge=0)] = 0
+    cpus: Count | None = None
+    gpus: Annotated[Number, Field(ge=0)] = 0
     address: str | None = None
+
+    @model_validator(mode="after")
+    def _local_is_one_process(self) -> WorkersSpec:
+        if self.executor == "local" and self.count != 1:
+            raise ValueError(f"count {self.count} needs executor ray; local is this one process")
+        if self.executor == "local" and self.address is not None:
+            raise ValueError(f"address {self.address[:80]!r} needs executor ray; local is this one process")
+        return self
 
 
 class BankSpec(_Section):
@@ -262,12 +312,16 @@ class StudySpec(_Section):
             raise ValueError("an objective is named twice")
         return names
 
-    @field_validator("constraints")
+    @field_validator("constraints", mode="before")
     @classmethod
-    def _constraints(cls, bounds: dict[str, Bound]) -> dict[str, Bound]:
-        for name in bounds:
+    def _constraints(cls, bounds: object) -> object:
+        if not isinstance(bounds, Mapping):
+            return bounds
+        read: dict[str, object] = {}
+        for name, bound in bounds.items():
             _known("objectives", name)
-        return bounds
+            read[name] = _read_bound(name, bound) if isinstance(bound, Mapping) else bound
+        return read
 
     @property
     def measured(self) -> tuple[str, ...]:
@@ -280,24 +334,20 @@ def load_spec(source: str | Path, overrides: Sequence[str] = ()) -> StudySpec:
 
     Raises `SpecError` with one line.
     """
-    path = Path(source)
-    if path.is_file():
-        text = _read(path)
-    elif path.suffix == "" and path.name == str(source) and str(source) in shipped_specs():
-        text = shipped_specs()[str(source)]
-    else:
-        choices = ", ".join(sorted(shipped_specs()))
-        raise SpecError(f"no spec file {str(source)!r}, and no shipped spec of that name; shipped: {choices}")
-    return parse_spec(text, overrides)
-
-
-def _read(path: Path) -> str:
-    if path.stat().st_size > MAX_SPEC_BYTES:
-        raise SpecError(f"spec {str(path)!r} is larger than {MAX_SPEC_BYTES} bytes")
+    path, name = Path(source), str(source)
+    shipped = shipped_specs()
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as problem:
-        raise SpecError(f"spec {str(path)!r} cannot be read: {problem}") from None
+        exists = path.exists() and not (name in shipped and path.is_dir())
+    except (OSError, ValueError):  # a name that no file can have
+        exists = False
+    if exists:
+        return parse_spec(strict_yaml.read(path, f"spec {name!r}"), overrides)
+    if name in shipped:
+        return parse_spec(shipped[name], overrides)
+    near = difflib.get_close_matches(name[:80], shipped, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ";"
+    known = ", ".join(sorted(shipped))
+    raise SpecError(f"no spec file {name[:80]!r}, and no shipped spec of that name{hint} shipped are {known}")
 
 
 def shipped_specs() -> dict[str, str]:
@@ -312,39 +362,9 @@ def shipped_specs() -> dict[str, str]:
     }
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """The safe loader, without anchors and aliases (no bombs) and without repeated keys."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:  # type: ignore[override]
-        if self.check_event(yaml.events.AliasEvent):
-            raise SpecError("the spec must not use YAML anchors and aliases")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise SpecError(f"the key {key!r} stands twice in the spec, line {node.start_mark.line + 1}")
-        return super().construct_mapping(node, deep)
-
-
-def _yaml(text: str, what: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader, made stricter
-    except yaml.YAMLError as problem:
-        line = " ".join(str(problem).split())
-        raise SpecError(f"{what} is not valid YAML: {line}") from None
-    except RecursionError:
-        raise SpecError(f"{what} is nested too deeply") from None
-    except (ValueError, TypeError) as problem:
-        raise SpecError(f"{what} is not valid YAML: {problem}") from None
-
-
 def parse_spec(text: str, overrides: Sequence[str] = ()) -> StudySpec:
     """The spec in a YAML text. Raises `SpecError` with one line."""
-    if len(text.encode(errors="replace")) > MAX_SPEC_BYTES:
-        raise SpecError(f"the spec is larger than {MAX_SPEC_BYTES} bytes")
-    tree = _yaml(text, "the spec")
+    tree = strict_yaml.parse(text, "the spec")
     if not isinstance(tree, dict):
         raise SpecError("the spec must be a mapping with at least the key 'model'")
     for override in overrides:
@@ -357,70 +377,21 @@ def build_spec(tree: Mapping[str, Any]) -> StudySpec:
     try:
         return StudySpec.model_validate(tree)
     except ValidationError as problem:
-        raise SpecError(_one_line(problem)) from None
-    except RecursionError:
-        raise SpecError("the spec is nested too deeply") from None
+        raise SpecError(one_line(problem, StudySpec)) from None
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
     """Set one `a.b.c=value` in place; the value is read as YAML."""
     path, sign, value = override.partition("=")
     keys = path.strip().split(".")
+    shown = f"--set {override[:200]!r}"
     if not sign or not all(keys):
-        raise SpecError(f"--set {override!r} must look like sampler.seed=1")
+        raise SpecError(f"{shown} must look like sampler.seed=1")
     node = tree
     for key in keys[:-1]:
-        child = node.setdefault(key, {})
-        if not isinstance(child, dict):
-            raise SpecError(f"--set {override!r}: {key!r} is not a section")
-        node = child
-    node[keys[-1]] = _yaml(value, f"--set {override!r}")
-
-
-def _section_fields(path: Iterable[int | str]) -> list[str]:
-    """The field names of the section that `path` leads to, for the choices in a message."""
-    model: type[BaseModel] | None = StudySpec
-    for key in path:
-        if isinstance(key, int) or model is None:
-            continue
-        field = model.model_fields.get(key)
-        if field is None:
-            return []
-        nested = [field.annotation, *get_args(field.annotation)]
-        model = next((n for n in nested if isinstance(n, type) and issubclass(n, BaseModel)), None)
-    return list(model.model_fields) if model else []
-
-
-def _one_line(problem: ValidationError) -> str:
-    """The first mistake as `field: message (got value)`, and how many more there are."""
-    errors = problem.errors(include_url=False)
-    # A union reports each of its branches; the branch tags are noise in a path.
-    first = errors[0]
-    known_noise = {"int", "literal['channel','tensor']", "constrained-int", "float", "str", "bool"}
-    path = [key for key in first["loc"] if str(key) not in known_noise and not str(key).startswith("function-")]
-    where = ".".join(str(key) for key in path) or "spec"
-    value = first.get("input")
-    match first["type"]:
-        case "extra_forbidden":
-            choices = _section_fields(path[:-1])
-            near = difflib.get_close_matches(str(path[-1]), choices, n=1)
-            hint = f"; did you mean {near[0]!r}? choose" if near else "; choose"
-            text = f"{where}: no such field{hint} from {', '.join(choices)}"
-        case "missing":
-            text = f"{where}: is required"
-        case "literal_error":
-            expected = str(first.get("ctx", {}).get("expected", ""))
-            near = difflib.get_close_matches(str(value), re.findall(r"'([^']*)'", expected), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            text = f"{where}: {str(value)[:80]!r} is not one of {expected}{hint}"
-        case "value_error":
-            text = f"{where}: {first['msg'].removeprefix('Value error, ')}"
-            if isinstance(value, str | int | float) and repr(value) not in text:
-                text += f" (got {str(value)[:80]!r})"
-        case _:
-            shown = f" (got {str(value)[:80]!r})"
-            text = f"{where}: {first['msg'][:1].lower()}{first['msg'][1:]}{shown}"
-    more = len({error["loc"] for error in errors}) - 1
-    text = " ".join(text.split())
-    return text + (f" (and {more} more)" if more > 0 else "")
-
+        if node.get(key) is None:
+            node[key] = {}
+        node = node[key]
+        if not isinstance(node, dict):
+            raise SpecError(f"{shown}: {key!r} is not a section, so nothing in it can be set")
+    node[keys[-1]] = strict_yaml.parse(value, shown)

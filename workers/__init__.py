@@ -1,0 +1,4 @@
+"""Workers on Ray: actors that hold the model and evaluate assignments.
+
+Importing this package imports no Ray; `executor` and `session` do.
+"""

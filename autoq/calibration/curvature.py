@@ -82,7 +82,7 @@ class _Gatherer:
             own = self.by_module[module]
             if not output.requires_grad:
                 output.requires_grad_()
-            output.register_hook(lambda grad: self._on_gradient(own, grad))
+            output.register_hook(lambda grad: self._on_gradient(own, grad))  # type: ignore[no-untyped-call]
             if isinstance(module, nn.Embedding):
                 self._count_rows(own, inputs[0], module.num_embeddings)
             else:
@@ -143,7 +143,7 @@ def gather(
     with gatherer.watching(), torch.enable_grad():
         for window in windows:
             loss = _loss(model, window.unsqueeze(0).to(model.device), generator)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             progress()
     return {layer.name: _averages(model, layer, gatherer.by_module) for layer in model.info.layers}
 

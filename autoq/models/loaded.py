@@ -22,57 +22,67 @@ class LoadedModel:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.info = info
-        self._modules = dict(model.named_modules())
-        self._originals: dict[str, Tensor] = {
-            layer.name: self._modules[layer.name].weight.data for layer in info.layers
-        }
+        self._layers = {layer.name: layer for layer in info.layers}
+        # Typed loosely on purpose: three unrelated module classes that all have a `weight`.
+        self._modules: dict[str, Any] = dict(model.named_modules())
+        self._originals: dict[str, Tensor] = {name: self._modules[name].weight.data for name in self._layers}
         self._hooks: list[Any] = []
         self._swapped: set[str] = set()
+        for layer in info.layers:
+            assert tuple(self.weight(layer.name).shape) == (layer.out_features, layer.in_features), layer
+            for module in self.modules_of(layer):
+                assert module.weight.data_ptr() == self._originals[layer.name].data_ptr(), layer
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.model.parameters()).device
 
-    def modules_of(self, layer: Layer) -> list[nn.Module]:
+    def modules_of(self, layer: Layer) -> list[Any]:
         """The modules that hold the layer's weight: its own and those tied to it."""
         return [self._modules[name] for name in (layer.name, *layer.tied)]
 
     def weight(self, name: str) -> Tensor:
         """The original weight (out, in), whatever is swapped in; a view, not a copy."""
-        original = self._originals[name]
-        return original.t() if self.info.layer(name).kind == "conv1d" else original
+        return self._oriented(name, self._originals[name])
 
-    @torch.no_grad()
     def swap(
         self, weights: Mapping[str, Tensor], activations: Mapping[str, Callable[[Tensor], Tensor]] | None = None
     ) -> None:
         """Point layers at `weights` (out, in) of the model's dtype; all others at their originals.
 
-        `activations` maps layer names to functions applied to the layer's input.
+        `activations` maps layer names to functions applied to the layer's input. Raises `KeyError`
+        for a name that is no layer, before anything is changed.
         """
-        self._remove_hooks()
-        for name in self._swapped - set(weights):
-            self._point(name, self._originals[name])
+        functions = activations or {}
+        for name in (*weights, *functions):
+            self._layers[name]
+        self.restore()
         for name, weight in weights.items():
-            self._point(name, weight.t() if self.info.layer(name).kind == "conv1d" else weight)
-        self._swapped = set(weights)
-        for name, function in (activations or {}).items():
+            self._swapped.add(name)
+            self._point(name, self._oriented(name, weight))
+        for name, function in functions.items():
             self._hooks.append(self._modules[name].register_forward_pre_hook(_on_first_input(function)))
 
     def restore(self) -> None:
-        """Point every layer at its original weight."""
-        self.swap({})
-
-    def _point(self, name: str, tensor: Tensor) -> None:
-        for module in self.modules_of(self.info.layer(name)):
-            assert module.weight.shape == tensor.shape, (name, module.weight.shape, tensor.shape)
-            module.weight.data = tensor
-
-    def _remove_hooks(self) -> None:
+        """Point every layer at its original weight, and take activation functions away."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        for name in self._swapped:
+            self._point(name, self._originals[name])
+        self._swapped.clear()
+
+    def _oriented(self, name: str, weight: Tensor) -> Tensor:
+        """(out, in) for what the module stores, and the other way round: Conv1D stores (in, out)."""
+        return weight.t() if self._layers[name].kind == "conv1d" else weight
+
+    def _point(self, name: str, tensor: Tensor) -> None:
+        original = self._originals[name]
+        same = tensor.shape == original.shape and tensor.dtype == original.dtype and tensor.device == original.device
+        assert same, (name, tensor.shape, tensor.dtype, tensor.device, original.shape, original.dtype, original.device)
+        for module in self.modules_of(self._layers[name]):
+            module.weight.data = tensor
 
     def outputs(self, input_ids: Tensor) -> Tensor:
         """Logits (batch, tokens, vocabulary), or final hidden states of an encoder without a head.
@@ -81,21 +91,26 @@ class LoadedModel:
         sides (teacher forcing, the decoder's shifted by its start token). No cache is kept. Gradients
         flow if the caller has them enabled.
         """
-        extra: dict[str, Any] = {}
+        arguments: dict[str, Any] = {"input_ids": input_ids}
         if self.info.task == "seq2seq":
-            start = self.model.config.decoder_start_token_id
-            assert start is not None
-            extra["decoder_input_ids"] = torch.cat(
-                [torch.full_like(input_ids[:, :1], start), input_ids[:, :-1]], dim=1
-            )
+            start = torch.full_like(input_ids[:, :1], self._start_token)
+            arguments["decoder_input_ids"] = torch.cat([start, input_ids[:, :-1]], dim=1)
         if self.info.task in ("causal", "seq2seq"):
-            extra["use_cache"] = False
-        result = self.model(input_ids=input_ids, **extra)
-        return result.last_hidden_state if self.info.task == "encoder" else result.logits
+            arguments["use_cache"] = False
+        result = self.model(**arguments)
+        outputs: Tensor = result.last_hidden_state if self.info.task == "encoder" else result.logits
+        return outputs
+
+    @property
+    def _start_token(self) -> int:
+        config: Any = self.model.config
+        assert config.decoder_start_token_id is not None
+        return int(config.decoder_start_token_id)
 
 
 def _on_first_input(function: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
     def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        del module
         return (function(inputs[0]), *inputs[1:])
 
     return hook

@@ -9,10 +9,13 @@ concrete subclass; the file's name is the objective's name.
 from __future__ import annotations
 
 import abc
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from autoq.assignment import Assignment
 from autoq.layer import ModelInfo, Task
+from autoq.measurement import Measurement
+from autoq.targets import CostTable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +32,12 @@ class Objective(abc.ABC):
     def refuses(self, info: ModelInfo) -> str | None:
         """Why this objective has no meaning for such a model (one clause), or None."""
         return None
+
+
+def _wrong_task(tasks: frozenset[Task], info: ModelInfo) -> str | None:
+    if info.task not in tasks:
+        return f"it needs a {' or '.join(sorted(tasks))} model, and {info.architecture} is {info.task}"
+    return None
 
 
 class TokenChunk:
@@ -64,9 +73,8 @@ class TokenObjective(Objective):
     tasks: ClassVar[frozenset[Task]] = frozenset({"causal", "masked", "seq2seq"})
 
     def refuses(self, info: ModelInfo) -> str | None:
-        if info.task not in self.tasks:
-            return f"it needs a {' or '.join(sorted(self.tasks))} model, and {info.architecture} is {info.task}"
-        return None
+        """A model of another task, or None."""
+        return _wrong_task(self.tasks, info)
 
     @abc.abstractmethod
     def per_token(self, chunk: TokenChunk) -> Tensor:
@@ -92,6 +100,21 @@ class LatencyObjective(Objective):
     tasks: ClassVar[frozenset[Task]] = frozenset({"causal", "masked", "seq2seq", "encoder"})
 
     def refuses(self, info: ModelInfo) -> str | None:
-        if info.task not in self.tasks:
-            return f"it needs a {' or '.join(sorted(self.tasks))} model, and {info.architecture} is {info.task}"
-        return None
+        """A model of another task, or None."""
+        return _wrong_task(self.tasks, info)
+
+
+def computed(
+    objectives: Mapping[str, Objective], info: ModelInfo, assignment: Assignment, costs: CostTable | None
+) -> list[Measurement]:
+    """Measurements that need no model: sizes exactly, latencies as predicted by `costs`."""
+    found = []
+    for name, objective in objectives.items():
+        if isinstance(objective, TableObjective):
+            value = objective.compute(info, assignment)
+            found.append(Measurement(name, value, objective.unit, "computed", "search"))
+        elif isinstance(objective, LatencyObjective):
+            assert costs is not None, name
+            value = costs.predict(name, assignment)
+            found.append(Measurement(name, value, objective.unit, "predicted", "search", device=costs.device))
+    return found

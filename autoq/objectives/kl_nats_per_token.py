@@ -23,5 +23,5 @@ class KLNatsPerToken(TokenObjective):
         """KL (t,) of each token."""
         assert chunk.log_normalizer is not None
         assert chunk.reference_entropy is not None
-        expected = torch.linalg.vecdot(chunk.reference.to(chunk.output.dtype), chunk.output)
+        expected: Tensor = torch.linalg.vecdot(chunk.reference.to(chunk.output.dtype), chunk.output)
         return chunk.reference_entropy - expected + chunk.log_normalizer

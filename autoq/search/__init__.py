@@ -1,0 +1,1 @@
+"""The search: space, samplers, controller, and the protocol of the executors."""

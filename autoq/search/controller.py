@@ -8,20 +8,23 @@ seed alone, not on which worker was faster, not on the executor, and not on inte
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from autoq import evaluation
 from autoq.assignment import Assignment
 from autoq.errors import AutoQError, NotFinite
 from autoq.measurement import Measurement
+from autoq.objectives import computed
 from autoq.search.executors import Executor, Failure, Job, Result, make_executor
 from autoq.search.observer import Observer
-from autoq.search.optuna_study import AskTell, Exhausted, Row
+from autoq.search.optuna_study import AskTell, Row, State
 from autoq.search.setup import Problem, Proposal, create_study, make_plan, pose, run_job
 from autoq.spec import Bound, StudySpec
 from autoq.store import Store, StudyRecord, TrialRecord
+from autoq.store.records import Origin
 from autoq.targets import CostTable
 
 __all__ = ["create_study", "run_study"]
@@ -30,7 +33,12 @@ MAX_ATTEMPTS = 2  # an assignment that took two workers down is not tried again
 MAX_REPEATS = 200  # consecutive duplicates after which a sampler is taken to have nothing new
 
 
-def run_study(store: Store, study_id: int, observer: Observer | None = None) -> StudyRecord:
+def run_study(
+    store: Store,
+    study_id: int,
+    observer: Observer | None = None,
+    make: Callable[[StudySpec], Executor] = make_executor,
+) -> StudyRecord:
     """Run a study to the end of its budget, or go on with one that was interrupted.
 
     Every trial is stored before the observer hears of it. On Ctrl-C the study is left `interrupted`
@@ -41,8 +49,9 @@ def run_study(store: Store, study_id: int, observer: Observer | None = None) -> 
     study = store.study(study_id)
     try:
         store.set_state(study_id, "running")
-        problem = pose(study.spec)
-        with make_executor(study.spec) as executor:
+        spec = study.study_spec()
+        problem = pose(spec)
+        with make(spec) as executor:
             _Run(store, study, problem, executor, observer).run()
         store.set_state(study_id, "finished")
     except KeyboardInterrupt:
@@ -77,6 +86,10 @@ def violations(constraints: Mapping[str, Bound], measurements: Sequence[Measurem
     return found
 
 
+def _is_finite(measurement: Measurement) -> bool:
+    return math.isfinite(measurement.value) and (measurement.stderr is None or math.isfinite(measurement.stderr))
+
+
 @dataclass
 class _Outcome:
     """What the sampler is told of a trial: objective values, or None if it failed."""
@@ -104,6 +117,9 @@ class _Run:
         self.outcomes: dict[int, _Outcome | int] = {}  # a number stands for "as that trial came out"
         self.flying: dict[str, TrialRecord] = {}
         self.by_hash: dict[str, int] = {}
+        # A baseline outside of the space is a trial that the sampler never hears of, so it counts its own.
+        self.sampler_numbers: dict[int, int] = {}
+        self.study_attrs: Mapping[str, Any] = study.sampler_attrs
 
     def run(self) -> None:
         """All stages of the study."""
@@ -141,7 +157,6 @@ class _Run:
             dict(self.spec.sampler.options),
             n_startup=len(self.plan),
             n_constraints=sum((b.min is not None) + (b.max is not None) for b in self.spec.constraints.values()),
-            workers=self.spec.workers.count,
         )
         trials = self.store.trials(self.study.id, with_assignments=True)
         outcome_of: dict[int, _Outcome] = {}
@@ -170,20 +185,13 @@ class _Run:
         for trial in trials:
             assert trial.assignment is not None
             indices = self.problem.space.indices(trial.assignment)
-            if indices is None:  # a baseline outside of the space: the sampler never hears of it
+            if indices is None:
                 continue
-            outcome = outcome_of.get(trial.number) if trial.number < self.told else None
-            state = "running" if trial.number >= self.told else "failed" if not outcome or outcome.values is None else "complete"
-            rows.append(
-                Row(
-                    trial.number,
-                    indices,
-                    state,
-                    outcome.values if outcome else None,
-                    outcome.violations if outcome else [],
-                    dict(trial.sampler_attrs),
-                )
-            )
+            told = outcome_of[trial.number] if trial.number < self.told else None
+            state: State = "running" if told is None else "failed" if told.values is None else "complete"
+            number = self.sampler_numbers[trial.number] = len(self.sampler_numbers)
+            values, excess = (told.values, told.violations) if told else (None, [])
+            rows.append(Row(number, indices, state, values, excess, dict(trial.sampler_attrs)))
         self._told_outcomes = outcome_of
         self.asktell.restore(rows, self.study.sampler_attrs)
 
@@ -194,9 +202,8 @@ class _Run:
         exhausted = False
         while True:
             while not exhausted and self._may_ask():
-                try:
-                    fresh = self._propose()
-                except Exhausted:
+                fresh = self._propose()
+                if fresh is None:
                     exhausted = True
                     self.observer.note("every assignment of the space has been tried")
                     break
@@ -220,23 +227,31 @@ class _Run:
             return False
         return self.asked - self.told < self.spec.workers.count
 
-    def _propose(self) -> bool:
-        """Take the next proposal; False if it was a duplicate. Raises `Exhausted`."""
-        number = self.asked
+    def _propose(self) -> bool | None:
+        """Take the next proposal: True if it is new, False if it repeats a trial, None if none is left."""
+        number, known_as = self.asked, len(self.sampler_numbers)
         if number < len(self.plan):
             proposal = self.plan[number]
             assignment, baseline = proposal.assignment, proposal.baseline
-            origin = "baseline" if baseline else "seed"
+            origin: Origin = "baseline" if baseline else "seed"
             indices = self.problem.space.indices(assignment)
             if indices is not None:
-                self.asktell.ask_fixed(number, indices)
+                self.asktell.ask_fixed(known_as, indices)
         else:
-            indices = self.asktell.ask(number)
+            indices = self.asktell.ask(known_as)
+            if indices is None:
+                return None
             assignment, baseline, origin = self.problem.space.assignment(indices), None, "sampler"
-        attrs = self.asktell.attrs(number) if indices is not None else {}
+        attrs = {}
+        if indices is not None:
+            attrs = self.asktell.attrs(known_as)
+            self.sampler_numbers[number] = known_as
+        if (study_attrs := self.asktell.study_attrs()) != self.study_attrs:
+            self.store.save_sampler_attrs(self.study.id, study_attrs)
+            self.study_attrs = study_attrs
         self.asked += 1
         if (original := self.by_hash.get(assignment.hash)) is not None:
-            trial = self.store.record_duplicate(self.study.id, number, assignment, original, attrs)
+            trial = self.store.record_duplicate(self.study.id, number, assignment, original, attrs, origin)
             self.outcomes[number] = original
             self.observer.trial(trial, self.done, self.spec.budget.trials)
             self._tell()
@@ -263,8 +278,8 @@ class _Run:
         measurements: list[Measurement] = []
         if failure is None:
             measurements = self._complete(result.value, assignment)
-            if bad := next((m for m in measurements if m.value != m.value), None):
-                failure = Failure.of(NotFinite(f"{bad.objective} is not a number"))
+            if bad := next((m for m in measurements if not _is_finite(m)), None):
+                failure = Failure.of(NotFinite(f"{bad.objective} is {bad.value} under this assignment"))
         accepted = (
             self._store_failure(trial, result, failure)
             if failure is not None
@@ -285,7 +300,7 @@ class _Run:
         self.observer.trial(stored, self.done, self.spec.budget.trials)
 
     def _complete(self, quality: Sequence[Measurement], assignment: Assignment) -> list[Measurement]:
-        tables = evaluation.computed(self.problem.objectives, self.problem.info, assignment, self.costs)
+        tables = computed(self.problem.objectives, self.problem.info, assignment, self.costs)
         by_name = {m.objective: m for m in [*quality, *tables]}
         return [by_name[name] for name in self.spec.measured]
 
@@ -300,7 +315,9 @@ class _Run:
     def _outcome(self, trial: TrialRecord) -> _Outcome:
         if trial.state != "complete":
             return _Outcome(None)
-        return _Outcome(list(trial.values(self.spec.objectives)), [trial.violations[k] for k in sorted(trial.violations)])
+        return _Outcome(
+            list(trial.values(self.spec.objectives)), [trial.violations[k] for k in sorted(trial.violations)]
+        )
 
     def _tell(self) -> None:
         """Tell the sampler of every outcome that is next in order."""
@@ -308,9 +325,8 @@ class _Run:
             # A duplicate repeats an earlier number, which has been told already.
             outcome = self._told_outcomes[found] if isinstance(found, int) else found
             self._told_outcomes[self.told] = outcome
-            if self.asktell.knows(self.told):
-                self.asktell.tell(self.told, outcome.values, outcome.violations)
-                self.store.save_sampler_attrs(self.study.id, self.told, self.asktell.attrs(self.told), self.asktell.study_attrs())
+            if (known_as := self.sampler_numbers.get(self.told)) is not None:
+                self.asktell.tell(known_as, outcome.values, outcome.violations)
             self.told += 1
 
     # -- report -----------------------------------------------------------------------------------
@@ -324,7 +340,7 @@ class _Run:
         timed = bool(self.problem.latencies)
         self.observer.stage("report", len(points) * (1 + timed))
         quality = {f"report-{trial.number}": trial for trial in points}
-        if not self.problem.has_quality:
+        if not self.problem.qualities:
             self.observer.advance(len(points))
         else:
             self._run_report(quality, "measure", exclusive=False)
@@ -346,10 +362,7 @@ class _Run:
     def _run_report(self, points: Mapping[str, TrialRecord], action: str, *, exclusive: bool) -> None:
         out = 0
         for key, trial in points.items():
-            wanted = self.problem.latencies if action == "time" else [
-                n for n in self.spec.measured if (n, "search") in trial.measurements
-                and trial.measurements[n, "search"].kind == "measured"
-            ]
+            wanted = self.problem.latencies if action == "time" else self.problem.qualities
             if all((name, "report") in trial.measurements for name in wanted):
                 self.observer.advance()
                 continue
@@ -362,7 +375,9 @@ class _Run:
                 raise AutoQError("the workers stopped while the frontier was reported")
             trial = points[result.job.key]
             job = result.job
-            if result.failure is None:
+            if result.failure is None and not all(map(_is_finite, result.value)):
+                self.observer.note(f"trial {trial.number}: {action} for the report is not finite")
+            elif result.failure is None:
                 self.store.add_measurements(trial.id, result.value)
                 self.observer.reported(self.store.trial(self.study.id, trial.number))
             elif result.failure.crashed and job.attempt < MAX_ATTEMPTS:

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import abc
 import collections
+import contextlib
+import signal
+import threading
+import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +30,8 @@ class Job:
 
     `key` comes back with the result (a trial's number, a stage's name); `attempt` counts dispatches
     of the same key, so that a late result of an earlier one can be told apart. An `exclusive` job
-    (timing) runs while no other job does.
+    (timing) runs while no other job does. A job that takes longer than `limit_seconds` is stopped and
+    fails with `TimeLimit`.
     """
 
     key: str
@@ -34,6 +39,16 @@ class Job:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     attempt: int = 1
     exclusive: bool = False
+    limit_seconds: float | None = None
+
+
+class TimeLimit(AutoQError):
+    """A job ran past its time limit."""
+
+    @classmethod
+    def of(cls, job: Job) -> TimeLimit:
+        """The error of a job that was stopped."""
+        return cls(f"{job.action!r} of {job.key!r} ran past its limit of {job.limit_seconds:g} s")
 
 
 @dataclass(frozen=True)
@@ -69,19 +84,22 @@ class Executor(abc.ABC):
 
     @abc.abstractmethod
     def submit(self, job: Job) -> None:
-        """Queue a job. Jobs start in the order of submission."""
+        """Queue a job. Jobs start in the order of submission. Not after `close`."""
 
     @abc.abstractmethod
     def next(self, timeout: float | None = None) -> Result | None:
         """The next finished job, waiting up to `timeout` seconds (None: as long as it takes).
 
         Returns None on time-out or if nothing is queued or running. A job whose worker died comes
-        back as a failure with `crashed` set, and the executor starts another worker.
+        back once, as a failure with `crashed` set, and the executor starts another worker.
+
+        Raises what building an evaluator raised, for then no job can ever run, and `WorkerLost` when
+        workers die again and again without finishing a job.
         """
 
     @abc.abstractmethod
     def close(self) -> None:
-        """End all workers at once; unfinished jobs are lost."""
+        """End all workers at once; unfinished jobs are lost. Can be called again."""
 
     def __enter__(self) -> Executor:
         return self
@@ -92,8 +110,6 @@ class Executor(abc.ABC):
 
 def run(evaluator: Evaluator, job: Job, worker: str) -> Result:
     """Run one job on an evaluator; every exception but an interrupt becomes a failure record."""
-    import time
-
     start = time.perf_counter()
     try:
         value = getattr(evaluator, job.action)(**job.arguments)
@@ -102,27 +118,82 @@ def run(evaluator: Evaluator, job: Job, worker: str) -> Result:
     return Result(job, value, None, time.perf_counter() - start, worker)
 
 
+def make_evaluator(spec: StudySpec) -> Evaluator:
+    """The evaluator of a study. Imports torch, so it is called where jobs run and not before."""
+    from autoq.evaluation import Evaluator
+
+    return Evaluator(spec)
+
+
+class _Alarm(BaseException):
+    """The alarm clock rang. Not an `Exception`, so that no handler of the evaluator swallows it."""
+
+
+@contextlib.contextmanager
+def _alarm(seconds: float | None) -> Iterator[None]:
+    """Raise `_Alarm` in the body after `seconds`. Without effect off the main thread or without SIGALRM."""
+    if seconds is None or threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
+        yield
+        return
+
+    def ring(*_: object) -> None:
+        raise _Alarm
+
+    start = time.monotonic()
+    handler = signal.signal(signal.SIGALRM, ring)
+    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+        if left:  # somebody else's alarm, which still is to ring
+            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - start), 1e-3), interval)
+
+
 class LocalExecutor(Executor):
-    """Runs jobs one after another in this process, when the controller asks for results."""
+    """Runs jobs one after another in this process, when the controller asks for results.
+
+    A time limit is an alarm signal: it stops Python code between two operations, not one long
+    operation, and it exists on the main thread only; elsewhere jobs take as long as they take. After
+    it the evaluator, which stopped halfway, is built anew.
+    """
 
     def __init__(self, spec: StudySpec, make: Callable[[StudySpec], Evaluator]) -> None:
         self._spec = spec
         self._make = make
         self._evaluator: Evaluator | None = None
         self._queue: collections.deque[Job] = collections.deque()
+        self._closed = False
 
     def submit(self, job: Job) -> None:
+        """Queue a job; nothing runs before `next`."""
+        assert not self._closed
         self._queue.append(job)
 
     def next(self, timeout: float | None = None) -> Result | None:
+        """Run the next job to its end; `timeout` cannot end it."""
         if not self._queue:
             return None
         if self._evaluator is None:
             # Not an error of the job: a model that cannot be loaded ends the study.
             self._evaluator = self._make(self._spec)
-        return run(self._evaluator, self._queue.popleft(), "local")
+        job = self._queue.popleft()
+        start = time.perf_counter()
+        try:
+            with _alarm(job.limit_seconds):
+                return run(self._evaluator, job, "local")
+        except _Alarm as alarm:
+            self._evaluator = None
+            problem = TimeLimit.of(job)
+            problem.__cause__ = alarm  # its traceback tells where the job was
+            return Result(job, None, Failure.of(problem), time.perf_counter() - start, "local")
 
     def close(self) -> None:
+        """Forget queued jobs and the evaluator."""
+        self._closed = True
         self._queue.clear()
         self._evaluator = None
 
@@ -140,6 +211,4 @@ def make_executor(spec: StudySpec) -> Executor:
             raise AutoQError("workers.executor is 'ray' but Ray is not installed: pip install 'autoq[ray]'") from None
         executor: Executor = module.RayExecutor(spec)
         return executor
-    from autoq.evaluation import Evaluator
-
-    return LocalExecutor(spec, Evaluator)
+    return LocalExecutor(spec, make_evaluator)

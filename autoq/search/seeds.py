@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoq.scheme import Scheme
-from autoq.search.budget import frontier
+from autoq.search.budget import Solution, frontier
 from autoq.search.space import SearchSpace
 from autoq.targets import CostTable
 
@@ -82,7 +82,7 @@ def _along(quality: Sequence[Vector], weight: Sequence[Vector], count: int) -> l
     high = sum(float(w[i]) for w, i in zip(weight, best, strict=True))
     slack = 1e-9 * max(abs(low), abs(high), 1e-30)
     budgets = np.linspace(low, max(high, low), _SCAN) + slack
-    scan = frontier(quality, weight, list(budgets))
+    scan = _solve(quality, weight, budgets)
     loss = np.array([solution.cost for solution in scan])
     floor = max(loss[loss > 0].min(initial=np.inf) * 0.5, 1e-12) if (loss > 0).any() else 1e-12
     height = np.log(np.maximum(loss, floor))
@@ -90,12 +90,18 @@ def _along(quality: Sequence[Vector], weight: Sequence[Vector], count: int) -> l
     y = (height - height.min()) / max(float(np.ptp(height)), 1e-30)
     arc = np.concatenate([[0.0], np.cumsum(np.hypot(np.diff(x), np.diff(y)))])
     wanted = np.interp(np.linspace(0, arc[-1], count), arc, budgets)
-    solutions = frontier(quality, weight, list(wanted))
+    solutions = _solve(quality, weight, wanted)
     return [list(solutions[i].choices) for i in _coarse_to_fine(count)]
 
 
+def _solve(quality: Sequence[Vector], weight: Sequence[Vector], budgets: Vector) -> list[Solution]:
+    found = [solution for solution in frontier(quality, weight, list(budgets)) if solution is not None]
+    assert len(found) == len(budgets), "a budget below the lightest assignment"
+    return found
+
+
 def _coarse_to_fine(count: int) -> list[int]:
-    """0..count-1 in bit-reversed order: any prefix is spread over the whole range."""
+    """0..count-1, both ends first, then in bit-reversed order: any prefix is spread over the range."""
     width = max(1, (count - 1).bit_length())
-    order = (int(f"{i:0{width}b}"[::-1], 2) for i in range(2**width))
-    return [i for i in order if i < count]
+    reversed_bits = [int(f"{i:0{width}b}"[::-1], 2) for i in range(2**width)]
+    return [i for i in dict.fromkeys([0, count - 1, *reversed_bits]) if i < count]

@@ -16,10 +16,11 @@ from autoq import models, plugins
 from autoq.assignment import Assignment
 from autoq.errors import AutoQError, BadInput, SpecError
 from autoq.layer import ModelInfo
-from autoq.objectives import LatencyObjective, Objective, TableObjective
-from autoq.search import samplers, seeds
+from autoq.objectives import LatencyObjective, Objective, TableObjective, TokenObjective
+from autoq.search import seeds
 from autoq.search.executors import Executor, Job, Result
 from autoq.search.observer import Observer
+from autoq.search.samplers import Sampler
 from autoq.search.space import SearchSpace, build_space, refusal
 from autoq.spec import StudySpec
 from autoq.store import Store, StudyRecord
@@ -61,9 +62,9 @@ class Problem:
         return [name for name, objective in self.objectives.items() if isinstance(objective, LatencyObjective)]
 
     @property
-    def has_quality(self) -> bool:
-        """Whether an objective needs the model to run on data."""
-        return any(not isinstance(o, TableObjective | LatencyObjective) for o in self.objectives.values())
+    def qualities(self) -> list[str]:
+        """The objectives that need the model to run on data."""
+        return [name for name, objective in self.objectives.items() if isinstance(objective, TokenObjective)]
 
 
 def pose(spec: StudySpec) -> Problem:
@@ -73,7 +74,7 @@ def pose(spec: StudySpec) -> Problem:
     """
     info = models.inspect(spec.model)
     target = plugins.load("targets", spec.target.plugin, Target)  # type: ignore[type-abstract]
-    objectives = {name: plugins.load("objectives", name, Objective) for name in spec.measured}  # type: ignore[type-abstract]
+    objectives = {name: plugins.load("objectives", name, Objective) for name in spec.measured}
     for name, objective in objectives.items():
         if (rule := objective.refuses(info)) is not None:
             raise SpecError(f"objectives: {name} does not fit model {spec.model.id!r}: {rule}")
@@ -83,7 +84,7 @@ def pose(spec: StudySpec) -> Problem:
     if any(isinstance(o, LatencyObjective) for o in objectives.values()) and (missing := target.unavailable()):
         raise SpecError(f"target.name: {spec.target.name} cannot measure on this machine: {missing}")
     space = build_space(info, spec.space, spec.target.name, target)
-    sampler = samplers.load(spec.sampler.name)
+    sampler = plugins.load("search.samplers", spec.sampler.name, Sampler)  # type: ignore[type-abstract]
     rule = sampler.refuses([len(v.choices) for v in space.variables], len(spec.objectives), spec.sampler.options)
     if rule is not None:
         raise SpecError(f"sampler.name: {spec.sampler.name} cannot search this space: {rule}")
@@ -105,14 +106,14 @@ def make_plan(
     Stages that a former, interrupted run of the study finished are read from the store.
     """
     costs = _costs(problem, store, study_id, executor, observer)
-    stored = store.plan(study_id)
+    stored = store.study(study_id).plan
     if stored:
         return [Proposal.from_json(entry) for entry in stored["proposals"]], costs
     plan = _baselines(problem)
     wanted = problem.spec.sampler.seeds
     if wanted is None:
         wanted = max(0, problem.spec.budget.trials - len(plan)) // 2
-    if wanted and problem.has_quality:
+    if wanted and problem.qualities:
         sensitivities = _sensitivities(problem, store, study_id, executor, observer)
         bound = problem.spec.constraints.get("size_bytes")
         fixed = sum(v.nbytes(v.choices[0]) for v in problem.space.variables)
@@ -126,7 +127,7 @@ def make_plan(
 
 
 def _size(problem: Problem, indices: Sequence[int]) -> float:
-    objective = plugins.load("objectives", "size_bytes", Objective)  # type: ignore[type-abstract]
+    objective = plugins.load("objectives", "size_bytes", Objective)
     assert isinstance(objective, TableObjective)
     return objective.compute(problem.info, problem.space.assignment(indices))
 
@@ -165,9 +166,7 @@ def _sensitivities(
     return table
 
 
-def _costs(
-    problem: Problem, store: Store, study_id: int, executor: Executor, observer: Observer
-) -> CostTable | None:
+def _costs(problem: Problem, store: Store, study_id: int, executor: Executor, observer: Observer) -> CostTable | None:
     if not problem.latencies:
         return None
     if (stored := store.table(study_id, "costs")) is not None:
@@ -194,9 +193,7 @@ def run_job(executor: Executor, job: Job) -> Result:
     return result
 
 
-def run_jobs(
-    executor: Executor, jobs: Sequence[Job], wait: Callable[[], None] = lambda: None
-) -> Iterator[Result]:
+def run_jobs(executor: Executor, jobs: Sequence[Job], wait: Callable[[], None] = lambda: None) -> Iterator[Result]:
     """Run jobs of a stage; yields their results as they come. Raises as `run_job` does."""
     for job in jobs:
         executor.submit(job)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 from autoq import plugins
 from autoq.assignment import Assignment
@@ -136,7 +136,7 @@ def build_space(info: ModelInfo, spec: SpaceSpec, target_name: str, target: Targ
             raise SpecError(f"space.overrides.{index}.match: {override.match!r} matches no searched layer")
     options = {layer.name: _options(layer, _section(layer, spec), target.grid(), refuses) for layer in layers}
     _refuse_unusable(layers, spec, target.grid(), refuses)
-    return SearchSpace(info, tuple(_variables(layers, options, target.fuses, refuses)))
+    return SearchSpace(info, tuple(_variables(layers, options, target.fuses)))
 
 
 def _matches(layer: Layer, patterns: Iterable[str]) -> bool:
@@ -158,11 +158,15 @@ def _granularity(value: int | str) -> PerGroup | PerChannel | PerTensor:
 
 def _grid(section: SpaceSpec | OverrideSpec, default: Grid) -> Grid:
     """The section's axes; one that is left out is the target's."""
-    activations = None if section.activations is None else tuple(None if a == "none" else a for a in section.activations)
+    activations = (
+        None if section.activations is None else tuple(None if a == "none" else a for a in section.activations)
+    )
     return Grid(
         methods=section.methods or default.methods,
         bits=section.bits or default.bits,
-        granularities=tuple(_granularity(v) for v in section.group_size) if section.group_size else default.granularities,
+        granularities=tuple(_granularity(v) for v in section.group_size)
+        if section.group_size
+        else default.granularities,
         zero_points=section.zero_points or default.zero_points,
         activations=activations or default.activations,
     )
@@ -184,41 +188,34 @@ def _options(layer: Layer, section: SpaceSpec | OverrideSpec, default: Grid, ref
     candidates = _candidates(section, default)
     usable = [scheme for scheme in candidates if refuses(layer, scheme) is None]
     if not usable:
-        # The narrowest miss tells most: the rule of the last candidate is as good as any, so the first.
-        rule = refuses(layer, candidates[0]) if candidates else "the grid spans no scheme"
+        shown = "; ".join(f"{scheme} ({refuses(layer, scheme)})" for scheme in candidates[:3])
+        more = f"; and {len(candidates) - 3} more" if len(candidates) > 3 else ""
         raise SchemeRefused(
-            f"space: layer {layer.name} of shape ({layer.out_features}, {layer.in_features}) can run none of "
-            f"{_some(candidates)}: {rule}; exclude it or widen the space"
+            f"space: layer {layer.name} of shape ({layer.out_features}, {layer.in_features}) can run none of: "
+            f"{shown or '(the grid spans no scheme)'}{more}; exclude it or widen the space"
         )
     return usable
 
 
-def _some(schemes: Sequence[Scheme]) -> str:
-    shown = ", ".join(str(scheme) for scheme in schemes[:4])
-    return shown + (f" and {len(schemes) - 4} more" if len(schemes) > 4 else "")
-
-
 def _refuse_unusable(layers: Sequence[Layer], spec: SpaceSpec, default: Grid, refuses: Refusal) -> None:
     """Refuse what a section spells out and no layer of it can run: it would vanish without a word."""
-    for section in (spec, *spec.overrides):
+    sections: list[SpaceSpec | OverrideSpec] = [spec, *spec.overrides]
+    for section in sections:
         own = [layer for layer in layers if _section(layer, spec) is section]
         if not own:
             continue
         candidates = _candidates(section, default)
         usable = {scheme for scheme in candidates if any(refuses(layer, scheme) is None for layer in own)}
-        named: dict[str, Callable[[Scheme], bool]] = {}
-        for text in section.schemes or ():
-            named[f"schemes: {text}"] = lambda scheme, text=text: str(scheme) == text  # type: ignore[misc]
-        for method in section.methods or ():
-            named[f"methods: {method}"] = lambda scheme, method=method: scheme.method == method  # type: ignore[misc]
-        for bits in section.bits or ():
-            named[f"bits: {bits}"] = lambda scheme, bits=bits: getattr(scheme, "bits", None) == bits  # type: ignore[misc]
-        for size in section.group_size or ():
-            wanted = _granularity(size)
-            named[f"group_size: {size}"] = (  # type: ignore[misc]
-                lambda scheme, wanted=wanted: getattr(scheme, "granularity", None) == wanted
-            )
-        for what, asks in named.items():
+        asked: list[tuple[str, Callable[[Scheme], bool]]] = [
+            *((f"schemes: {text}", partial(_is, "", text)) for text in section.schemes or ()),
+            *((f"methods: {method}", partial(_is, "method", method)) for method in section.methods or ()),
+            *((f"bits: {bits}", partial(_is, "bits", bits)) for bits in section.bits or ()),
+            *(
+                (f"group_size: {size}", partial(_is, "granularity", _granularity(size)))
+                for size in section.group_size or ()
+            ),
+        ]
+        for what, asks in asked:
             if any(asks(scheme) for scheme in usable):
                 continue
             scheme = next((scheme for scheme in candidates if asks(scheme)), None)
@@ -230,9 +227,12 @@ def _refuse_unusable(layers: Sequence[Layer], spec: SpaceSpec, default: Grid, re
             )
 
 
-def _variables(
-    layers: Sequence[Layer], options: Mapping[str, Sequence[Scheme]], fuses: bool, refuses: Refusal
-) -> Iterable[Variable]:
+def _is(attribute: str, wanted: object, scheme: Scheme) -> bool:
+    """Whether the scheme has that attribute at that value; its text form for an empty attribute."""
+    return (getattr(scheme, attribute, None) if attribute else str(scheme)) == wanted
+
+
+def _variables(layers: Sequence[Layer], options: Mapping[str, Sequence[Scheme]], fuses: bool) -> Iterable[Variable]:
     groups: dict[str, list[Layer]] = {}
     for layer in layers:
         key = layer.fusion_group if fuses and layer.fusion_group else layer.name

@@ -1,0 +1,32 @@
+"""The store: every study, trial, assignment and measurement, in SQLite or PostgreSQL.
+
+    store = Store.open("autoq.db")
+    study = store.study("smollm2-laptop")
+    for trial in store.frontier(study.id): ...
+
+Only a study's controller writes its trials; everyone else reads.
+"""
+
+from autoq.store.records import (
+    Origin,
+    StudyObjective,
+    StudyRecord,
+    StudyState,
+    StudySummary,
+    TrialError,
+    TrialRecord,
+    TrialState,
+)
+from autoq.store.store import Store
+
+__all__ = [
+    "Origin",
+    "Store",
+    "StudyObjective",
+    "StudyRecord",
+    "StudyState",
+    "StudySummary",
+    "TrialError",
+    "TrialRecord",
+    "TrialState",
+]

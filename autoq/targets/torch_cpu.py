@@ -1,0 +1,160 @@
+"""PyTorch on this machine's CPU: packed int4, int8 and dynamic int8 kernels, timed end to end.
+
+Weights in 4 bits run 4 to 6 times faster at decode than in float32 and no faster at prefill; dynamic
+int8 the other way round. So decode and prefill latency are two objectives with opposite winners, and
+the best mix depends on which of them matters. Which kernel runs which shape: `_torch_cpu_rules`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from autoq import plugins
+from autoq.layer import Layer
+from autoq.measurement import Measurement
+from autoq.scheme import Integer, Keep, PerChannel, PerGroup, Scheme, ZeroPoint
+from autoq.spec import TargetSpec
+from autoq.targets import CostTable, Target
+from autoq.targets._torch_cpu_rules import INT4_GROUPS, kernel_for
+
+if TYPE_CHECKING:
+    from autoq.methods import Grid, QuantizedWeight
+    from autoq.models import LoadedModel
+    from autoq.targets._torch_cpu_assembly import Chooser
+
+_OPERATIONS = ("_weight_int8pack_mm", "_weight_int4pack_mm_for_cpu", "_convert_weight_to_int4pack_for_cpu")
+
+
+class TorchCpu(Target):
+    """PyTorch's CPU kernels."""
+
+    latencies = frozenset({"latency_decode_ms", "latency_prefill_ms"})
+
+    def grid(self) -> Grid:
+        """Every axis that this target runs, for every installed method."""
+        from autoq.methods import Grid
+
+        return Grid(
+            methods=plugins.names("methods"),
+            bits=(4, 8),
+            granularities=(*(PerGroup(size) for size in sorted(INT4_GROUPS)), PerChannel()),
+            zero_points=("integer", "none", "real"),
+            activations=(None, "a8dyn"),
+        )
+
+    def refuses(self, layer: Layer, scheme: Scheme) -> str | None:
+        """See `Target.refuses`."""
+        kernel = kernel_for(layer, scheme)
+        return kernel if isinstance(kernel, str) else None
+
+    def baselines(self) -> Mapping[str, Sequence[Scheme]]:
+        """See `Target.baselines`."""
+
+        def int4(method: str) -> list[Scheme]:
+            zero: ZeroPoint = "real" if method == "hqq" else "integer"
+            grouped = [Integer(method, 4, PerGroup(size), zero) for size in (64, 32, 128, 256)]
+            return [*grouped, Integer(method, 4, PerChannel(), zero)]
+
+        return {
+            "unquantized": [Keep()],
+            "uniform-int8": [Integer("rtn", 8, PerChannel(), "none")],
+            "uniform-int8-a8dyn": [Integer("rtn", 8, PerChannel(), "none", "a8dyn")],
+            "uniform-int4": int4("rtn"),
+            "uniform-int4-hqq": int4("hqq"),
+        }
+
+    def unavailable(self) -> str | None:
+        """See `Target.unavailable`."""
+        import sys
+
+        # Importing it takes seconds, so the operations are asked for only where somebody already did.
+        torch = sys.modules.get("torch")
+        if torch is None:
+            return None if importlib.util.find_spec("torch") else "PyTorch is not installed"
+        missing = [name for name in _OPERATIONS if not hasattr(torch, name)]
+        if missing:
+            return f"PyTorch {torch.__version__} lacks {', '.join(missing)}"
+        if not {"fbgemm", "onednn"} & set(torch.backends.quantized.supported_engines):
+            return f"PyTorch {torch.__version__} has neither fbgemm nor onednn; both need an x86 CPU with AVX2"
+        return None
+
+    def activation(self, scheme: Scheme) -> Any:
+        """See `Target.activation`: for a8dyn, what `linear_dynamic` does to its input."""
+        if not isinstance(scheme, Integer) or scheme.activation is None:
+            return None
+        from autoq.targets._torch_cpu_kernels import dynamic_activation
+
+        return dynamic_activation
+
+    def cost_table(
+        self, model: LoadedModel, choices: Mapping[str, Sequence[QuantizedWeight]], workload: TargetSpec
+    ) -> CostTable:
+        """See `Target.cost_table`. Whatever was swapped into `model` is taken out first.
+
+        Raises `ModelRefused` for a dtype or module without kernels, `SchemeRefused` for a scheme
+        without one, `SpecError` for a prompt longer than the model's positions.
+        """
+        from autoq.targets import _torch_cpu_assembly as assembly
+        from autoq.targets import _torch_cpu_costs as costs
+        from autoq.targets import _torch_cpu_timing as timing
+
+        assembly.check_model(model)
+        model.restore()
+        with timing.threads(workload.threads):
+            return costs.cost_table(model, choices, workload, _engine_for(workload))
+
+    def time(
+        self, model: LoadedModel, weights: Mapping[str, QuantizedWeight], workload: TargetSpec
+    ) -> list[Measurement]:
+        """See `Target.time`. Whatever was swapped into `model` is taken out first.
+
+        Raises as `cost_table` does, and `KernelMismatch`.
+        """
+        from autoq.device import fingerprint, instruction_sets
+        from autoq.targets import _torch_cpu_assembly as assembly
+        from autoq.targets import _torch_cpu_timing as timing
+
+        assembly.check_model(model)
+        model.restore()
+        with timing.threads(workload.threads) as threads:
+            session = timing.Session(model, workload)
+            forwards, kernels = assembly.assemble(model, weights, _engine_for(workload))
+            with assembly.installed(forwards):
+                phases = timing.time_rounds(session)
+        detail = {
+            "kernels": {str(weights[name].scheme): str(kernel) for name, kernel in sorted(kernels.items())},
+            "threads": threads,
+            "isa": " ".join(instruction_sets()),
+            "batch_size": workload.batch_size,
+            "prompt_tokens": workload.prompt_tokens,
+        }
+        return [
+            Measurement(
+                phase,
+                samples.median_ms,
+                "ms",
+                "measured",
+                "report",
+                stderr=samples.stderr_ms,
+                n=len(samples.wall_ms),
+                device=fingerprint(),
+                detail=detail | samples.spread(),
+            )
+            for phase, samples in phases.items()
+        ]
+
+
+def _engine_for(workload: TargetSpec) -> Chooser:
+    import torch
+
+    from autoq.targets._torch_cpu_costs import fastest_engine
+
+    def engine(layer: Layer) -> str:
+        # A head computes the last position only, whatever the prompt's length.
+        prefill = () if layer.kind == "head" else (workload.batch_size * workload.prompt_tokens,)
+        rows = (workload.batch_size, *prefill)
+        return fastest_engine(layer.out_features, layer.in_features, rows, torch.get_num_threads())
+
+    return engine

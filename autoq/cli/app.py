@@ -1,0 +1,108 @@
+"""The application that the commands hang on: errors, exit codes, and the options that many share."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from autoq.errors import AutoQError
+
+INTERRUPTED = 130
+
+
+class _Group(TyperGroup):
+    """The commands in the order of their definition, with every error as one line and an exit code."""
+
+    def main(self, args: Sequence[str] | None = None, *other: Any, **extra: Any) -> NoReturn:
+        """Run a command line (default: this process's own) and exit."""
+        arguments, debug = _take_debug(list(sys.argv[1:] if args is None else args))
+        extra["standalone_mode"] = False
+        try:
+            code = super().main(arguments or ["--help"], *other, **extra)
+            sys.stdout.flush()
+        except AutoQError as problem:
+            _complain(str(problem), debug)
+            sys.exit(problem.exit_code)
+        except typer.TyperException as problem:
+            context = getattr(problem, "ctx", None)
+            hint = f"; see {context.command_path} --help" if context else ""
+            line = " ".join(problem.format_message().replace("Value error, ", "").split())
+            _complain(line.rstrip(".") + hint, debug)
+            sys.exit(problem.exit_code)
+        except typer.Abort:
+            sys.exit(INTERRUPTED)
+        except BrokenPipeError:
+            # Whoever read this has read enough. Python would complain once more when it closes the stream.
+            sys.stdout = None
+            sys.exit(1)
+        except Exception as problem:
+            lines = str(problem).splitlines() or [""]
+            _complain(f"internal error: {type(problem).__name__}: {lines[0]}; --debug shows the traceback", debug)
+            sys.exit(1)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:
+    """The arguments without `--debug`, and whether it was there (what follows `--` is not ours)."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    options = [argument for argument in arguments[:end] if argument != "--debug"]
+    return [*options, *arguments[end:]], len(options) < end
+
+
+def _complain(line: str, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    sys.stderr.write(f"autoq: {line}\n")
+
+
+app = typer.Typer(
+    cls=_Group,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from autoq import __version__
+
+        typer.echo(f"autoq {__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog="Start with: autoq search demo")
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere on the line.")] = False,
+) -> None:
+    """AutoQ finds per-layer quantization assignments that no other assignment beats: smaller, faster, or
+    more accurate, measured on the runtime that you deploy to."""
+
+
+Db = Annotated[
+    str,
+    typer.Option("--db", envvar="AUTOQ_DB", metavar="URL", help="Database: a path (SQLite) or any SQLAlchemy URL."),
+]
+StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="A study's name or id.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+DEFAULT_DB = "autoq.db"
+
+
+def examples(*lines: str) -> str:
+    """An epilog of example command lines, which keeps its line breaks."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def main() -> NoReturn:
+    """The entry point of the `autoq` command."""
+    app()
+    raise AssertionError("the group exits by itself")

@@ -1,0 +1,126 @@
+"""Commands that run a study: search, resume."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from enum import StrEnum
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from autoq.cli.app import DEFAULT_DB, INTERRUPTED, Db, Json, StudyArgument, app, examples
+from autoq.cli.output import open_store, print_frontier
+
+if TYPE_CHECKING:
+    from autoq.store import Store
+
+
+class ExecutorName(StrEnum):
+    """Who evaluates."""
+
+    local = "local"
+    ray = "ray"
+
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only the result and errors.")]
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM do what Ctrl-C does: the study is left resumable. A second one ends at once."""
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, former)
+        raise KeyboardInterrupt
+
+    former = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+def _run(store: Store, study_id: int, db: str, quiet: bool, as_json: bool) -> None:
+    from autoq.display.progress import default_observer
+    from autoq.search.controller import run_study
+    from autoq.search.observer import Observer
+
+    study = store.study(study_id)
+    maximize = frozenset(o.name for o in study.objectives if o.direction == "maximize")
+    try:
+        with _terminable(), contextlib.ExitStack() as stack:
+            observer = Observer() if quiet else stack.enter_context(default_observer(maximize))
+            run_study(store, study_id, observer)
+    except KeyboardInterrupt:
+        where = "" if db == DEFAULT_DB else f" --db {store.url}"
+        sys.stderr.write(f"autoq: interrupted; go on with: autoq resume {study.name}{where}\n")
+        raise typer.Exit(INTERRUPTED) from None
+    print_frontier(store, store.study(study_id), as_json)
+
+
+@app.command(
+    epilog=examples(
+        "autoq search demo",
+        "autoq search studies/my.yaml --trials 200 --name second-try",
+        "autoq search demo --set space.bits=[4,8] --set constraints.size_bytes.max=100MB",
+        "autoq search cluster --executor ray --workers 8 --db postgresql+psycopg://host/autoq",
+    )
+)
+def search(
+    spec: Annotated[str, typer.Argument(metavar="SPEC", help="A YAML file, or a shipped spec by name: demo, …")],
+    db: Db = DEFAULT_DB,
+    executor: Annotated[ExecutorName | None, typer.Option(help="Instead of the spec's workers.executor.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Instead of the spec's workers.count.")] = None,
+    trials: Annotated[int | None, typer.Option(help="Instead of the spec's budget.trials.")] = None,
+    name: Annotated[str | None, typer.Option(help="Instead of the spec's name.")] = None,
+    assign: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a field of the spec; may be repeated."),
+    ] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Run a study here and show its frontier.
+
+    The spec is checked against the model and the target before any weight is loaded. Every finished
+    trial is stored, so an interrupted study goes on with `autoq resume`.
+    """
+    from autoq.spec import load_spec
+
+    changes = [*(assign or ())]
+    changes += [f"workers.executor={executor.value}"] if executor is not None else []
+    changes += [f"workers.count={workers}"] if workers is not None else []
+    changes += [f"budget.trials={trials}"] if trials is not None else []
+    changes += [f"name={json.dumps(name)}"] if name is not None else []
+    wanted = load_spec(spec, changes)
+
+    from autoq.search.controller import create_study
+    from autoq.store import Store
+
+    with Store.open(db) as store:
+        study = create_study(store, wanted)
+        if study.name != wanted.name and not quiet:
+            sys.stderr.write(f"the name {wanted.name} is taken; this study is {study.name}\n")
+        _run(store, study.id, db, quiet, as_json)
+
+
+@app.command(epilog=examples("autoq resume demo", "autoq resume 3 --quiet --json"))
+def resume(study: StudyArgument, db: Db = DEFAULT_DB, quiet: Quiet = False, as_json: Json = False) -> None:
+    """Go on with an interrupted or failed study.
+
+    Nothing that was measured is measured again, and the proposals are those of a run without a break.
+    """
+    with open_store(db) as store:
+        record = store.study(study)
+        if record.state == "finished":
+            sys.stderr.write(f"study {record.name} is finished\n")
+            print_frontier(store, record, as_json)
+            return
+        if record.state == "running":
+            sys.stderr.write(f"study {record.name} did not end properly, or another process still runs it\n")
+        _run(store, record.id, db, quiet, as_json)

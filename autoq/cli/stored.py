@@ -1,0 +1,241 @@
+"""Commands that only read: studies, trials, frontier, pick, diff, what there is, and doctor."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from autoq.cli.app import DEFAULT_DB, Db, Json, StudyArgument, app, examples
+from autoq.cli.output import baselines, document, open_store, pairs, print_frontier, print_json, show
+from autoq.errors import BadInput, NotFound
+
+if TYPE_CHECKING:
+    from autoq.layer import Layer
+    from autoq.store import Store, StudyRecord, TrialRecord
+
+Maximum = Annotated[
+    list[str] | None, typer.Option("--max", metavar="OBJECTIVE=VALUE", help="Upper limit; may be repeated.")
+]
+Minimum = Annotated[
+    list[str] | None, typer.Option("--min", metavar="OBJECTIVE=VALUE", help="Lower limit; may be repeated.")
+]
+
+
+class TrialStateName(StrEnum):
+    """How a trial stands."""
+
+    running = "running"
+    complete = "complete"
+    failed = "failed"
+    duplicate = "duplicate"
+
+
+@app.command(epilog=examples("autoq studies", "autoq studies --json --db runs.db"))
+def studies(db: Db = DEFAULT_DB, as_json: Json = False) -> None:
+    """List the studies of a database."""
+    with open_store(db) as store:
+        found = store.studies()
+    if as_json:
+        print_json({"studies": [summary.to_json() for summary in found]})
+        return
+    from autoq.display import tables
+
+    show(tables.studies(found))
+
+
+@app.command(epilog=examples("autoq trials demo", "autoq trials demo --state failed", "autoq trials demo --limit 10"))
+def trials(
+    study: StudyArgument,
+    db: Db = DEFAULT_DB,
+    state: Annotated[TrialStateName | None, typer.Option(help="Only trials in this state.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many, the first ones.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the trials of a study in the order of their numbers."""
+    with open_store(db) as store:
+        record = store.study(study)
+        states = None if state is None else (state.value,)
+        found = store.trials(record.id, states=states, with_assignments=as_json, limit=limit)  # type: ignore[arg-type]
+    if as_json:
+        print_json(document(record, found))
+        return
+    from autoq.display import tables
+
+    show(tables.trials(record, found, tables.console()))
+
+
+@app.command(
+    epilog=examples("autoq frontier demo", "autoq frontier demo --max size_bytes=120MB", "autoq frontier demo --csv")
+)
+def frontier(
+    study: StudyArgument,
+    db: Db = DEFAULT_DB,
+    maximum: Maximum = None,
+    minimum: Minimum = None,
+    as_json: Json = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")] = False,
+) -> None:
+    """Show the trials that no other one beats.
+
+    Uniform baselines stand beside them, those too that the frontier beats.
+
+    Values are those of the report data where there are any. With limits, only trials within them.
+    """
+    if as_json and as_csv:
+        raise BadInput("give either --json or --csv, not both")
+    with open_store(db) as store:
+        record = store.study(study)
+        print_frontier(store, record, as_json, pairs(maximum or (), "--max"), pairs(minimum or (), "--min"), as_csv)
+
+
+@app.command(
+    epilog=examples(
+        "autoq pick demo --max size_bytes=90MB --best kl_nats_per_token",
+        "autoq pick demo --max latency_decode_ms=12 --json",
+    )
+)
+def pick(
+    study: StudyArgument,
+    db: Db = DEFAULT_DB,
+    maximum: Maximum = None,
+    minimum: Minimum = None,
+    best: Annotated[
+        str | None, typer.Option(metavar="OBJECTIVE", help="What to be best in; default: the study's first objective.")
+    ] = None,
+    as_yaml: Annotated[bool, typer.Option("--yaml", help="Print YAML (the default).")] = False,
+    as_json: Json = False,
+) -> None:
+    """Pick the best trial within limits.
+
+    Prints the frontier's best one, with its measurements and its assignment.
+    """
+    if as_json and as_yaml:
+        raise BadInput("give either --json or --yaml, not both")
+    from autoq.study import pick as choose
+
+    with open_store(db) as store:
+        record = store.study(study)
+        points = store.frontier(record.id)
+        chosen = choose(record, points, pairs(maximum or (), "--max"), pairs(minimum or (), "--min"), best)
+        found = store.trial(record.id, chosen.number).to_json()
+    if as_json:
+        print_json(found)
+        return
+    import yaml
+
+    wanted = ("study", "number", "baseline", "hash", "measurements", "assignment")
+    kept = {key: found[key] for key in wanted if found[key] is not None}
+    for measurement in kept["measurements"].values():
+        del measurement["detail"]
+    sys.stdout.write(yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=1000))
+
+
+def _named_trial(store: Store, study: StudyRecord, text: str) -> TrialRecord:
+    """A trial by its number or by its baseline's name; a duplicate gives the trial that has its values."""
+    if text.isdecimal():
+        trial = store.trial(study.id, int(text))
+    else:
+        named = {trial.baseline: trial.number for trial in baselines(store, study) if trial.baseline}
+        if text not in named:
+            known = ", ".join(sorted(named)) or "(there are none)"
+            raise NotFound(f"study {study.name!r} has no trial {text!r}; give a number, or a baseline: {known}")
+        trial = store.trial(study.id, named[text])
+    return trial if trial.duplicate_of is None else store.trial(study.id, trial.duplicate_of)
+
+
+def _layers(store: Store, study: StudyRecord) -> dict[str, Layer] | None:
+    """The layers' shapes as the study's creation stored them; None for a study without them."""
+    from autoq.layer import Layer
+
+    table = store.table(study.id, "layers")
+    if table is None:
+        return None
+    return {name: Layer(name=name, **{k: v for k, v in facts.items() if k != "name"}) for name, facts in table.items()}
+
+
+@app.command(epilog=examples("autoq diff demo 12 31", "autoq diff demo uniform-int4 31 --json"))
+def diff(
+    study: StudyArgument,
+    a: Annotated[str, typer.Argument(metavar="A", help="A trial's number, or a baseline's name.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The other one.")],
+    db: Db = DEFAULT_DB,
+    as_json: Json = False,
+) -> None:
+    """Show the layers that differ between two trials.
+
+    And what the difference costs in bytes and in every objective.
+    """
+    from autoq.display import diff as display
+
+    with open_store(db) as store:
+        record = store.study(study)
+        left, right = _named_trial(store, record, a), _named_trial(store, record, b)
+        found = display.document(record, left, right, _layers(store, record))
+    if as_json:
+        print_json(found)
+    else:
+        show(display.table(found))
+
+
+def _print_choices(folder: Any, what: str, as_json: bool) -> None:
+    from autoq import plugins
+
+    rows = [(name, plugins.summary(folder, name)) for name in plugins.names(folder)]
+    if folder == "targets":
+        rows = [(name.replace("_", "-"), line) for name, line in rows]
+    if as_json:
+        print_json({f"{what}s": [{"name": name, "summary": line} for name, line in rows]})
+        return
+    from autoq.display import tables
+
+    show(tables.choices(rows, what))
+
+
+@app.command(epilog=examples("autoq methods", "autoq methods --json"))
+def methods(as_json: Json = False) -> None:
+    """List the quantization methods."""
+    _print_choices("methods", "method", as_json)
+
+
+@app.command(epilog=examples("autoq targets"))
+def targets(as_json: Json = False) -> None:
+    """List the deployment runtimes."""
+    _print_choices("targets", "target", as_json)
+
+
+@app.command(epilog=examples("autoq objectives"))
+def objectives(as_json: Json = False) -> None:
+    """List what can be measured."""
+    _print_choices("objectives", "objective", as_json)
+
+
+@app.command(epilog=examples("autoq samplers"))
+def samplers(as_json: Json = False) -> None:
+    """List what can propose assignments."""
+    _print_choices("search.samplers", "sampler", as_json)
+
+
+@app.command(epilog=examples("autoq doctor", "autoq doctor --json"))
+def doctor(db: Db = DEFAULT_DB, as_json: Json = False) -> None:
+    """Show what is installed and usable here.
+
+    Versions, processor, targets, folders, database. Exits with 1 if something must be repaired.
+    """
+    from autoq.doctor import examine
+
+    findings = examine(db)
+    if as_json:
+        print_json({"findings": [vars(finding) for finding in findings]})
+    else:
+        section = ""
+        for finding in findings:
+            if finding.section != section:
+                sys.stdout.write(f"{'' if not section else chr(10)}{finding.section}\n")
+                section = finding.section
+            sign = {True: "ok", None: "--", False: "!!"}[finding.ok]
+            sys.stdout.write(f"  {sign}  {finding.name:<16}  {finding.value}\n")
+    if any(finding.ok is False for finding in findings):
+        raise typer.Exit(1)

@@ -1,0 +1,136 @@
+"""What a frontier says: which points are one and the same, and what the search gained over uniform.
+
+Only numbers that may be compared are compared: the same objective, the same part of the data, both
+measured. A gain is claimed only beyond twice the combined standard error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from autoq.measurement import Measurement
+
+if TYPE_CHECKING:
+    from autoq.store import StudyObjective, TrialRecord
+
+SAME = 0.01  # relative difference below which two values without an error count as equal
+SIZE_SLACK = 1.02  # how much larger than a baseline a point may be and still be set against it
+_COSTS = ("bytes", "ms", "bits/weight")  # units of what is paid; quality has others
+MAX_GAINS = 3
+
+
+def quality_objective(objectives: Sequence[StudyObjective]) -> StudyObjective | None:
+    """The first objective that is neither size nor time."""
+    return next((o for o in objectives if o.unit not in _COSTS), None)
+
+
+def sort_objective(objectives: Sequence[StudyObjective]) -> StudyObjective:
+    """What a frontier is listed by: the first objective that is a size, else the last."""
+    return next((o for o in objectives if o.unit == "bytes"), objectives[-1])
+
+
+def comparable(a: Measurement, b: Measurement) -> bool:
+    """Whether two measurements may stand against each other."""
+    return a.objective == b.objective and a.part == b.part and a.kind == b.kind
+
+
+def _error(a: Measurement, b: Measurement) -> float:
+    return math.hypot(a.stderr or 0.0, b.stderr or 0.0)
+
+
+def told_apart(
+    a: Mapping[str, Measurement], b: Mapping[str, Measurement], objectives: Sequence[StudyObjective]
+) -> bool:
+    """Whether some objective separates two trials, given by their measurements: by more than two
+    combined standard errors where there is an error, by more than 1 % where there is none. Trials with
+    nothing uncertain about them always are told apart."""
+    uncertain = False
+    for objective in objectives:
+        x, y = a.get(objective.name), b.get(objective.name)
+        if x is None or y is None or not comparable(x, y):
+            return True
+        if x.stderr or y.stderr:
+            uncertain = True
+            if abs(x.value - y.value) > 2 * _error(x, y):
+                return True
+        elif abs(x.value - y.value) > SAME * max(abs(x.value), abs(y.value)):
+            return True
+    return not uncertain
+
+
+def twins(trials: Sequence[TrialRecord], objectives: Sequence[StudyObjective]) -> dict[int, int]:
+    """Trial number -> number of the nearest listed trial that it cannot be told apart from."""
+    measured = [trial.best_measurements() for trial in trials]
+    found: dict[int, int] = {}
+    for i, trial in enumerate(trials):
+        by_distance = sorted((j for j in range(len(trials)) if j != i), key=lambda j: abs(i - j))
+        near = next((j for j in by_distance if not told_apart(measured[i], measured[j], objectives)), None)
+        if near is not None:
+            found[trial.number] = trials[near].number
+    return found
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A searched point beside a uniform baseline: `ratios` of each objective, point over baseline."""
+
+    point: TrialRecord
+    baseline: TrialRecord
+    quality: str
+    ratios: dict[str, float]
+
+    def __str__(self) -> str:
+        ours = self.point.best_measurements()[self.quality]
+        theirs = self.baseline.best_measurements()[self.quality]
+        costs = ", ".join(f"{ratio:.2f} × its {name}" for name, ratio in self.ratios.items() if name != self.quality)
+        return (
+            f"trial {self.point.number} against {self.baseline.baseline}: {costs} and "
+            f"{self.ratios[self.quality]:.2f} × its {self.quality} ({ours.value:.4g} against {theirs.value:.4g})"
+        )
+
+
+def gains(
+    frontier: Sequence[TrialRecord], baselines: Sequence[TrialRecord], objectives: Sequence[StudyObjective]
+) -> list[Gain]:
+    """For each quantized uniform baseline the best searched point of its size, where that is better.
+
+    Empty where quality or size is no objective. Best first.
+    """
+    quality = quality_objective(objectives)
+    cost = next((o for o in objectives if o.unit == "bytes"), None)
+    if quality is None or cost is None or quality.direction != "minimize":
+        return []
+    searched = [trial for trial in frontier if trial.baseline is None]
+    found = []
+    for baseline in baselines:
+        theirs = baseline.best_measurements()
+        if quality.name not in theirs or cost.name not in theirs or theirs[quality.name].value <= 0:
+            continue
+        best: TrialRecord | None = None
+        for trial in searched:
+            ours = trial.best_measurements()
+            if ours[cost.name].value > SIZE_SLACK * theirs[cost.name].value:
+                continue
+            if not comparable(ours[quality.name], theirs[quality.name]):
+                continue
+            if best is None or ours[quality.name].value < best.best_measurements()[quality.name].value:
+                best = trial
+        if best is None:
+            continue
+        ours = best.best_measurements()
+        margin = 2 * _error(ours[quality.name], theirs[quality.name])
+        if ours[quality.name].value + margin < theirs[quality.name].value:
+            ratios = {
+                o.name: ours[o.name].value / theirs[o.name].value
+                for o in objectives
+                if o.name in ours
+                and o.name in theirs
+                and theirs[o.name].value
+                and comparable(ours[o.name], theirs[o.name])
+            }
+            found.append(Gain(best, baseline, quality.name, ratios))
+    found.sort(key=lambda gain: gain.ratios[gain.quality])
+    return found[:MAX_GAINS]

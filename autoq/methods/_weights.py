@@ -1,0 +1,205 @@
+"""What methods give back: one class per kind of scheme, holding exactly the tensors that ship."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from autoq.errors import SchemeRefused
+from autoq.methods import QuantizedWeight
+from autoq.methods._packing import pack_rows, unpack_rows
+from autoq.scheme import Codebook, Granularity, Integer, Keep, PerGroup, PerTensor, Scheme
+
+# Elements per block of rows: a block's float32 temporaries stay in a core's cache.
+BLOCK_ELEMENTS = 1 << 18
+
+
+def row_blocks(rows: int, columns: int) -> Iterator[slice]:
+    """Slices of whole rows that cover `rows`, of about `BLOCK_ELEMENTS` elements each."""
+    step = max(1, BLOCK_ELEMENTS // columns)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def grid_shape(granularity: Granularity, shape: tuple[int, int]) -> tuple[int, int]:
+    """(rows, groups per row) of the parameters that ship for a weight of `shape` (out, in)."""
+    if isinstance(granularity, PerTensor):
+        return 1, 1
+    return shape[0], shape[1] // granularity.size if isinstance(granularity, PerGroup) else 1
+
+
+def to_dtype(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """`values` float32 rounded to `dtype`; what lies beyond its range becomes its largest number."""
+    limit = torch.finfo(dtype).max
+    return values.clamp_(-limit, limit).to(dtype)
+
+
+def _saturates(peak: float, dtype: torch.dtype) -> bool:
+    """Whether numbers up to `peak` might not fit `dtype`. NaN and infinity count as not fitting."""
+    return not peak < torch.finfo(dtype).max / 2
+
+
+@dataclass(frozen=True)
+class KeptWeight(QuantizedWeight):
+    """The weight itself. `tensors`: `weight` (out, in) in the dtype it came in."""
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.tensors["weight"].to(dtype)
+
+
+@dataclass(frozen=True)
+class IntegerWeight(QuantizedWeight):
+    """Uniform levels: weight = (code - zero) * scale.
+
+    `tensors`: `codes` (out, ceil(in*bits/8)) uint8, a bit stream per row; `scales` (rows, groups)
+    bfloat16; `zeros`, packed like the codes if integer, (rows, groups) bfloat16 if real, absent if
+    symmetric. Codes are unsigned; a symmetric code has its zero at 2**(bits-1). One scale for the
+    whole tensor has rows = groups = 1.
+    """
+
+    @classmethod
+    def of(
+        cls, scheme: Integer, codes: Tensor, scales: Tensor, zeros: Tensor | None = None
+    ) -> IntegerWeight:
+        """Pack `codes` (out, in) uint8, `scales` and `zeros` (rows, groups) in code units.
+
+        Scales and real zeros must already be bfloat16 numbers and integer zeros codes, whatever dtype
+        carries them: packing rounds nothing.
+        """
+        shape = (codes.shape[0], codes.shape[1])
+        assert scales.shape == grid_shape(scheme.granularity, shape), (scheme, shape, scales.shape)
+        tensors = {"codes": pack_rows(codes, scheme.bits), "scales": _exactly_bfloat16(scales)}
+        if scheme.zero != "none":
+            assert zeros is not None and zeros.shape == scales.shape, scheme
+            real = scheme.zero == "real"
+            tensors["zeros"] = _exactly_bfloat16(zeros) if real else pack_rows(zeros.to(torch.uint8), scheme.bits)
+        return cls(scheme, shape, tensors)
+
+    def codes(self) -> Tensor:
+        """The codes, (out, in) uint8, in 0 … 2**bits - 1."""
+        return unpack_rows(self.tensors["codes"], self._integer.bits, self.shape[1])
+
+    def scales(self) -> Tensor:
+        """The step of each group, (out, groups) float32, in units of the weight."""
+        return self._per_row(self.tensors["scales"].float())
+
+    def zeros(self) -> Tensor:
+        """The code, maybe fractional, that stands for zero in each group, (out, groups) float32."""
+        return self._per_row(self._zeros())
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        scheme, (rows, columns) = self._integer, self.shape
+        scales, zeros = self.scales()[:, :, None], self.zeros()[:, :, None]
+        codes = self.codes()
+        peak = scales.abs().max().item() * (2**scheme.bits + zeros.abs().max().item())
+        saturate = _saturates(peak, dtype)
+        result = torch.empty(self.shape, dtype=dtype)
+        for block in row_blocks(rows, columns):
+            grouped = codes[block].view(-1, scales.shape[1], columns // scales.shape[1])
+            values = grouped.to(torch.float32).sub_(zeros[block]).mul_(scales[block]).view(-1, columns)
+            result[block] = to_dtype(values, dtype) if saturate else values
+        return result
+
+    @property
+    def _integer(self) -> Integer:
+        assert isinstance(self.scheme, Integer)
+        return self.scheme
+
+    def _zeros(self) -> Tensor:
+        scheme = self._integer
+        if scheme.zero == "none":
+            return torch.full(self.tensors["scales"].shape, float(2 ** (scheme.bits - 1)))
+        if scheme.zero == "real":
+            return self.tensors["zeros"].float()
+        return unpack_rows(self.tensors["zeros"], scheme.bits, self.tensors["scales"].shape[1]).float()
+
+    def _per_row(self, parameters: Tensor) -> Tensor:
+        return parameters.expand(self.shape[0], parameters.shape[1])
+
+
+@dataclass(frozen=True)
+class CodebookWeight(QuantizedWeight):
+    """Free levels: weight = centroid[code].
+
+    `tensors`: `codes` (out, ceil(in*bits/8)) uint8, a bit stream per row; `codebook`
+    (rows, groups, 2**bits) bfloat16, ascending. One book for the whole tensor has rows = groups = 1.
+    """
+
+    @classmethod
+    def of(cls, scheme: Codebook, codes: Tensor, codebook: Tensor) -> CodebookWeight:
+        """Pack `codes` (out, in) uint8 and `codebook` (rows, groups, 2**bits) of bfloat16 numbers."""
+        shape = (codes.shape[0], codes.shape[1])
+        assert codebook.shape == (*grid_shape(scheme.granularity, shape), 2**scheme.bits), (scheme, codebook.shape)
+        return cls(
+            scheme, shape, {"codes": pack_rows(codes, scheme.bits), "codebook": _exactly_bfloat16(codebook)}
+        )
+
+    def codes(self) -> Tensor:
+        """The codes, (out, in) uint8, in 0 … 2**bits - 1."""
+        assert isinstance(self.scheme, Codebook)
+        return unpack_rows(self.tensors["codes"], self.scheme.bits, self.shape[1])
+
+    def codebook(self) -> Tensor:
+        """The centroids of each group, (out, groups, 2**bits) float32, in units of the weight."""
+        books = self.tensors["codebook"].float()
+        return books.expand(self.shape[0], *books.shape[1:])
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        stored = self.tensors["codebook"]
+        # Rounding the few centroids is rounding every weight that they stand for.
+        books = to_dtype(stored.float(), dtype)
+        rows, columns = self.shape
+        groups, levels = books.shape[1:]
+        codes = self.codes()
+        result = torch.empty(self.shape, dtype=dtype)
+        for block in row_blocks(rows, columns):
+            index = codes[block].to(torch.int32)
+            flat = books.view(-1)
+            if stored.shape[0] > 1:
+                flat = books[block].reshape(-1)
+                first = torch.arange(0, len(flat), levels, dtype=torch.int32).view(-1, groups, 1)
+                index = (index.view(-1, groups, columns // groups) + first).view(-1, columns)
+            result[block] = flat.index_select(0, index.view(-1)).view(-1, columns)
+        return result
+
+
+def restore(scheme: Scheme, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> QuantizedWeight:
+    """The quantized weight that stored `tensors` belong to: the inverse of `.tensors`.
+
+    Raises `SchemeRefused` where the tensors are not those of `scheme` at this shape, so that what
+    comes from outside never reaches an assertion.
+    """
+    expected = expected_tensors(scheme, shape, tensors["weight"].dtype if "weight" in tensors else torch.float32)
+    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    if found != expected:
+        raise SchemeRefused(f"tensors {found} are not those of {scheme} for shape {shape}, which are {expected}")
+    kind = {Keep: KeptWeight, Integer: IntegerWeight, Codebook: CodebookWeight}[type(scheme)]
+    return kind(scheme, shape, tensors)
+
+
+def expected_tensors(
+    scheme: Scheme, shape: tuple[int, int], kept: torch.dtype
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Name -> (shape, dtype) of the tensors that ship for a weight of `shape`; `kept` is `keep`'s dtype."""
+    if isinstance(scheme, Keep):
+        return {"weight": (shape, kept)}
+    rows, groups = grid_shape(scheme.granularity, shape)
+    codes = ((shape[0], math.ceil(shape[1] * scheme.bits / 8)), torch.uint8)
+    if isinstance(scheme, Codebook):
+        return {"codes": codes, "codebook": ((rows, groups, 2**scheme.bits), torch.bfloat16)}
+    parameters = ((rows, groups), torch.bfloat16)
+    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"codes": codes, "scales": parameters}
+    if scheme.zero == "real":
+        tensors["zeros"] = parameters
+    elif scheme.zero == "integer":
+        tensors["zeros"] = ((rows, math.ceil(groups * scheme.bits / 8)), torch.uint8)
+    return tensors
+
+
+def _exactly_bfloat16(parameters: Tensor) -> Tensor:
+    stored = parameters.to(torch.bfloat16).contiguous()
+    assert torch.equal(stored.to(parameters.dtype), parameters), "parameters must be rounded before codes are chosen"
+    return stored

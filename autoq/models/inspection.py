@@ -1,0 +1,304 @@
+"""A model's skeleton, found by structure: no weights are read and no architecture is known by name.
+
+The architecture is built from its config without storage. Layers are modules of the kinds that hold
+one weight matrix. Which of them run together is seen, not guessed: a short forward pass records which
+tensor object each linear reads, and linears of one parent module that read the very same object are a
+fusion group (q/k/v, gate/up, but never a decoder's q with the k and v that read the encoder). Layers
+that this pass does not reach (a vision tower) are left alone and counted with everything else.
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers.models.auto import modeling_auto
+from transformers.pytorch_utils import Conv1D
+
+from autoq.errors import ModelRefused
+from autoq.layer import Layer, LayerKind, ModelInfo, Task
+from autoq.models import conversion
+from autoq.models.quiet import quiet
+from autoq.spec import ModelSpec
+
+_PROBE_TOKENS = 8
+
+# A class may stand in several tables (BART's in masked and seq2seq): the first one counts.
+_TASKS: tuple[tuple[Task, str], ...] = (
+    ("seq2seq", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"),
+    ("causal", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
+    ("masked", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
+    ("encoder", "MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES"),
+    ("encoder", "MODEL_MAPPING_NAMES"),
+)
+
+
+def inspect(spec: ModelSpec) -> ModelInfo:
+    """The model's layers, fusion groups and bytes.
+
+    Reads the config and the names of the stored tensors. A model on the hub is downloaded first, a
+    GGUF file or a demo model converted, once. Raises `ModelRefused` with one line for what cannot be
+    used.
+    """
+    with quiet():
+        folder = conversion.safetensors_folder(spec)
+        return skeleton(spec, folder, read_config(spec, folder))
+
+
+def read_config(spec: ModelSpec, folder: Path) -> Any:
+    """The transformers config in a checked folder. Raises `ModelRefused`."""
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as problem:
+        # transformers raises whatever its own parsing runs into; for the user it is one thing.
+        raise ModelRefused(f"model {spec.id!r}: config.json is not usable: {_line(problem)}") from problem
+
+
+def architecture(spec: ModelSpec, config: Any) -> tuple[Any, Task]:
+    """The transformers class that the config names, and what it does. Raises `ModelRefused`."""
+    named = (config.architectures or [None])[0]
+    for task, table in _TASKS:
+        known = getattr(modeling_auto, table).get(config.model_type, ())
+        if named in ((known,) if isinstance(known, str) else known):
+            if task == "encoder" and config.is_encoder_decoder:
+                break
+            return getattr(transformers, named), task
+    raise ModelRefused(
+        f"model {spec.id!r}: architecture {named!r} of model type {config.model_type!r} is not one of "
+        "causal, masked or seq2seq language model or text encoder"
+    )
+
+
+def attention(model_class: Any) -> str:
+    """The attention implementation to run: PyTorch's fused one where the architecture allows it."""
+    return "sdpa" if model_class._supports_sdpa else "eager"
+
+
+def build(spec: ModelSpec, folder: Path, config: Any) -> tuple[nn.Module, Task]:
+    """The architecture on the meta device (shapes without storage) in the spec's dtype, tied as loaded."""
+    model_class, task = architecture(spec, config)
+    try:
+        with torch.device("meta"):
+            model = model_class._from_config(
+                copy.deepcopy(config),
+                dtype=getattr(torch, spec.dtype),
+                attn_implementation=attention(model_class),
+                # Grouped kernels for experts refuse the tensors without strides that the probe uses.
+                experts_implementation="eager",
+            )
+        model.tie_weights()
+    except Exception as problem:
+        raise ModelRefused(f"model {spec.id!r}: {model_class.__name__} cannot be built: {_line(problem)}") from problem
+    if task == "seq2seq" and getattr(config, "decoder_start_token_id", None) is None:
+        raise ModelRefused(f"model {spec.id!r}: config.json has no decoder_start_token_id")
+    _untie(spec, model, folder)
+    return model.eval(), task
+
+
+def _untie(spec: ModelSpec, model: Any, folder: Path) -> None:
+    """Take apart what the config ties although the checkpoint has it twice, with different values.
+
+    transformers does so too when it loads (T5 v1.1 and Flan have a head of their own, and its T5 is
+    always tied by config). Equal copies stay tied.
+    """
+    for target, source in model.all_tied_weights_keys.items():
+        if not conversion.are_equal(spec.id, folder, target, source):
+            owner, _, attribute = target.rpartition(".")
+            tied = model.get_parameter(target)
+            setattr(model.get_submodule(owner), attribute, nn.Parameter(torch.empty_like(tied), requires_grad=False))
+
+
+def skeleton(spec: ModelSpec, folder: Path, config: Any) -> ModelInfo:
+    """What `inspect` gives, from a checked folder and its config."""
+    model, task = build(spec, folder, config)
+    names = _weight_holders(model)
+    # Ties, sizes and the head are read off before the probe, which takes the meta tensors away.
+    weights = {name: _module(model, name).weight for name in names}
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    shared: dict[int, list[str]] = collections.defaultdict(list)
+    for name in names:
+        shared[id(weights[name])].append(name)
+    stored = {id(tensor): (name, tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    text = config.get_text_config()
+    max_positions = _max_positions(model, text)
+    inputs = _probe(spec, model, names, task)
+
+    layers = []
+    groups = _fusion_groups(model, names, inputs, head)
+    blocks = _blocks(model)
+    for key, holders in shared.items():
+        if not any(inputs[name] for name in holders):
+            continue
+        name = next((name for name in holders if _module(model, name) is head), holders[0])
+        module = _module(model, name)
+        kind = _kind(module, head)
+        shape = tuple(weights[name].shape)
+        layers.append(
+            Layer(
+                name=name,
+                kind=kind,
+                out_features=shape[1] if kind == "conv1d" else shape[0],
+                in_features=shape[0] if kind == "conv1d" else shape[1],
+                dtype_bytes=getattr(torch, spec.dtype).itemsize,
+                has_bias=getattr(module, "bias", None) is not None,
+                tied=tuple(other for other in holders if other != name),
+                fusion_group=groups.get(name),
+                block=_block(name, blocks),
+            )
+        )
+        del stored[key]
+    order = {name: index for index, name in enumerate(names)}
+    layers.sort(key=lambda layer: order[layer.name])
+    _refuse_mixed_dtypes(spec, model, layers)
+    return ModelInfo(
+        architecture=type(model).__name__,
+        task=task,
+        dtype=spec.dtype,
+        vocab_size=text.vocab_size,
+        max_positions=max_positions,
+        layers=tuple(layers),
+        other_bytes=sum(_nbytes(spec, model, name, tensor) for name, tensor in stored.values()),
+    )
+
+
+def _weight_holders(model: nn.Module) -> list[str]:
+    """Names of all modules that hold one weight matrix, in the model's order."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D | nn.Embedding)]
+
+
+def _module(model: nn.Module, name: str) -> Any:
+    return model.get_submodule(name)
+
+
+def _kind(module: nn.Module, head: nn.Module | None) -> LayerKind:
+    if module is head:
+        return "head"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    return "conv1d" if isinstance(module, Conv1D) else "linear"
+
+
+class _ZeroLinear(TorchFunctionMode):
+    """Every `F.linear` within gives zeros of the right shape."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear:
+            x, weight = args[:2]
+            return x.new_zeros(*x.shape[:-1], weight.shape[0])
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def _probe(spec: ModelSpec, model: nn.Module, names: Iterable[str], task: Task) -> dict[str, list[Tensor]]:
+    """Run a few tokens through the model and give back what each layer read, call by call.
+
+    The model is taken over: its tensors become zeros that share one number each, and linear maps give
+    zeros without multiplying, so a model of any size takes about a second and next to no memory. Real
+    storage, unlike the meta device, answers models that look at values. The tensors are kept, so that
+    equal identity means the same tensor.
+    """
+    model._apply(lambda tensor: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape))  # type: ignore[no-untyped-call]
+    inputs: dict[str, list[Tensor]] = {name: [] for name in names}
+    for name in names:
+        _module(model, name).register_forward_pre_hook(lambda _, args, name=name: inputs[name].append(args[0]))
+    tokens = torch.zeros(1, _PROBE_TOKENS, dtype=torch.int64)
+    arguments = {"input_ids": tokens}
+    if task == "seq2seq":
+        arguments["decoder_input_ids"] = tokens
+    try:
+        with _ZeroLinear():
+            model(**arguments)
+    except Exception as problem:
+        raise ModelRefused(
+            f"model {spec.id!r}: {type(model).__name__} does not run on token ids alone: {_line(problem)}"
+        ) from problem
+    return inputs
+
+
+def _fusion_groups(
+    model: nn.Module, names: Iterable[str], inputs: dict[str, list[Tensor]], head: nn.Module | None
+) -> dict[str, str]:
+    """Layer name -> group name, for linears that share parent module and inputs with another."""
+    members: dict[tuple[str, tuple[int, ...]], list[str]] = collections.defaultdict(list)
+    for name in names:
+        module = _module(model, name)
+        if inputs[name] and module is not head and not isinstance(module, nn.Embedding):
+            members[name.rpartition(".")[0], tuple(map(id, inputs[name]))].append(name)
+    groups = {}
+    for (parent, _), together in members.items():
+        if len(together) > 1:
+            group = f"{parent}.{'+'.join(name.rpartition('.')[2] for name in together)}"
+            groups.update(dict.fromkeys(together, group.removeprefix(".")))
+    return groups
+
+
+def _blocks(model: nn.Module) -> dict[str, int]:
+    """Each outermost module list's name and the number of its first block; encoder before decoder."""
+    first: dict[str, int] = {}
+    count = 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in first):
+            first[name] = count
+            count += len(module)
+    return first
+
+
+def _block(name: str, blocks: dict[str, int]) -> int | None:
+    for outer, first in blocks.items():
+        if name.startswith(f"{outer}."):
+            return first + int(name.removeprefix(f"{outer}.").partition(".")[0])
+    return None
+
+
+def _max_positions(model: nn.Module, text: Any) -> int | None:
+    """The longest input in tokens, or None for a model without a limit (T5).
+
+    A learned table whose rows up to the padding row are not positions (RoBERTa's) is that much shorter.
+    """
+    limit = getattr(text, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1:
+        return None
+    inputs = model.get_input_embeddings()  # type: ignore[operator]
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module is not inputs and module.num_embeddings == limit:
+            return limit if module.padding_idx is None else limit - module.padding_idx - 1
+    return limit
+
+
+def float32_patterns(model: Any, dtype: str) -> set[str]:
+    """Name patterns of the parameters that transformers keeps in float32 under `dtype`."""
+    kept = set(model._keep_in_fp32_modules_strict or ()) if dtype != "float32" else set()
+    return kept | set(model._keep_in_fp32_modules or ()) if dtype == "float16" else kept
+
+
+def _kept_in_float32(model: Any, dtype: str, name: str) -> bool:
+    patterns = (re.escape(pattern).replace(r"\*", ".*") for pattern in float32_patterns(model, dtype))
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _refuse_mixed_dtypes(spec: ModelSpec, model: nn.Module, layers: Iterable[Layer]) -> None:
+    for layer in layers:
+        if _kept_in_float32(model, spec.dtype, f"{layer.name}.weight"):
+            raise ModelRefused(
+                f"model {spec.id!r}: {type(model).__name__} keeps {layer.name} in float32 where the rest is "
+                f"{spec.dtype}; choose model.dtype {'bfloat16 or ' if spec.dtype == 'float16' else ''}float32"
+            )
+
+
+def _nbytes(spec: ModelSpec, model: nn.Module, name: str, tensor: Tensor) -> int:
+    """Bytes of a stored tensor that is no layer: floats in the spec's dtype, others as they are."""
+    if not tensor.is_floating_point():
+        return tensor.numel() * tensor.element_size()
+    return tensor.numel() * (4 if _kept_in_float32(model, spec.dtype, name) else getattr(torch, spec.dtype).itemsize)
+
+
+def _line(problem: BaseException) -> str:
+    return str(problem).partition("\n")[0] or type(problem).__name__

@@ -1,0 +1,292 @@
+"""Asking Optuna for proposals and telling it results, with all that lasts kept elsewhere.
+
+The Optuna study lives in memory; the truth is the store's rows, from which `AskTell.restore` builds it
+again. A proposal depends only on the trials told so far, their persisted attributes, the seed and the
+trial's number: for every trial a fresh sampler is made from (seed, number), and what samplers
+remember beyond trials (a trial's generation, a generation's parents, the next quasi-random point) is
+in `attrs` and `study_attrs`, which the store keeps. So a resumed study goes on exactly as the
+uninterrupted one would have.
+
+A parameter is an integer from 0 to n-1, the index into choices that are sorted by bytes, and not a
+category. On an additive toy of this tool's shape (KL falling with bits, bytes rising; hypervolume gained
+over random search) TPE and the Gaussian process gain much from the order, while uniform crossover
+makes it the same to NSGA-II; `benchmarks/controller_overhead.py` prints the comparison.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import optuna
+from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.samplers import BaseGASampler, BaseSampler
+from optuna.storages import InMemoryStorage
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from autoq import plugins
+from autoq.errors import BadInput
+from autoq.objectives import Direction
+from autoq.search.samplers import Sampler, Value
+
+State = Literal["running", "complete", "failed"]
+
+# Above this many assignments a study cannot run out of them, so they are not counted.
+COUNTED_ASSIGNMENTS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Row:
+    """A stored trial as the sampler needs it: choice indices, state, results and attributes.
+
+    `values` has one entry per objective where `state` is complete, else it is None; `constraints` has
+    one per constraint (at most 0 where it holds). `attrs` is what `AskTell.attrs` gave.
+    """
+
+    number: int
+    indices: Sequence[int]
+    state: State
+    values: Sequence[float] | None = None
+    constraints: Sequence[float] = ()
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+
+
+class AskTell:
+    """Proposes choice indices for a fixed list of parameters and learns from results.
+
+    Trials are numbered 0, 1, 2 …, in the order in which they are asked for; an `ask` or `ask_fixed`
+    whose trial was not stored is asked for again after `restore`. Not safe for use by several threads.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[tuple[str, int]],
+        directions: Sequence[Direction],
+        sampler: str,
+        seed: int,
+        options: Mapping[str, Value] | None = None,
+        n_constraints: int = 0,
+        n_startup: int = 0,
+    ) -> None:
+        """`parameters` are names with their numbers of choices; `n_startup` counts baselines and seeds.
+
+        Raises `UnknownName` for a sampler that does not exist and `BadInput` where it refuses the
+        space or the options.
+        """
+        plugin = plugins.load("search.samplers", sampler, Sampler)  # type: ignore[type-abstract]
+        options = dict(options or {})
+        assert all(n >= 1 for _, n in parameters), parameters
+        assert len({name for name, _ in parameters}) == len(parameters), "a parameter is named twice"
+        if reason := plugin.refuses([n for _, n in parameters], len(directions), options):
+            raise BadInput(f"sampler {sampler!r}: {reason}")
+        self._names = [name for name, _ in parameters]
+        self._sizes = [n for _, n in parameters]
+        self._n_constraints = n_constraints
+        self._distributions = _Shared({name: _Index(0, n - 1) for name, n in parameters})
+        size = math.prod(self._sizes)
+        self._size = size if size <= COUNTED_ASSIGNMENTS else None
+        self._proposed: set[tuple[int, ...]] = set()
+        space = {name: self._distributions[name] for name, n in parameters if n > 1}
+        self._proposer = _Proposer(plugin, seed, n_startup, options, space)
+        self._storage = InMemoryStorage()
+        with _quiet():
+            self._study = optuna.create_study(
+                storage=self._storage, sampler=self._proposer, directions=list(directions), study_name="study"
+            )
+        self._study_id = self._storage.get_study_id_from_name("study")
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether every assignment of the space has been proposed, whatever came of it."""
+        return self._size is not None and len(self._proposed) >= self._size
+
+    def ask(self, number: int) -> list[int] | None:
+        """The choice index of every parameter for trial `number`; None if the space is exhausted.
+
+        Samplers other than `exhaustive` may propose what has been proposed before.
+        """
+        return None if self.exhausted else self._ask(number, None)
+
+    def ask_fixed(self, number: int, indices: Sequence[int]) -> None:
+        """Make trial `number` the given choices (a baseline, a seed), as if they had been proposed."""
+        self._ask(number, self._choices(indices))
+
+    def _ask(self, number: int, fixed: dict[str, int] | None) -> list[int]:
+        assert number == self._count(), f"trial {number} is asked for and {self._count()} is next"
+        self._proposer.fixed = fixed
+        with _quiet():
+            trial = self._study.ask(self._distributions)
+        assert trial.number == number
+        chosen = trial.params
+        proposal = [int(chosen[name]) for name in self._names]
+        self._remember(proposal)
+        return proposal
+
+    def tell(self, number: int, values: Sequence[float] | None, constraints: Sequence[float] = ()) -> None:
+        """The result of trial `number`: values in the order of the directions, or None if it failed.
+
+        A constraint holds where it is at most 0. Values may be infinite but not NaN.
+        """
+        if values is None:
+            with _quiet():
+                self._study.tell(number, state=TrialState.FAIL)
+            return
+        self._check(values, constraints)
+        trial = optuna.Trial(self._study, number)
+        for i, value in enumerate(constraints):
+            trial.set_constraint(str(i), float(value))
+        with _quiet():
+            self._study.tell(number, [float(value) for value in values])
+
+    def attrs(self, number: int) -> dict[str, Any]:
+        """What the sampler remembers of trial `number`, as JSON-able data; complete once it is asked."""
+        attributes = self._storage.get_trial_system_attrs(number)
+        # Constraints and parameters have columns of their own in the store.
+        return {
+            k: v for k, v in attributes.items() if not k.startswith("constraints:") and ":relative_params:" not in k
+        }
+
+    def study_attrs(self) -> dict[str, Any]:
+        """What the sampler remembers of the study, as JSON-able data; may change with every `ask`.
+
+        Of the parents of a genetic sampler's generations only the last two are ever used again.
+        """
+        attributes = dict(self._storage.get_study_system_attrs(self._study_id))
+        parents = [key for key in attributes if ":parent:" in key]
+        parents.sort(key=lambda key: int(key.rpartition(":")[2]))
+        for key in parents[:-2]:
+            del attributes[key]
+        return attributes
+
+    def restore(self, rows: Iterable[Row], study_attrs: Mapping[str, Any]) -> None:
+        """Bring back a study from its stored rows, ordered by number without gaps, and attributes.
+
+        Running rows count as pending. Only allowed before the first `ask`.
+        """
+        assert self._count() == 0, "restore comes first"
+        with _quiet():
+            for key, value in study_attrs.items():
+                self._storage.set_study_system_attr(self._study_id, key, value)
+            for row in rows:
+                assert row.number == self._count(), f"row {row.number} is given and {self._count()} is next"
+                self._storage.create_new_trial(self._study_id, template_trial=self._trial(row))
+                self._remember(row.indices)
+
+    def _trial(self, row: Row) -> FrozenTrial:
+        complete = row.state == "complete"
+        assert complete == (row.values is not None), row
+        if row.values is not None:
+            self._check(row.values, row.constraints)
+        trial = create_trial(
+            state={"running": TrialState.RUNNING, "complete": TrialState.COMPLETE, "failed": TrialState.FAIL}[
+                row.state
+            ],
+            values=row.values,
+            system_attrs=dict(row.attrs),
+            constraints={str(i): float(v) for i, v in enumerate(row.constraints)} if complete else None,
+        )
+        # Set afterwards: `create_trial` would copy and check every range for every trial.
+        trial.params = self._choices(row.indices)
+        trial.distributions = self._distributions
+        return trial
+
+    def _choices(self, indices: Sequence[int]) -> _Shared:
+        assert all(0 <= i < n for i, n in zip(indices, self._sizes, strict=True)), indices
+        return _Shared(zip(self._names, map(int, indices), strict=True))
+
+    def _check(self, values: Sequence[float], constraints: Sequence[float]) -> None:
+        assert len(values) == len(self._study.directions), values
+        assert len(constraints) == self._n_constraints, constraints
+        assert not any(math.isnan(x) for x in (*values, *constraints)), (values, constraints)
+
+    def _count(self) -> int:
+        return self._storage.get_n_trials(self._study_id)
+
+    def _remember(self, indices: Sequence[int]) -> None:
+        if self._size is not None:
+            self._proposed.add(tuple(indices))
+
+
+class _Index(IntDistribution):
+    """The range of a parameter, shared by all trials: it never changes, so a copy is itself.
+
+    Optuna copies trials deeply as they come and go; 210 ranges a trial would take longer than all else.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Index:
+        return self
+
+
+class _Shared(dict[str, Any]):
+    """Ranges or choices of a restored trial, of which a copy is itself for the same reason.
+
+    Optuna's storage in memory never writes to a trial's dictionaries; it replaces them.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
+        return self
+
+
+class _Proposer(BaseSampler):
+    """Delegates every trial to a sampler made for it, over a space that is known beforehand.
+
+    A fresh sampler would work out the space from all trials. Nothing else of Optuna's protocol is
+    delegated: before and after a trial, samplers only handle what AutoQ does not use.
+    """
+
+    def __init__(
+        self,
+        plugin: Sampler,
+        seed: int,
+        n_startup: int,
+        options: Mapping[str, Value],
+        space: dict[str, BaseDistribution],
+    ) -> None:
+        self._plugin = plugin
+        self._seed = seed
+        self._n_startup = n_startup
+        self._options = options
+        self._space = space
+        self.fixed: dict[str, int] | None = None
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self._space
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        if not search_space:
+            return {}
+        sampler = self._plugin.make(self._seed, trial.number, self._n_startup, self._options)
+        if self.fixed is not None:
+            if isinstance(sampler, BaseGASampler):
+                # Without a generation a trial would never be a parent.
+                sampler.get_trial_generation(study, trial)
+            return {name: self.fixed[name] for name in search_space}
+        proposal = sampler.sample_relative(study, trial, search_space)
+        return {
+            name: proposal[name] if name in proposal else sampler.sample_independent(study, trial, name, distribution)
+            for name, distribution in search_space.items()
+        }
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        raise AssertionError(f"parameter {param_name!r} is not part of the space")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Optuna's log and warnings: they speak of its interfaces, which no user of AutoQ sees."""
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        optuna.logging.set_verbosity(verbosity)

@@ -1,0 +1,251 @@
+"""Connections: one database behind a URL, short transactions, and errors in one line.
+
+SQLite runs in WAL mode, so readers never wait, with `synchronous=FULL`: a commit is on the disk before
+it returns (https://sqlite.org/pragma.html#pragma_synchronous). That is one fsync for a trial that took
+seconds, and it makes a result survive the loss of the machine and not only of the process. Writers take
+the write lock when they begin (BEGIN IMMEDIATE): a transaction that reads first and then asks for the
+lock can fail at once, without waiting (https://sqlite.org/lang_transaction.html).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import exc
+
+from autoq.errors import BadInput, NotFound, StoreError
+from autoq.store.models import SCHEMA, VERSION_TABLE, metadata
+
+LOCK_SECONDS = 30
+CONNECT_SECONDS = 10
+_MIGRATION_LOCK = 0x6175746F71  # "autoq", a key for PostgreSQL's advisory locks
+
+_SQLITE_REASONS = {
+    sqlite3.SQLITE_BUSY: "stays locked by another process; try again",
+    sqlite3.SQLITE_READONLY: "is read-only",
+    sqlite3.SQLITE_IOERR: "cannot be read or written: disk I/O error",
+    sqlite3.SQLITE_CORRUPT: "is damaged: not a valid SQLite file",
+    sqlite3.SQLITE_FULL: "cannot grow: the disk is full; what was stored before is intact",
+    sqlite3.SQLITE_CANTOPEN: "cannot be opened; check that the file and its folder may be written",
+    sqlite3.SQLITE_NOTADB: "is not an SQLite database",
+}
+_POSTGRESQL_REASONS = {
+    "53100": "cannot grow: the server's disk is full; what was stored before is intact",
+    "53300": "has no free connections",
+    "55P03": "stays locked by another process; try again",
+    "57P": "was shut down",
+}
+
+
+class Database:
+    """An open database. `name` is its URL without the password, or the path of its SQLite file."""
+
+    def __init__(self, url: sa.URL, engine: sa.Engine) -> None:
+        self.name = _name(url)
+        self._password = url.password
+        self._engine = engine
+        self._writer = engine.execution_options(autoq_writes=True)
+        # A listing takes several statements and must see one state of the database.
+        snapshot = {"isolation_level": "REPEATABLE READ"} if engine.dialect.name == "postgresql" else {}
+        self._reader = engine.execution_options(**snapshot)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._engine.dispose()
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[sa.Connection]:
+        """A connection that sees one state of the database."""
+        with self._refusals(), self._reader.connect() as connection:
+            yield connection
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[sa.Connection]:
+        """A transaction that is committed at the end, or rolled back if an exception leaves it."""
+        with self._refusals(), self._writer.connect() as connection:
+            yield connection
+            connection.commit()
+
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """Turn database errors into `StoreError` with one line that has no password in it."""
+        try:
+            yield
+        except exc.SQLAlchemyError as problem:
+            text = f"the database {self.name!r} {_reason(problem)}"
+            if self._password:
+                text = text.replace(str(self._password), "***")
+            raise StoreError(text) from problem
+
+    def schema(self) -> str | None:
+        """The revision of the schema, None where there is none yet."""
+        with self.reading() as connection:
+            return self._schema(connection)
+
+    def _schema(self, connection: sa.Connection) -> str | None:
+        if not sa.inspect(connection).has_table(VERSION_TABLE):
+            return None
+        found = connection.execute(sa.text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar()  # noqa: S608 - a constant
+        return None if found is None else str(found)
+
+    def migrate(self) -> None:
+        """Bring the schema to this code's revision. Any number of processes may do so at once.
+
+        Raises `StoreError` where the schema is newer than this code, or where tables of something else
+        are in the way.
+        """
+        with self.writing() as connection:
+            if connection.dialect.name == "postgresql":
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
+            current = self._schema(connection)
+            if current == SCHEMA:
+                return
+            if current is None:
+                taken = sorted(set(sa.inspect(connection).get_table_names()) & set(metadata.tables))
+                if taken:
+                    raise StoreError(
+                        f"the database {self.name!r} has tables of something else ({', '.join(taken)}); "
+                        "give AutoQ a database of its own"
+                    )
+            _upgrade(connection, current, self.name)
+
+
+def _upgrade(connection: sa.Connection, current: str | None, name: str) -> None:
+    # Alembic takes half a second to import, and almost every opening has nothing to migrate.
+    from alembic import command
+    from alembic.config import Config
+    from alembic.script import ScriptDirectory
+
+    config = Config()
+    folder = Path(__file__).parent / "migrations"
+    config.set_main_option("script_location", str(folder).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    known = [script.revision for script in ScriptDirectory.from_config(config).walk_revisions()]
+    if current is not None and current not in known:
+        raise StoreError(
+            f"the database {name!r} was made by a newer AutoQ (schema {current}, this one knows up to {SCHEMA}); "
+            "upgrade AutoQ"
+        )
+    command.upgrade(config, "head")
+
+
+def open_database(url: str, create: bool) -> Database:
+    """The database behind a SQLAlchemy URL or a plain path (SQLite), with its schema up to date.
+
+    With `create` False a missing SQLite file is not made, it raises `NotFound`. Raises `BadInput` for
+    a URL that cannot be used and `StoreError` for a database that cannot.
+    """
+    parsed = _parse(url)
+    if parsed.get_backend_name() == "sqlite":
+        _check_file(parsed, create)
+    database = Database(parsed, _engine(parsed))
+    try:
+        if database.schema() != SCHEMA:
+            database.migrate()
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+def _name(url: sa.URL) -> str:
+    """What a user calls the database, fit for messages: a path, or a URL with its password masked."""
+    if url.get_backend_name() == "sqlite":
+        return url.database or ""
+    return url.render_as_string(hide_password=True)
+
+
+def _parse(url: str) -> sa.URL:
+    if "://" not in url:
+        return sa.URL.create("sqlite", database=url)
+    try:
+        parsed = sa.make_url(url)
+        if parsed.drivername == "postgresql":
+            # What this name means differs between versions of SQLAlchemy; this is the driver we test.
+            parsed = parsed.set(drivername="postgresql+psycopg")
+        dialect = parsed.get_dialect()
+    except exc.NoSuchModuleError:
+        raise BadInput(f"no database {parsed.drivername!r}; choose from sqlite, postgresql+psycopg") from None
+    except (exc.ArgumentError, ValueError):
+        # The text itself may hold a password: it is not repeated.
+        raise BadInput(f"the database URL {url.partition('://')[0]}://… cannot be read as a SQLAlchemy URL") from None
+    if dialect.is_async:
+        raise BadInput(f"the database driver {parsed.drivername!r} is asynchronous; choose one that is not")
+    return parsed
+
+
+def _check_file(url: sa.URL, create: bool) -> None:
+    if url.database in (None, "", ":memory:") or str(url.database).startswith("file:"):
+        raise BadInput(f"the database {_name(url)!r} is not a file on disk; give a path such as autoq.db")
+    path = Path(str(url.database))
+    if not path.is_file() and not create:
+        raise NotFound(f"no database at {str(path)!r}; run `autoq search` first or name another one with --db")
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a folder" if path.is_dir() else f"cannot be made: there is no folder {str(path.parent)!r}"
+        raise StoreError(f"the database {str(path)!r} {what}")
+
+
+def _engine(url: sa.URL) -> sa.Engine:
+    options: dict[str, Any] = {}
+    backend = url.get_backend_name()
+    if backend == "sqlite" and "timeout" not in url.query:
+        options["timeout"] = LOCK_SECONDS
+    if backend == "postgresql":
+        if "connect_timeout" not in url.query:
+            options["connect_timeout"] = CONNECT_SECONDS
+        options["options"] = f"-c lock_timeout={LOCK_SECONDS}s {url.query.get('options', '')}"
+        url = url.difference_update_query(["options"])
+    try:
+        engine = sa.create_engine(url, connect_args=options, pool_pre_ping=backend != "sqlite")
+    except ModuleNotFoundError as problem:
+        hint = "pip install 'autoq[postgresql]'" if problem.name == "psycopg" else f"pip install {problem.name}"
+        raise StoreError(f"the database driver {url.drivername!r} is not installed: {hint}") from None
+    if backend == "sqlite":
+        sa.event.listen(engine, "connect", _prepare_sqlite)
+        sa.event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: sqlite3.Connection, _: object) -> None:
+    # The driver's own BEGIN comes late and is never IMMEDIATE: `_begin_sqlite` says it instead.
+    connection.isolation_level = None
+    connection.execute("PRAGMA foreign_keys = ON")
+    connection.execute("PRAGMA synchronous = FULL")
+    deadline = time.monotonic() + connection.execute("PRAGMA busy_timeout").fetchone()[0] / 1000
+    while True:
+        try:
+            # The file keeps this. SQLite does not wait for other processes while it switches a new file.
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as problem:
+            if problem.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+        time.sleep(0.02)
+
+
+def _begin_sqlite(connection: sa.Connection) -> None:
+    writes = connection.get_execution_options().get("autoq_writes")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _reason(problem: exc.SQLAlchemyError) -> str:
+    """One clause that says what is wrong with the database."""
+    cause = getattr(problem, "orig", None) or problem
+    code = getattr(cause, "sqlite_errorcode", None)
+    if code is not None and code & 0xFF in _SQLITE_REASONS:
+        return _SQLITE_REASONS[code & 0xFF]
+    state = getattr(cause, "sqlstate", None)
+    for prefix, reason in _POSTGRESQL_REASONS.items():
+        if state is not None and state.startswith(prefix):
+            return reason
+    text = " ".join(str(cause).split()) or type(cause).__name__
+    if isinstance(problem, exc.OperationalError) and state is None and code is None:
+        return f"cannot be reached: {text}"
+    return f"refuses: {text}"

@@ -1,0 +1,155 @@
+"""Reading studies and trials: a handful of statements, however many there are."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import sqlalchemy as sa
+
+from autoq.assignment import Assignment
+from autoq.measurement import Measurement, Part
+from autoq.store import models as m
+from autoq.store.records import StudyObjective, StudyRecord, StudySummary, TrialError, TrialRecord, TrialState
+
+_TRIAL = (
+    *(column for column in m.trials.c if column.name != "assignment"),
+    m.trials.c.assignment.label("hash"),
+    m.studies.c.name.label("study"),
+    m.frontier.c.trial_id.label("frontier_id"),
+)
+
+
+def pack(assignment: Assignment) -> bytes:
+    """The stored form: zlib of the canonical JSON. 210 layers are 10 KB of JSON and about 1 KB of this."""
+    return zlib.compress(assignment.json.encode(), level=9)
+
+
+def unpack(body: bytes) -> Assignment:
+    """The inverse of `pack`."""
+    return Assignment.from_json(zlib.decompress(body).decode())
+
+
+def load_trials(
+    connection: sa.Connection,
+    where: Sequence[sa.ColumnElement[bool]],
+    *,
+    with_assignments: bool = False,
+    only_frontier: bool = False,
+    limit: int | None = None,
+) -> list[TrialRecord]:
+    """The trials for which all conditions hold (on `models.trials`), ordered by study and number."""
+    joined = m.trials.join(m.studies).join(
+        m.frontier,
+        (m.frontier.c.study_id == m.trials.c.study_id) & (m.frontier.c.trial_id == m.trials.c.id),
+        isouter=not only_frontier,
+    )
+    chosen = (
+        sa.select(*_TRIAL)
+        .select_from(joined)
+        .where(*where)
+        .order_by(m.trials.c.study_id, m.trials.c.number)
+        .limit(limit)
+    )
+    rows = connection.execute(chosen).all()
+    ids = chosen.with_only_columns(m.trials.c.id, m.trials.c.assignment).subquery()
+    measured = _load_measurements(connection, ids) if rows else {}
+    assignments = _load_assignments(connection, ids) if rows and with_assignments else {}
+    return [_trial(row, measured.get(row.id, {}), assignments.get(row.hash)) for row in rows]
+
+
+def _load_measurements(connection: sa.Connection, ids: sa.Subquery) -> dict[int, dict[tuple[str, Part], Measurement]]:
+    table = m.measurements
+    query = sa.select(table).join(ids, ids.c.id == table.c.trial_id)
+    found: dict[int, dict[tuple[str, Part], Measurement]] = {}
+    for row in connection.execute(query.order_by(table.c.trial_id, table.c.objective, table.c.part)):
+        trial_id, *values = row
+        fields = dict(zip(_MEASUREMENT, values, strict=True))
+        found.setdefault(trial_id, {})[fields["objective"], fields["part"]] = Measurement(**fields)
+    return found
+
+
+# The columns are the fields of `Measurement`, but for the trial.
+_MEASUREMENT = [column.name for column in m.measurements.c][1:]
+
+
+def _load_assignments(connection: sa.Connection, ids: sa.Subquery) -> dict[str, Assignment]:
+    table = m.assignments
+    wanted = sa.select(ids.c.assignment).distinct().subquery()
+    query = sa.select(table).join(wanted, wanted.c.assignment == table.c.hash)
+    return {row.hash: unpack(row.body) for row in connection.execute(query)}
+
+
+def _trial(row: Any, measured: dict[tuple[str, Part], Measurement], assignment: Assignment | None) -> TrialRecord:
+    error = None
+    if row.error_type is not None:
+        error = TrialError(row.error_type, row.error_message, row.traceback)
+    return TrialRecord(
+        id=row.id,
+        study_id=row.study_id,
+        study=row.study,
+        number=row.number,
+        state=row.state,
+        origin=row.origin,
+        baseline=row.baseline,
+        hash=row.hash,
+        duplicate_of=row.duplicate_of,
+        attempt=row.attempt,
+        changed=row.changed,
+        feasible=row.feasible,
+        on_frontier=row.frontier_id is not None,
+        violations=row.violations or {},
+        sampler_attrs=row.sampler_attrs,
+        error=error,
+        worker=row.worker,
+        seconds=row.seconds,
+        created_at=row.created_at,
+        finished_at=row.finished_at,
+        measurements=measured,
+        assignment=assignment,
+    )
+
+
+def load_study(connection: sa.Connection, where: sa.ColumnElement[bool]) -> StudyRecord | None:
+    """The one study for which the condition holds, None if there is none."""
+    row = connection.execute(sa.select(m.studies).where(where)).one_or_none()
+    if row is None:
+        return None
+    fields = row._asdict()
+    return StudyRecord(**fields | {"objectives": _objectives(row.objectives)})
+
+
+def load_summaries(connection: sa.Connection) -> list[StudySummary]:
+    """All studies, oldest first, with their counts: three statements for any number of them."""
+    t, f, s = m.trials.c, m.frontier.c, m.studies.c
+    ended = sa.select(t.study_id, t.state, sa.func.count()).group_by(t.study_id, t.state)
+    counts: dict[int, dict[str, int]] = {}
+    for study_id, state, count in connection.execute(ended):
+        counts.setdefault(study_id, {})[state] = count
+    members = sa.select(f.study_id, sa.func.count()).group_by(f.study_id)
+    on_frontier = {row[0]: row[1] for row in connection.execute(members)}
+    columns = (s.id, s.name, s.spec, s.objectives, s.state, s.message, s.changes)
+    query = sa.select(*columns, s.created_at, s.started_at, s.finished_at).order_by(s.id)
+    return [
+        StudySummary(
+            id=row.id,
+            name=row.name,
+            model=row.spec["model"]["id"],
+            target=row.spec["target"]["name"],
+            objectives=_objectives(row.objectives),
+            state=row.state,
+            message=row.message,
+            **{state: counts.get(row.id, {}).get(state, 0) for state in get_args(TrialState)},
+            frontier=on_frontier.get(row.id, 0),
+            changes=row.changes,
+            created_at=row.created_at,
+            started_at=row.started_at,
+            finished_at=row.finished_at,
+        )
+        for row in connection.execute(query)
+    ]
+
+
+def _objectives(stored: Sequence[Sequence[str]]) -> tuple[StudyObjective, ...]:
+    return tuple(StudyObjective(*objective) for objective in stored)

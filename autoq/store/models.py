@@ -1,0 +1,155 @@
+"""The tables. What is written here and what the migrations build are the same; a test compares them.
+
+One row a trial. Assignments (8 KB of JSON for 210 layers) stand apart, compressed and keyed by their
+hash, so that listing trials never reads them. The frontier is stored, not queried: dominance in SQL is
+quadratic. `studies.changes` counts the changes of a study and `trials.changed` is the count at a
+trial's last one, so whoever follows a study asks for what is newer than what it has seen.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.types import TypeDecorator
+
+SCHEMA = "0001"  # the newest revision in migrations/versions
+VERSION_TABLE = "autoq_schema"  # not Alembic's default name, which other tools' databases have too
+
+
+class Json(TypeDecorator[Any]):
+    """Any JSON value as text, the same on every database. None is NULL.
+
+    Numbers must be finite, as in JSON's own definition (RFC 8259), unless `finite` is False.
+    """
+
+    impl = sa.Text
+    cache_ok = True
+
+    def __init__(self, finite: bool = True) -> None:
+        super().__init__()
+        self.finite = finite
+
+    def process_bind_param(self, value: Any, dialect: sa.Dialect) -> str | None:
+        """To the database."""
+        return None if value is None else json.dumps(value, separators=(",", ":"), allow_nan=not self.finite)
+
+    def process_result_value(self, value: Any, dialect: sa.Dialect) -> Any:
+        """From the database."""
+        return None if value is None else json.loads(value)
+
+
+class Moment(TypeDecorator[datetime]):
+    """A point in time, UTC on both sides; SQLite keeps no time zones and gives naive values back."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        """To the database."""
+        assert value is None or value.tzinfo is not None, "a naive time has no meaning in a database"
+        return None if value is None else value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        """From the database."""
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+metadata = sa.MetaData(
+    naming_convention={
+        "pk": "pk_%(table_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    }
+)
+
+studies = sa.Table(
+    "studies",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("name", sa.String(128), nullable=False, unique=True),
+    sa.Column("spec", Json, nullable=False),
+    sa.Column("objectives", Json, nullable=False),  # [[name, unit, direction], …]
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("message", sa.Text),
+    sa.Column("changes", sa.Integer, nullable=False),
+    sa.Column("created_at", Moment, nullable=False),
+    sa.Column("started_at", Moment),
+    sa.Column("finished_at", Moment),
+    sa.Column("sampler_attrs", Json(finite=False), nullable=False),
+    sa.Column("plan", Json),
+)
+
+assignments = sa.Table(
+    "assignments",
+    metadata,
+    sa.Column("hash", sa.String(64), primary_key=True),
+    sa.Column("body", sa.LargeBinary, nullable=False),  # zlib of the canonical JSON
+)
+
+trials = sa.Table(
+    "trials",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("study_id", sa.ForeignKey("studies.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("number", sa.Integer, nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("origin", sa.String(16), nullable=False),
+    sa.Column("baseline", sa.Text),
+    sa.Column("assignment", sa.ForeignKey("assignments.hash"), nullable=False),
+    sa.Column("duplicate_of", sa.Integer),  # the number of another trial of this study
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("changed", sa.Integer, nullable=False),
+    sa.Column("feasible", sa.Boolean),
+    sa.Column("violations", Json),
+    sa.Column("sampler_attrs", Json(finite=False), nullable=False),
+    sa.Column("error_type", sa.Text),
+    sa.Column("error_message", sa.Text),
+    sa.Column("traceback", sa.Text),
+    sa.Column("worker", sa.Text),
+    sa.Column("seconds", sa.Double),
+    sa.Column("created_at", Moment, nullable=False),
+    sa.Column("finished_at", Moment),
+    sa.UniqueConstraint("study_id", "number"),
+    sa.Index(None, "study_id", "assignment"),
+    sa.Index(None, "study_id", "state"),
+    sa.Index(None, "study_id", "changed"),
+)
+
+measurements = sa.Table(
+    "measurements",
+    metadata,
+    sa.Column("trial_id", sa.ForeignKey("trials.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("objective", sa.String(128), primary_key=True),
+    sa.Column("part", sa.String(16), primary_key=True),
+    sa.Column("kind", sa.String(16), nullable=False),
+    sa.Column("value", sa.Double, nullable=False),
+    sa.Column("stderr", sa.Double),
+    sa.Column("unit", sa.String(64), nullable=False),
+    sa.Column("n", sa.BigInteger, nullable=False),
+    sa.Column("device", sa.Text, nullable=False),
+    sa.Column("detail", Json, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+frontier = sa.Table(
+    "frontier",
+    metadata,
+    sa.Column("study_id", sa.ForeignKey("studies.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("trial_id", sa.ForeignKey("trials.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("point", Json, nullable=False),  # values in the order of the study's objectives
+    sqlite_with_rowid=False,
+)
+
+tables = sa.Table(
+    "tables",
+    metadata,
+    sa.Column("study_id", sa.ForeignKey("studies.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("body", Json, nullable=False),
+)

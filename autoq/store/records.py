@@ -1,0 +1,213 @@
+"""What the store gives back: frozen records, and the JSON shapes that CLI, API and Python share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from autoq.assignment import Assignment
+from autoq.measurement import Measurement, Part
+
+if TYPE_CHECKING:
+    from autoq.spec import StudySpec
+
+StudyState = Literal["created", "running", "finished", "interrupted", "failed"]
+TrialState = Literal["running", "complete", "failed", "duplicate"]
+Origin = Literal["baseline", "seed", "sampler"]
+
+
+class StudyObjective(NamedTuple):
+    """One objective of a study: its name, its unit, and `minimize` or `maximize`."""
+
+    name: str
+    unit: str
+    direction: str
+
+    def to_json(self) -> dict[str, str]:
+        """`{"name", "unit", "direction"}`."""
+        return self._asdict()
+
+
+def _iso(moment: datetime | None) -> str | None:
+    return moment.isoformat() if moment else None
+
+
+@dataclass(frozen=True)
+class StudyRecord:
+    """One study, without its trials.
+
+    `spec` is the spec as plain data, `study_spec()` the validated object. `plan` is what `save_plan`
+    stored, or None. `changes` counts the changes of the study and of its trials.
+    """
+
+    id: int
+    name: str
+    spec: Mapping[str, Any]
+    objectives: tuple[StudyObjective, ...]
+    state: StudyState
+    message: str | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    sampler_attrs: Mapping[str, Any]
+    plan: Mapping[str, Any] | None
+    changes: int
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """`minimize` or `maximize` for each objective."""
+        return tuple(objective.direction for objective in self.objectives)
+
+    def study_spec(self) -> StudySpec:
+        """The spec, validated again. Raises `SpecError` where this version no longer knows a field."""
+        from autoq.spec import build_spec
+
+        return build_spec(self.spec)
+
+    def to_json(self) -> dict[str, Any]:
+        """The study as one JSON document; plan and sampler state are internal and stay out."""
+        return {
+            "id": self.id,
+            "study": self.name,
+            "state": self.state,
+            "message": self.message,
+            "objectives": [objective.to_json() for objective in self.objectives],
+            "spec": dict(self.spec),
+            "created_at": _iso(self.created_at),
+            "started_at": _iso(self.started_at),
+            "finished_at": _iso(self.finished_at),
+        }
+
+
+@dataclass(frozen=True)
+class StudySummary:
+    """One line of the list of studies: its state and how many trials ended how."""
+
+    id: int
+    name: str
+    model: str
+    target: str
+    objectives: tuple[StudyObjective, ...]
+    state: StudyState
+    message: str | None
+    running: int
+    complete: int
+    failed: int
+    duplicate: int
+    frontier: int
+    changes: int
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The line as JSON."""
+        return {
+            "id": self.id,
+            "study": self.name,
+            "model": self.model,
+            "target": self.target,
+            "state": self.state,
+            "message": self.message,
+            "objectives": [objective.to_json() for objective in self.objectives],
+            "trials": {
+                "running": self.running,
+                "complete": self.complete,
+                "failed": self.failed,
+                "duplicate": self.duplicate,
+            },
+            "frontier": self.frontier,
+            "created_at": _iso(self.created_at),
+            "started_at": _iso(self.started_at),
+            "finished_at": _iso(self.finished_at),
+        }
+
+
+@dataclass(frozen=True)
+class TrialError:
+    """Why a trial failed: the exception's type, its first line and the traceback."""
+
+    type: str
+    message: str
+    traceback: str
+
+    def to_json(self) -> dict[str, str]:
+        """`{"type", "message", "traceback"}`."""
+        return {"type": self.type, "message": self.message, "traceback": self.traceback}
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One trial. `id` is unique in the database, `number` within its study.
+
+    `assignment` is None unless it was asked for; `hash` is always there. `measurements` is keyed by
+    (objective, part). A duplicate has no measurements of its own: `duplicate_of` is the number of the
+    trial that has them. `feasible` is None until the trial is complete. `violations` maps a
+    constraint to its excess, feasible at <= 0. `attempt` counts dispatches. `changed` is the study's
+    count of changes when this trial last changed.
+    """
+
+    id: int
+    study_id: int
+    study: str
+    number: int
+    state: TrialState
+    origin: Origin
+    baseline: str | None
+    hash: str
+    duplicate_of: int | None
+    attempt: int
+    changed: int
+    feasible: bool | None
+    on_frontier: bool
+    violations: Mapping[str, float]
+    sampler_attrs: Mapping[str, Any]
+    error: TrialError | None
+    worker: str | None
+    seconds: float | None
+    created_at: datetime
+    finished_at: datetime | None
+    measurements: Mapping[tuple[str, Part], Measurement] = field(default_factory=dict)
+    assignment: Assignment | None = None
+
+    def values(self, objectives: Iterable[str], part: Part = "search") -> tuple[float, ...]:
+        """The measured values of `objectives`, in that order. Raises `KeyError` for one that is missing."""
+        return tuple(self.measurements[name, part].value for name in objectives)
+
+    def best_measurements(self) -> dict[str, Measurement]:
+        """Per objective the report measurement where there is one, else the search measurement."""
+        best: dict[str, Measurement] = {}
+        for (name, part), measurement in self.measurements.items():
+            if part == "report" or name not in best:
+                best[name] = measurement
+        return best
+
+    def to_json(self) -> dict[str, Any]:
+        """The trial as JSON. `search` holds the search values of what `measurements` gives as report values."""
+        best = self.best_measurements()
+        return {
+            "study": self.study,
+            "number": self.number,
+            "state": self.state,
+            "origin": self.origin,
+            "baseline": self.baseline,
+            "feasible": self.feasible,
+            "on_frontier": self.on_frontier,
+            "hash": self.hash,
+            "duplicate_of": self.duplicate_of,
+            "assignment": None if self.assignment is None else self.assignment.to_dict(),
+            "measurements": {name: measurement.to_json() for name, measurement in best.items()},
+            "search": {
+                name: measurement.to_json()
+                for (name, part), measurement in self.measurements.items()
+                if part == "search" and best[name].part == "report"
+            },
+            "violations": dict(self.violations),
+            "error": None if self.error is None else self.error.to_json(),
+            "seconds": self.seconds,
+            "worker": self.worker,
+            "created_at": _iso(self.created_at),
+            "finished_at": _iso(self.finished_at),
+        }

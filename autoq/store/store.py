@@ -1,0 +1,340 @@
+"""The store's methods, each one short transaction.
+
+A write first locks its study's row, by counting one change on it: that orders the writers of one study
+on every database, and gives whoever follows the study a number to ask from. Results are guarded by the
+attempt: of all the results that may come for one trial (a worker thought dead, a job sent twice) exactly
+one is stored.
+
+Every method raises `StoreError` in one line where the database cannot be used, and `NotFound` for a
+study or trial that is not there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+
+from autoq.assignment import Assignment
+from autoq.errors import NotFound
+from autoq.measurement import Measurement
+from autoq.store import dominance, writing
+from autoq.store import models as m
+from autoq.store.database import Database, open_database
+from autoq.store.loading import load_study, load_summaries, load_trials, unpack
+from autoq.store.records import Origin, StudyRecord, StudyState, StudySummary, TrialRecord, TrialState
+
+if TYPE_CHECKING:
+    from autoq.spec import StudySpec
+
+_LISTED = 10
+
+
+class Store:
+    """One open database. May be used by several threads; not across a fork. Close it, or use `with`."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    @classmethod
+    def open(cls, url: str, create: bool = True) -> Store:
+        """The store at a SQLAlchemy URL or at a plain path (SQLite); makes or migrates the schema.
+
+        With `create` False a missing SQLite file raises `NotFound` and is not made. Raises `BadInput`
+        for a URL that cannot be used, and `StoreError` for a server that does not answer, a file that
+        is not an AutoQ database, and a schema that is newer than this code.
+        """
+        return cls(open_database(url, create))
+
+    @property
+    def url(self) -> str:
+        """What `open` was given, fit to be shown: a path, or a URL with its password masked."""
+        return self._database.name
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._database.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Studies
+
+    def create_study(self, spec: StudySpec, objectives: Sequence[tuple[str, str, str]]) -> StudyRecord:
+        """A new study in state `created`. If its name is taken it becomes `name-2`, `name-3`, …
+
+        `objectives` are (name, unit, `minimize` or `maximize`), in the order of the frontier's values.
+        """
+        with self._database.writing() as connection:
+            study_id = writing.insert_study(connection, spec.name, spec.model_dump(mode="json"), objectives)
+            return _required_study(connection, study_id)
+
+    def study(self, name_or_id: str | int) -> StudyRecord:
+        """The study of that name or id. A name made of digits is looked up as a name first."""
+        with self._database.reading() as connection:
+            if isinstance(name_or_id, int):
+                return _required_study(connection, name_or_id)
+            found = load_study(connection, m.studies.c.name == name_or_id)
+            if found is None and name_or_id.isascii() and name_or_id.isdecimal() and len(name_or_id) < 10:
+                found = load_study(connection, m.studies.c.id == int(name_or_id))
+            if found is None:
+                names = connection.execute(sa.select(m.studies.c.name).order_by(m.studies.c.id.desc())).scalars()
+                raise NotFound(_no_study(name_or_id, list(names)))
+            return found
+
+    def studies(self) -> list[StudySummary]:
+        """All studies, oldest first, with the counts of their trials."""
+        with self._database.reading() as connection:
+            return load_summaries(connection)
+
+    def set_state(self, study_id: int, state: StudyState, message: str | None = None) -> None:
+        """Record where a study stands, and why. Sets `started_at` once and `finished_at` at each end."""
+        with self._database.writing() as connection:
+            writing.set_state(connection, study_id, state, message)
+
+    def save_plan(self, study_id: int, plan: Mapping[str, Any]) -> None:
+        """Store the study's plan (any JSON): the fixed prefix of proposals and the facts of the space."""
+        with self._database.writing() as connection:
+            writing.lock(connection, study_id)
+            writing.set_study(connection, study_id, plan=dict(plan))
+
+    def save_sampler_attrs(self, study_id: int, attrs: Mapping[str, Any]) -> None:
+        """Replace the sampler's own state on the study. Unlike elsewhere, NaN and inf are kept."""
+        with self._database.writing() as connection:
+            writing.lock(connection, study_id)
+            writing.set_study(connection, study_id, sampler_attrs=dict(attrs))
+
+    def put_table(self, study_id: int, name: str, body: Any) -> None:
+        """Store or replace a named table of the study (`sensitivity`, `costs`): any JSON but null."""
+        assert body is not None, name
+        with self._database.writing() as connection:
+            writing.lock(connection, study_id)
+            t = m.tables
+            connection.execute(sa.delete(t).where(t.c.study_id == study_id, t.c.name == name))
+            connection.execute(sa.insert(t).values(study_id=study_id, name=name, body=body))
+
+    def table(self, study_id: int, name: str) -> Any:
+        """The named table of the study as `put_table` got it, None if there is none."""
+        with self._database.reading() as connection:
+            t = m.tables.c
+            return connection.execute(sa.select(t.body).where(t.study_id == study_id, t.name == name)).scalar()
+
+    # Trials: written by the study's controller
+
+    def start_trial(
+        self,
+        study_id: int,
+        number: int,
+        assignment: Assignment,
+        origin: Origin,
+        baseline: str | None = None,
+        sampler_attrs: Mapping[str, Any] | None = None,
+    ) -> TrialRecord:
+        """A new trial in state `running`, at attempt 1.
+
+        Raises `StoreError` if the study has a trial of that number, so two controllers cannot mix.
+        """
+        with self._database.writing() as connection:
+            trial_id = writing.insert_trial(
+                connection, study_id, number, assignment, "running", origin, baseline, sampler_attrs
+            )
+            return dataclasses.replace(_one(connection, trial_id), assignment=assignment)
+
+    def record_duplicate(
+        self,
+        study_id: int,
+        number: int,
+        assignment: Assignment,
+        duplicate_of: int,
+        sampler_attrs: Mapping[str, Any] | None = None,
+        origin: Origin = "sampler",
+    ) -> TrialRecord:
+        """A trial that ended before it began: trial `duplicate_of` of the study has the same assignment."""
+        with self._database.writing() as connection:
+            trial_id = writing.insert_trial(
+                connection, study_id, number, assignment, "duplicate", origin, None, sampler_attrs, duplicate_of
+            )
+            return dataclasses.replace(_one(connection, trial_id), assignment=assignment)
+
+    def retry_trial(self, trial_id: int) -> int:
+        """Send a running or failed trial out again: state `running`, and the new attempt's number.
+
+        Results of earlier attempts no longer count. Raises `StoreError` for a trial that is complete.
+        """
+        with self._database.writing() as connection:
+            return writing.retry(connection, trial_id)
+
+    def finish_trial(
+        self,
+        trial_id: int,
+        attempt: int,
+        measurements: Sequence[Measurement],
+        violations: Mapping[str, float],
+        seconds: float,
+        worker: str,
+        sampler_attrs: Mapping[str, Any] | None = None,
+        study_sampler_attrs: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Store a trial's result and update the frontier, in one transaction; True once it is on disk.
+
+        False, and nothing changed, if the trial is not running or is at another attempt. The trial is
+        feasible if every violation (excess over a constraint) is <= 0; only then it can be on the
+        frontier. `measurements` must hold a search value of every objective of the study. Attributes
+        that are None stay as they are. Raises `NotFinite` for a NaN or infinite number, and then
+        nothing is stored.
+        """
+        writing.check_finite(measurements, violations)
+        with self._database.writing() as connection:
+            return writing.finish(
+                connection, trial_id, attempt, measurements, violations, seconds, worker,
+                sampler_attrs, study_sampler_attrs,
+            )  # fmt: skip
+
+    def fail_trial(
+        self,
+        trial_id: int,
+        attempt: int,
+        error_type: str,
+        message: str,
+        traceback: str,
+        seconds: float,
+        worker: str,
+        sampler_attrs: Mapping[str, Any] | None = None,
+        study_sampler_attrs: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Store why a trial failed; guarded as `finish_trial` is. A long traceback keeps its end."""
+        with self._database.writing() as connection:
+            return writing.fail(
+                connection, trial_id, attempt, error_type, message, traceback, seconds, worker,
+                sampler_attrs, study_sampler_attrs,
+            )  # fmt: skip
+
+    def add_measurements(self, trial_id: int, measurements: Sequence[Measurement]) -> None:
+        """Store or replace report measurements of a complete trial. The frontier stays: it is made of
+        search values. Raises `NotFinite`."""
+        writing.check_finite(measurements, {})
+        with self._database.writing() as connection:
+            writing.report(connection, trial_id, measurements)
+
+    # Trials: read by everyone
+
+    def trial(self, study_id: int, number: int, with_assignments: bool = True) -> TrialRecord:
+        """One trial of a study, by its number."""
+        where = (m.trials.c.study_id == study_id, m.trials.c.number == number)
+        with self._database.reading() as connection:
+            found = load_trials(connection, where, with_assignments=with_assignments)
+            if not found:
+                raise NotFound(_no_trial(connection, study_id, number))
+            return found[0]
+
+    def trial_by_id(self, trial_id: int, with_assignments: bool = True) -> TrialRecord:
+        """One trial, by its id."""
+        with self._database.reading() as connection:
+            return _one(connection, trial_id, with_assignments)
+
+    def trials(
+        self,
+        study_id: int,
+        states: Sequence[TrialState] | None = None,
+        with_assignments: bool = False,
+        after: int | None = None,
+        limit: int | None = None,
+        changed_since: int | None = None,
+    ) -> list[TrialRecord]:
+        """The trials of a study in the order of their numbers.
+
+        `states` keeps those in one of them. `after` and `limit` page: numbers greater than `after`, at
+        most `limit` of them. `changed_since` keeps what changed after that count of the study's
+        `changes`, frontier membership included.
+        """
+        t = m.trials.c
+        where = [t.study_id == study_id]
+        if states is not None:
+            where.append(t.state.in_(states))
+        if after is not None:
+            where.append(t.number > after)
+        if changed_since is not None:
+            where.append(t.changed > changed_since)
+        with self._database.reading() as connection:
+            found = load_trials(connection, where, with_assignments=with_assignments, limit=limit)
+            if not found:
+                _required_study(connection, study_id)
+            return found
+
+    def running_trials(self, study_id: int) -> list[TrialRecord]:
+        """The trials that are running, or were when their controller ended, with their assignments."""
+        return self.trials(study_id, states=("running",), with_assignments=True)
+
+    def find(self, study_id: int, assignment_hash: str) -> TrialRecord | None:
+        """The trial of a study that holds the result for an assignment, complete before failed, if any."""
+        t = m.trials.c
+        where = (t.study_id == study_id, t.assignment == assignment_hash, t.state.in_(("complete", "failed")))
+        with self._database.reading() as connection:
+            found = load_trials(connection, where)
+        return min(found, key=lambda trial: (trial.state != "complete", trial.number), default=None)
+
+    def frontier(self, study_id: int, with_assignments: bool = False) -> list[TrialRecord]:
+        """The feasible complete trials that no other one dominates, in the order of their numbers."""
+        where = (m.trials.c.study_id == study_id,)
+        with self._database.reading() as connection:
+            found = load_trials(connection, where, with_assignments=with_assignments, only_frontier=True)
+            if not found:
+                _required_study(connection, study_id)
+            return found
+
+    def recompute_frontier(self, study_id: int) -> list[int]:
+        """The numbers of the trials on the frontier, from all trials at once: a check of the stored one."""
+        with self._database.reading() as connection:
+            study = _required_study(connection, study_id)
+            t = m.trials.c
+            feasible = load_trials(connection, (t.study_id == study_id, t.state == "complete", t.feasible))
+        names = [objective.name for objective in study.objectives]
+        kept = dominance.non_dominated([trial.values(names) for trial in feasible], study.directions)
+        return [feasible[index].number for index in kept]
+
+    def assignment(self, assignment_hash: str) -> Assignment:
+        """The assignment of that hash."""
+        with self._database.reading() as connection:
+            a = m.assignments.c
+            body = connection.execute(sa.select(a.body).where(a.hash == assignment_hash)).scalar()
+        if body is None:
+            raise NotFound(f"no assignment with hash {assignment_hash[:80]!r}")
+        return unpack(body)
+
+
+def _required_study(connection: sa.Connection, study_id: int) -> StudyRecord:
+    found = load_study(connection, m.studies.c.id == study_id)
+    if found is None:
+        raise NotFound(f"no study with id {study_id}")
+    return found
+
+
+def _one(connection: sa.Connection, trial_id: int, with_assignments: bool = False) -> TrialRecord:
+    found = load_trials(connection, (m.trials.c.id == trial_id,), with_assignments=with_assignments)
+    if not found:
+        raise NotFound(f"no trial with id {trial_id}")
+    return found[0]
+
+
+def _no_study(name: str, names: Sequence[str]) -> str:
+    if not names:
+        return f"no study {name[:128]!r}; the database has none"
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean {near[0]!r}? there are" if near else "; there are"
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return f"no study {name[:128]!r}{hint} {', '.join(names[:_LISTED])}{more}"
+
+
+def _no_trial(connection: sa.Connection, study_id: int, number: int) -> str:
+    study = _required_study(connection, study_id)
+    t = m.trials.c
+    query = sa.select(sa.func.min(t.number), sa.func.max(t.number)).where(t.study_id == study_id)
+    first, last = connection.execute(query).one()
+    there = "it has none" if first is None else f"its trials are {first} to {last}"
+    return f"study {study.name!r} has no trial {number}; {there}"

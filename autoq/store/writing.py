@@ -1,0 +1,320 @@
+"""What a write does inside its transaction. Every function locks the study's row first, by `lock`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, NamedTuple, get_args
+
+import sqlalchemy as sa
+from sqlalchemy import exc
+
+from autoq.assignment import Assignment
+from autoq.errors import NotFinite, NotFound, StoreError
+from autoq.measurement import Measurement
+from autoq.store import dominance
+from autoq.store import models as m
+from autoq.store.loading import pack
+from autoq.store.records import StudyState
+
+_TEXT_LIMIT = 65536
+
+
+class _Locked(NamedTuple):
+    """A study whose row this transaction holds, and the number of the change that it makes."""
+
+    id: int
+    name: str
+    objectives: list[list[str]]
+    change: int
+
+
+def lock(connection: sa.Connection, study_id: int) -> _Locked:
+    """Count one change on a study, which holds its row until the transaction ends. Raises `NotFound`."""
+    s = m.studies
+    counted = sa.update(s).where(s.c.id == study_id).values(changes=s.c.changes + 1)
+    if connection.execute(counted).rowcount == 0:
+        raise NotFound(f"no study with id {study_id}")
+    query = sa.select(s.c.id, s.c.name, s.c.objectives, s.c.changes).where(s.c.id == study_id)
+    return _Locked(*connection.execute(query).one())
+
+
+def _lock_of(connection: sa.Connection, trial_id: int) -> _Locked:
+    study_id = connection.execute(sa.select(m.trials.c.study_id).where(m.trials.c.id == trial_id)).scalar()
+    if study_id is None:
+        raise NotFound(f"no trial with id {trial_id}")
+    return lock(connection, study_id)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _text(text: str) -> str:
+    """Text that every database takes: no NUL, no lone surrogates, the end of what is too long."""
+    return text[-_TEXT_LIMIT:].encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
+
+
+def check_finite(measurements: Sequence[Measurement], violations: Mapping[str, float]) -> None:
+    """Raises `NotFinite` for the first number that is NaN or infinite."""
+    for measurement in measurements:
+        for number in (measurement.value, measurement.stderr or 0.0):
+            if not math.isfinite(number):
+                raise NotFinite(f"{measurement.objective} came out as {number} ({measurement.part} part)")
+    for name, excess in violations.items():
+        if not math.isfinite(excess):
+            raise NotFinite(f"the excess over the constraint on {name} came out as {excess}")
+
+
+def insert_study(
+    connection: sa.Connection, wanted: str, spec: Mapping[str, Any], objectives: Sequence[tuple[str, str, str]]
+) -> int:
+    """A new study under the first free of wanted, wanted-2, wanted-3, …; its id."""
+    assert objectives, "a study has at least one objective"
+    assert all(direction in ("minimize", "maximize") for _, _, direction in objectives), objectives
+    s = m.studies
+    taken = set(connection.execute(sa.select(s.c.name).where(s.c.name.startswith(wanted, autoescape=True))).scalars())
+    values = {
+        "spec": spec,
+        "objectives": [list(objective) for objective in objectives],
+        "state": "created",
+        "changes": 1,
+        "created_at": _now(),
+        "sampler_attrs": {},
+    }
+    count = 1
+    while True:
+        name = wanted if count == 1 else f"{wanted}-{count}"
+        count += 1
+        if name in taken:
+            continue
+        try:
+            with connection.begin_nested():
+                done = connection.execute(sa.insert(s).values(name=name, **values))
+        except exc.IntegrityError:
+            # Another process took the name since: on to the next one.
+            taken.add(name)
+            continue
+        assert done.inserted_primary_key is not None
+        return int(done.inserted_primary_key[0])
+
+
+def set_study(connection: sa.Connection, study_id: int, **values: Any) -> None:
+    """Set columns of a study that `lock` holds."""
+    connection.execute(sa.update(m.studies).where(m.studies.c.id == study_id).values(**values))
+
+
+def set_state(connection: sa.Connection, study_id: int, state: StudyState, message: str | None) -> None:
+    """Where the study stands. Going on clears the end; the first start stays."""
+    assert state in get_args(StudyState), state
+    lock(connection, study_id)
+    values: dict[str, Any] = {"state": state, "message": None if message is None else _text(message)}
+    if state == "running":
+        values |= {"started_at": sa.func.coalesce(m.studies.c.started_at, _moment()), "finished_at": None}
+    elif state != "created":
+        values["finished_at"] = _now()
+    set_study(connection, study_id, **values)
+
+
+def _moment() -> sa.BindParameter[datetime]:
+    return sa.literal(_now(), m.Moment())
+
+
+def insert_trial(
+    connection: sa.Connection,
+    study_id: int,
+    number: int,
+    assignment: Assignment,
+    state: str,
+    origin: str,
+    baseline: str | None,
+    sampler_attrs: Mapping[str, Any] | None,
+    duplicate_of: int | None = None,
+) -> int:
+    """A new trial; its id. Raises `StoreError` if the study has a trial of that number."""
+    study = lock(connection, study_id)
+    t = m.trials.c
+    if duplicate_of is not None:
+        original = sa.select(t.assignment).where(t.study_id == study_id, t.number == duplicate_of)
+        assert connection.execute(original).scalar() == assignment.hash, (number, duplicate_of)
+    _insert_assignment(connection, assignment)
+    now = _now()
+    values = {
+        "study_id": study_id,
+        "number": number,
+        "state": state,
+        "origin": origin,
+        "baseline": baseline,
+        "assignment": assignment.hash,
+        "duplicate_of": duplicate_of,
+        "attempt": 1,
+        "changed": study.change,
+        "sampler_attrs": dict(sampler_attrs or {}),
+        "created_at": now,
+        "finished_at": now if state == "duplicate" else None,
+    }
+    try:
+        done = connection.execute(sa.insert(m.trials).values(**values))
+    except exc.IntegrityError:
+        raise StoreError(
+            f"study {study.name!r} has a trial {number} already; does another process run this study?"
+        ) from None
+    assert done.inserted_primary_key is not None
+    return int(done.inserted_primary_key[0])
+
+
+def _insert_assignment(connection: sa.Connection, assignment: Assignment) -> None:
+    a = m.assignments
+    if connection.execute(sa.select(a.c.hash).where(a.c.hash == assignment.hash)).scalar() is not None:
+        return
+    try:
+        with connection.begin_nested():
+            connection.execute(sa.insert(a).values(hash=assignment.hash, body=pack(assignment)))
+    except exc.IntegrityError:
+        pass  # A controller of another study stored the same content since.
+
+
+def retry(connection: sa.Connection, trial_id: int) -> int:
+    """Back to `running` at the next attempt, without what the last one left; the new attempt."""
+    study = _lock_of(connection, trial_id)
+    t = m.trials
+    cleared = dict.fromkeys(
+        ("feasible", "violations", "error_type", "error_message", "traceback", "worker", "seconds", "finished_at")
+    )
+    again = (
+        sa.update(t)
+        .where(t.c.id == trial_id, t.c.state.in_(("running", "failed")))
+        .values(state="running", attempt=t.c.attempt + 1, changed=study.change, **cleared)
+    )
+    done = connection.execute(again).rowcount
+    query = sa.select(t.c.number, t.c.state, t.c.attempt).where(t.c.id == trial_id)
+    number, state, attempt = connection.execute(query).one()
+    if done == 0:
+        raise StoreError(f"trial {number} of study {study.name!r} is {state} and cannot run again")
+    return int(attempt)
+
+
+def finish(
+    connection: sa.Connection,
+    trial_id: int,
+    attempt: int,
+    measurements: Sequence[Measurement],
+    violations: Mapping[str, float],
+    seconds: float,
+    worker: str,
+    sampler_attrs: Mapping[str, Any] | None,
+    study_sampler_attrs: Mapping[str, Any] | None,
+) -> bool:
+    """The end of a trial that succeeded, and what it does to the frontier."""
+    feasible = all(excess <= 0 for excess in violations.values())
+    values = {
+        "state": "complete",
+        "feasible": feasible,
+        "violations": {name: float(excess) for name, excess in violations.items()},
+    }
+    study = _end(
+        connection, trial_id, attempt, sampler_attrs, study_sampler_attrs,
+        values | {"seconds": seconds, "worker": _text(worker)},
+    )  # fmt: skip
+    if study is None:
+        return False
+    searched = {
+        measurement.objective: measurement.value for measurement in measurements if measurement.part == "search"
+    }
+    missing = [name for name, _, _ in study.objectives if name not in searched]
+    assert not missing, f"no search value of {', '.join(missing)}"
+    _put_measurements(connection, trial_id, measurements)
+    if feasible:
+        _update_frontier(connection, study, trial_id, [float(searched[name]) for name, _, _ in study.objectives])
+    return True
+
+
+def fail(
+    connection: sa.Connection,
+    trial_id: int,
+    attempt: int,
+    error_type: str,
+    message: str,
+    traceback: str,
+    seconds: float,
+    worker: str,
+    sampler_attrs: Mapping[str, Any] | None,
+    study_sampler_attrs: Mapping[str, Any] | None,
+) -> bool:
+    """The end of a trial that failed."""
+    values = {
+        "state": "failed",
+        "error_type": _text(error_type),
+        "error_message": _text(message),
+        "traceback": _text(traceback),
+        "seconds": seconds,
+        "worker": _text(worker),
+    }
+    return _end(connection, trial_id, attempt, sampler_attrs, study_sampler_attrs, values) is not None
+
+
+def _end(
+    connection: sa.Connection,
+    trial_id: int,
+    attempt: int,
+    sampler_attrs: Mapping[str, Any] | None,
+    study_sampler_attrs: Mapping[str, Any] | None,
+    values: Mapping[str, Any],
+) -> _Locked | None:
+    """Set `values` on a trial that is running at `attempt`. If it is not, undo everything: None."""
+    study = _lock_of(connection, trial_id)
+    t = m.trials
+    own = {} if sampler_attrs is None else {"sampler_attrs": dict(sampler_attrs)}
+    ended = (
+        sa.update(t)
+        .where(t.c.id == trial_id, t.c.attempt == attempt, t.c.state == "running")
+        .values(changed=study.change, finished_at=_now(), **own, **values)
+    )
+    if connection.execute(ended).rowcount == 0:
+        connection.rollback()
+        return None
+    if study_sampler_attrs is not None:
+        set_study(connection, study.id, sampler_attrs=dict(study_sampler_attrs))
+    return study
+
+
+def report(connection: sa.Connection, trial_id: int, measurements: Sequence[Measurement]) -> None:
+    """Put report measurements on a complete trial."""
+    assert all(measurement.part == "report" for measurement in measurements), "search values end with the trial"
+    study = _lock_of(connection, trial_id)
+    t = m.trials
+    touched = sa.update(t).where(t.c.id == trial_id, t.c.state == "complete").values(changed=study.change)
+    if connection.execute(touched).rowcount == 0:
+        raise StoreError(f"the trial with id {trial_id} of study {study.name!r} is not complete")
+    _put_measurements(connection, trial_id, measurements)
+
+
+def _put_measurements(connection: sa.Connection, trial_id: int, measurements: Sequence[Measurement]) -> None:
+    if not measurements:
+        return
+    keys = {(measurement.objective, measurement.part) for measurement in measurements}
+    assert len(keys) == len(measurements), "an objective is measured twice in one part"
+    c = m.measurements.c
+    # Delete and insert is an upsert in everybody's SQL; the study's lock makes it one step.
+    replaced = sa.or_(*(sa.and_(c.objective == objective, c.part == part) for objective, part in keys))
+    connection.execute(sa.delete(m.measurements).where(c.trial_id == trial_id, replaced))
+    rows = [
+        measurement.to_json()
+        | {"trial_id": trial_id, "objective": measurement.objective, "value": float(measurement.value)}
+        for measurement in measurements
+    ]
+    connection.execute(sa.insert(m.measurements), rows)
+
+
+def _update_frontier(connection: sa.Connection, study: _Locked, trial_id: int, point: Sequence[float]) -> None:
+    """Let one feasible point join the stored frontier, and what it dominates leave."""
+    f, t = m.frontier, m.trials
+    stored = connection.execute(sa.select(f.c.trial_id, f.c.point).where(f.c.study_id == study.id))
+    members = {row.trial_id: row.point for row in stored}
+    added, removed = dominance.update(members, point, [direction for _, _, direction in study.objectives])
+    if removed:
+        connection.execute(sa.delete(f).where(f.c.study_id == study.id, f.c.trial_id.in_(removed)))
+        connection.execute(sa.update(t).where(t.c.id.in_(removed)).values(changed=study.change))
+    if added:
+        connection.execute(sa.insert(f).values(study_id=study.id, trial_id=trial_id, point=list(point)))

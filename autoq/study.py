@@ -1,0 +1,285 @@
+"""The Python API: `autoq.search` runs a study, `autoq.open` finds one, `Study` reads it.
+
+    import autoq
+
+    study = autoq.search("demo")
+    study.frontier()                                                    # a pandas frame
+    study.pick(max={"size_bytes": 90e6}, best="kl_nats_per_token")      # one trial, with its assignment
+
+What comes back is what is stored; nothing here measures.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autoq.errors import AutoQError, BadInput, UnknownName
+from autoq.store import Store, StudyObjective, StudyRecord, TrialRecord
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+    from autoq.search.observer import Observer
+    from autoq.spec import StudySpec
+
+DEFAULT_DB = "autoq.db"
+Limits = Mapping[str, float | str]
+
+
+def default_db() -> str:
+    """The database that is used where none is named: `AUTOQ_DB`, else `autoq.db` in this folder."""
+    return os.environ.get("AUTOQ_DB") or DEFAULT_DB
+
+
+def read_limits(limits: Limits, known: Sequence[str]) -> dict[str, float]:
+    """Limits per objective as numbers; `120MB` is read where the objective is in bytes.
+
+    Raises `UnknownName` with the measured objectives, and `BadInput` for what is no number.
+    """
+    from autoq.spec import parse_bound
+
+    numbers: dict[str, float] = {}
+    for name, value in limits.items():
+        if name not in known:
+            raise UnknownName("measured objective", name, known)
+        try:
+            numbers[name] = float(parse_bound(name, value))  # type: ignore[arg-type]
+        except (ValueError, TypeError) as problem:
+            what = problem if name.endswith("_bytes") else "must be a number"
+            raise BadInput(f"the limit on {name} {what} (got {value!r})") from None
+        if numbers[name] != numbers[name]:
+            raise BadInput(f"the limit on {name} must be a number (got {value!r})")
+    return numbers
+
+
+def measured_objectives(trials: Sequence[TrialRecord], objectives: Sequence[StudyObjective]) -> dict[str, str]:
+    """Name -> unit of everything these trials were measured by, the study's objectives first."""
+    units = {objective.name: objective.unit for objective in objectives}
+    for trial in trials:
+        units |= {name: m.unit for (name, _), m in sorted(trial.measurements.items()) if name not in units}
+    return units
+
+
+def excess(trial: TrialRecord, maximum: Mapping[str, float], minimum: Mapping[str, float]) -> dict[str, float]:
+    """Per limit that the trial breaks, by how much of the limit; empty where it keeps all of them.
+
+    A trial that was not measured by an objective breaks every limit on it.
+    """
+    values = {name: measurement.value for name, measurement in trial.best_measurements().items()}
+    broken: dict[str, float] = {}
+    for name, limit in maximum.items():
+        value = values.get(name, float("inf"))
+        if value > limit:
+            broken[name] = (value - limit) / (abs(limit) or 1.0)
+    for name, limit in minimum.items():
+        value = values.get(name, float("-inf"))
+        if value < limit:
+            broken[name] = (limit - value) / (abs(limit) or 1.0)
+    return broken
+
+
+def pick(
+    study: StudyRecord, frontier: Sequence[TrialRecord], maximum: Limits, minimum: Limits, best: str | None
+) -> TrialRecord:
+    """The frontier trial that keeps all limits and is best in one objective (default: the study's first).
+
+    Equal ones are decided by the study's other objectives in their order, then by number. Values are
+    the reported ones where there are any. Raises `UnknownName` for objectives that were not measured,
+    and `AutoQError` naming the closest trial where none fits.
+    """
+    if not frontier:
+        raise AutoQError(f"study {study.name!r} has no frontier yet: no feasible trial is complete")
+    units = measured_objectives(frontier, study.objectives)
+    upper, lower = read_limits(maximum, tuple(units)), read_limits(minimum, tuple(units))
+    directions = {objective.name: objective.direction for objective in study.objectives}
+    if best is not None and best not in directions:
+        raise UnknownName("objective of this study", best, directions)
+    fitting = [trial for trial in frontier if not excess(trial, upper, lower)]
+    if not fitting:
+        raise AutoQError(_nothing_fits(study, frontier, upper, lower, units))
+    order = [best or study.objectives[0].name, *directions]
+
+    def rank(trial: TrialRecord) -> tuple[float, ...]:
+        values = trial.best_measurements()
+        signed = (values[name].value * (1 if directions[name] == "minimize" else -1) for name in order)
+        return (*signed, trial.number)
+
+    return min(fitting, key=rank)
+
+
+def _nothing_fits(
+    study: StudyRecord,
+    frontier: Sequence[TrialRecord],
+    upper: Mapping[str, float],
+    lower: Mapping[str, float],
+    units: Mapping[str, str],
+) -> str:
+    from autoq.display.numbers import quantity
+
+    closest = min(frontier, key=lambda trial: (sum(excess(trial, upper, lower).values()), trial.number))
+    broken = excess(closest, upper, lower)
+    values = closest.best_measurements()
+    wanted = [f"{name} at most {quantity(limit, units[name])}" for name, limit in upper.items()]
+    wanted += [f"{name} at least {quantity(limit, units[name])}" for name, limit in lower.items()]
+    has = [f"{name} {quantity(values[name].value, units[name])}" for name in broken if name in values]
+    return (
+        f"no point on the frontier of {study.name!r} has {' and '.join(wanted)}; "
+        f"the closest is trial {closest.number} with {' and '.join(has) or 'no such measurement'}"
+    )
+
+
+class Study:
+    """One stored study, for notebooks. Reads the database anew at every call."""
+
+    def __init__(self, store: Store, study_id: int) -> None:
+        self._store = store
+        self.id = study_id
+
+    def __repr__(self) -> str:
+        return f"Study({self.record.name!r}, {self.record.state})"
+
+    @property
+    def record(self) -> StudyRecord:
+        """Name, state, spec and objectives."""
+        return self._store.study(self.id)
+
+    def trial(self, number: int) -> TrialRecord:
+        """One trial with its assignment. Raises `NotFound`."""
+        return self._store.trial(self.id, number)
+
+    def pick(self, *, max: Limits | None = None, min: Limits | None = None, best: str | None = None) -> TrialRecord:  # noqa: A002
+        """The frontier's trial within the limits that is best in one objective; see `pick`."""
+        chosen = pick(self.record, self._store.frontier(self.id), max or {}, min or {}, best)
+        return self.trial(chosen.number)
+
+    def frontier(self) -> pd.DataFrame:
+        """The frontier as a frame, one row a trial; columns as in `trials`."""
+        return _frame(self.record, self._store.frontier(self.id))
+
+    def trials(self) -> pd.DataFrame:
+        """All trials as a frame, indexed by number: state and origin, then for each objective the value
+        (reported where it was), `…_stderr`, `…_kind` and `…_part`."""
+        return _frame(self.record, self._store.trials(self.id))
+
+    def resume(self, observer: Observer | None = None) -> Study:
+        """Go on with an interrupted study, to the end of its budget."""
+        from autoq.search.controller import run_study
+
+        run_study(self._store, self.id, observer)
+        return self
+
+    def plot_frontier(self, x: str | None = None, y: str | None = None) -> go.Figure:
+        """The frontier and the baselines as a Plotly figure: size against quality unless told otherwise.
+
+        Bars are one standard error. Raises `UnknownName` for an objective that is not of this study.
+        """
+        from autoq.display.compare import quality_objective, sort_objective
+
+        graph = _optional("plotly.graph_objects")
+        record = self.record
+        names = [objective.name for objective in record.objectives]
+        x = x or sort_objective(record.objectives).name
+        y = y or (quality_objective(record.objectives) or record.objectives[0]).name
+        for name in (x, y):
+            if name not in names:
+                raise UnknownName("objective of this study", name, names)
+        frontier = self._store.frontier(self.id)
+        complete = self._store.trials(self.id, states=("complete",))
+        groups = {
+            "frontier": [trial for trial in frontier if trial.baseline is None],
+            "baselines": [trial for trial in complete if trial.baseline is not None],
+        }
+        figure = graph.Figure()
+        for label, trials in groups.items():
+            trials.sort(key=lambda trial: trial.best_measurements()[x].value)
+            across = [trial.best_measurements()[x] for trial in trials]
+            up = [trial.best_measurements()[y] for trial in trials]
+            figure.add_scatter(
+                x=[m.value for m in across],
+                y=[m.value for m in up],
+                error_y={"type": "data", "array": [m.stderr or 0.0 for m in up]},
+                mode="markers",
+                name=label,
+                text=[trial.baseline or f"trial {trial.number}" for trial in trials],
+                customdata=[[f"{b.kind}, {b.part} part"] for b in up],
+                hovertemplate="%{text}<br>%{x:.4s}<br>%{y:.4g} (%{customdata[0]})<extra></extra>",
+            )
+        units = {objective.name: objective.unit for objective in record.objectives}
+        figure.update_layout(
+            title=record.name, xaxis_title=f"{x} ({units[x]})", yaxis_title=f"{y} ({units[y]})", template="plotly_white"
+        )
+        return figure
+
+
+def _optional(module: str) -> Any:
+    """A module of the notebook extra. Raises `AutoQError` with the line that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as problem:
+        raise AutoQError(f"{problem.name} is not installed: pip install 'autoq[notebook]'") from None
+
+
+def _frame(study: StudyRecord, trials: Sequence[TrialRecord]) -> pd.DataFrame:
+    pandas = _optional("pandas")
+    rows = []
+    for trial in trials:
+        row: dict[str, Any] = {
+            "number": trial.number,
+            "state": trial.state,
+            "origin": trial.origin,
+            "baseline": trial.baseline,
+            "feasible": trial.feasible,
+            "on_frontier": trial.on_frontier,
+            "hash": trial.hash,
+        }
+        best = trial.best_measurements()
+        for name in measured_objectives(trials, study.objectives):
+            found = best.get(name)
+            row[name] = found.value if found else None
+            row[f"{name}_stderr"] = found.stderr if found else None
+            row[f"{name}_kind"] = found.kind if found else None
+            row[f"{name}_part"] = found.part if found else None
+        rows.append(row)
+    frame: pd.DataFrame = pandas.DataFrame(rows)
+    return frame.set_index("number") if rows else frame
+
+
+def search(
+    spec: str | Path | Mapping[str, Any] | StudySpec,
+    *,
+    db: str | None = None,
+    overrides: Sequence[str] = (),
+    observer: Observer | None = None,
+) -> Study:
+    """Run a study in this process and give it back.
+
+    `spec` is a file, the name of a shipped spec, plain data or a `StudySpec`; `overrides` are
+    `key.path=value` texts on a file or a name. `db` is a path or a SQLAlchemy URL. Progress is shown
+    unless an `observer` is given. Raises `SpecError` before anything is loaded or written, and
+    `AutoQError` where the study fails; what was measured until then is stored.
+    """
+    from autoq import spec as specs
+    from autoq.display.progress import default_observer
+    from autoq.search.controller import create_study, run_study
+
+    if isinstance(spec, specs.StudySpec):
+        wanted = spec
+    elif isinstance(spec, Mapping):
+        wanted = specs.build_spec(spec)
+    else:
+        wanted = specs.load_spec(spec, overrides)
+    store = Store.open(db or default_db())
+    study = create_study(store, wanted)
+    run_study(store, study.id, observer or default_observer())
+    return Study(store, study.id)
+
+
+def open_study(name: str | int, *, db: str | None = None) -> Study:
+    """The stored study of that name or id. Raises `NotFound` with the names that are near."""
+    store = Store.open(db or default_db(), create=False)
+    return Study(store, store.study(name).id)

@@ -1,0 +1,171 @@
+"""The latency table of a model on PyTorch's CPU kernels, from whole models that mix all kernels.
+
+A layer timed alone in a loop finds its weights in the cache, its threads awake and its input warm, and
+comes out up to 40 % too fast; a layer timed in a model that is otherwise in bfloat16 comes out too
+slow, as its neighbours leave it no cache. So every layer is timed in place, in models in which the
+kernels are dealt out like a Latin square: layers at the same place of repeated blocks are of one kind,
+and over the models each kind meets each of its kernels equally often, in mixed company. That is what
+the assignments of a search look like.
+
+Time depends on the kernel, not on the method or on the numbers: schemes that share one are timed once.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import random
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from autoq.device import fingerprint
+from autoq.layer import Layer
+from autoq.methods import QuantizedWeight
+from autoq.models.loaded import LoadedModel
+from autoq.spec import TargetSpec
+from autoq.targets import CostTable
+from autoq.targets._torch_cpu_assembly import Chooser, Forward, kernel_of, packed_modules
+from autoq.targets._torch_cpu_kernels import DynamicLinear, engines
+from autoq.targets._torch_cpu_rules import Kernel
+from autoq.targets._torch_cpu_timing import ROUNDS_SECONDS, Session, time_layers, time_rounds
+
+KEEP = Kernel("as-is")
+_LEAST_MODELS = 2
+_LEAST_ROUNDS = 6  # over all models
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Layers at the same place of repeated blocks, of one shape and with the same kernels to time.
+
+    `weights` has for each kernel but as-is a quantized weight per layer, in the order of `layers`.
+    """
+
+    layers: tuple[Layer, ...]
+    kernels: tuple[Kernel, ...]
+    weights: Mapping[Kernel, Sequence[QuantizedWeight]]
+
+
+def _kinds(model: LoadedModel, choices: Mapping[str, Sequence[QuantizedWeight]]) -> list[_Kind]:
+    members: dict[tuple[Any, ...], list[tuple[Layer, dict[Kernel, QuantizedWeight]]]] = {}
+    for name, weights in choices.items():
+        layer = model.info.layer(name)
+        first: dict[Kernel, QuantizedWeight] = {}
+        for weight in weights:
+            first.setdefault(kernel_of(layer, weight), weight)
+        first.pop(KEEP, None)
+        place = re.sub(r"\d+", "*", name)
+        key = (place, layer.kind, layer.out_features, layer.in_features, layer.has_bias, frozenset(first))
+        members.setdefault(key, []).append((layer, first))
+    kinds = []
+    for group in members.values():
+        kernels = (KEEP, *sorted(group[0][1], key=str))
+        quantized = {kernel: [first[kernel] for _, first in group] for kernel in kernels[1:]}
+        kinds.append(_Kind(tuple(layer for layer, _ in group), kernels, quantized))
+    return kinds
+
+
+def _deals(kinds: Sequence[_Kind]) -> list[dict[str, tuple[Kernel, QuantizedWeight | None]]]:
+    """One layer -> (kernel, weight) mapping per model to time."""
+    models = max([_LEAST_MODELS, *(math.ceil(len(kind.kernels) / len(kind.layers)) for kind in kinds)])
+    deals: list[dict[str, tuple[Kernel, QuantizedWeight | None]]] = [{} for _ in range(models)]
+    shuffle = random.Random(0)  # noqa: S311 - a design of experiment, not a secret
+    for kind in kinds:
+        order = list(range(len(kind.layers)))
+        # In order, the layers of one block would all get the same kernel.
+        shuffle.shuffle(order)
+        for number, deal in enumerate(deals):
+            for position, index in enumerate(order):
+                # Models advance by as many kernels as there are layers, so few layers still meet all.
+                kernel = kind.kernels[(position + number * len(order)) % len(kind.kernels)]
+                weight = None if kernel == KEEP else kind.weights[kernel][index]
+                deal[kind.layers[index].name] = (kernel, weight)
+    return deals
+
+
+def _forwards(
+    model: LoadedModel, deal: Mapping[str, tuple[Kernel, QuantizedWeight | None]], engine: Chooser
+) -> dict[str, list[tuple[nn.Module, Forward]]]:
+    forwards: dict[str, list[tuple[nn.Module, Forward]]] = {}
+    for name, (kernel, weight) in deal.items():
+        layer = model.info.layer(name)
+        if weight is None:
+            forwards[name] = [(module, module.forward) for module in model.modules_of(layer)]
+        else:
+            pairs = packed_modules(model, layer, weight, kernel, engine)
+            forwards[name] = [(module, packed.forward) for module, packed in pairs]
+    return forwards
+
+
+def cost_table(
+    model: LoadedModel, choices: Mapping[str, Sequence[QuantizedWeight]], workload: TargetSpec, engine: Chooser
+) -> CostTable:
+    """Time every layer of `choices` under its schemes and as it is, and the unquantized model.
+
+    Milliseconds; medians. `base_ms` makes the prediction for the unquantized model its measurement.
+    Threads are the caller's to set.
+    """
+    session = Session(model, workload)
+    kinds = _kinds(model, choices)
+    deals = _deals(kinds)
+    rounds = math.ceil(_LEAST_ROUNDS / len(deals))
+    samples: dict[str, dict[tuple[int, Kernel], list[float]]] = {phase: {} for phase in session.phases}
+    kind_of = {layer.name: index for index, kind in enumerate(kinds) for layer in kind.layers}
+    for deal in deals:
+        for phase, spent in time_layers(session, _forwards(model, deal, engine), rounds).items():
+            for name, milliseconds in spent.items():
+                samples[phase].setdefault((kind_of[name], deal[name][0]), []).extend(milliseconds)
+    unquantized = time_rounds(session, 2 * ROUNDS_SECONDS)
+    base_ms, layer_ms = {}, {}
+    for phase in session.phases:
+        table = {key: float(np.median(values)) for key, values in samples[phase].items()}
+        base_ms[phase] = unquantized[phase].median_ms - sum(table[index, KEEP] for index in kind_of.values())
+        layer_ms[phase] = {
+            name: {
+                "keep": table[kind_of[name], KEEP],
+                **{str(w.scheme): table[kind_of[name], kernel_of(model.info.layer(name), w)] for w in weights},
+            }
+            for name, weights in choices.items()
+        }
+    detail = {
+        "threads": torch.get_num_threads(),
+        "models": len(deals),
+        "rounds": rounds,
+        "unquantized_ms": {phase: unquantized[phase].median_ms for phase in session.phases},
+        "unquantized_stderr_ms": {phase: unquantized[phase].stderr_ms for phase in session.phases},
+    }
+    return CostTable(fingerprint(), base_ms, layer_ms, detail)
+
+
+@functools.cache
+def fastest_engine(out_features: int, in_features: int, rows: tuple[int, ...], thread_count: int) -> str:
+    """The engine of `linear_dynamic` that is faster for a shape, over inputs of so many `rows`.
+
+    One packed weight serves all phases, so the geometric mean over them decides. `thread_count` is
+    what PyTorch runs on now; it is part of what the answer is remembered under.
+    """
+    assert thread_count == torch.get_num_threads()
+    codes = torch.ones(out_features, in_features, dtype=torch.int8)
+    scores: dict[str, float] = {}
+    for engine in engines():
+        packed = DynamicLinear(codes, torch.ones(out_features), None, engine)
+        scores[engine] = math.prod(_median_seconds(packed, torch.ones(m, in_features)) for m in rows)
+    return min(scores, key=lambda engine: scores[engine])
+
+
+@torch.no_grad()
+def _median_seconds(module: nn.Module, x: torch.Tensor) -> float:
+    module(x)
+    taken: list[float] = []
+    while len(taken) < 5 or (sum(taken) < 0.01 and len(taken) < 50):
+        start = time.perf_counter()
+        module(x)
+        taken.append(time.perf_counter() - start)
+    return float(np.median(taken))

@@ -1,0 +1,195 @@
+"""Timing a transformers model on its workload: whole, and layer by layer in place.
+
+A round is one prefill of the prompt into a fresh cache, then some decode steps of one token per
+sequence on that cache. So the context at decode time is the prompt and at most `STEPS` tokens, the
+same for every assignment, and any kind of cache that transformers has will do.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from autoq.errors import ModelRefused, SpecError
+from autoq.models.loaded import LoadedModel
+from autoq.spec import TargetSpec
+from autoq.targets._torch_cpu_assembly import Forward, installed
+
+PREFILL, DECODE = "latency_prefill_ms", "latency_decode_ms"
+STEPS = 16
+MIN_ROUNDS, MAX_ROUNDS = 3, 12
+ROUNDS_SECONDS = 2.0  # rounds go on beyond the least until they have taken this long
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[int]:
+    """Run PyTorch on `count` threads (None: as many as now), then on as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+
+
+class Session:
+    """The workload on one model: `prefill` gives a state, `step` takes a state one token further.
+
+    Decoder-only models prefill the prompt and compute the logits of its last position only, where
+    the architecture can. Encoder-decoders prefill the encoder and the decoder's start token, and a
+    step is the decoder's. Encoders and masked models have no steps.
+    """
+
+    def __init__(self, model: LoadedModel, workload: TargetSpec) -> None:
+        info, self._task = model.info, model.info.task
+        self.phases = (PREFILL,) if self._task in ("encoder", "masked") else (PREFILL, DECODE)
+        steps = STEPS + 1 if self._task == "causal" else 0
+        if info.max_positions is not None and workload.prompt_tokens + steps > info.max_positions:
+            raise SpecError(
+                f"target.prompt_tokens: {workload.prompt_tokens} is too long for a model of {info.max_positions} "
+                f"positions; at most {max(1, info.max_positions - steps)}"
+            )
+        self._model = model.model
+        generator = torch.Generator().manual_seed(0)
+        shape = (workload.batch_size, workload.prompt_tokens)
+        self._prompt = torch.randint(info.vocab_size, shape, generator=generator)
+        self._token = self._prompt[:, -1:].clone()
+        parameters = inspect.signature(self._model.forward).parameters
+        self._extra: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        if self._task == "seq2seq":
+            config: Any = self._model.config
+            self._extra["decoder_input_ids"] = torch.full_like(self._token, config.decoder_start_token_id or 0)
+
+    def prefill(self) -> dict[str, Any]:
+        """Run the prompt; returns what the next step needs."""
+        if self._task in ("encoder", "masked"):
+            self._model(input_ids=self._prompt)
+            return {}
+        output = self._model(input_ids=self._prompt, use_cache=True, **self._extra)
+        cache = getattr(output, "past_key_values", None)
+        if cache is None:
+            raise ModelRefused(f"{type(self._model).__name__} gives back no key-value cache, so it cannot be timed")
+        if self._task == "seq2seq":
+            return {
+                "past_key_values": cache,
+                "encoder_outputs": (output.encoder_last_hidden_state,),
+                "decoder_input_ids": self._token,
+            }
+        return {"past_key_values": cache, "input_ids": self._token}
+
+    def step(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Run one token per sequence on the cache in `state`; returns the state after it."""
+        output = self._model(use_cache=True, **state)
+        return {**state, "past_key_values": output.past_key_values}
+
+
+@dataclass
+class Samples:
+    """Milliseconds of single runs, wall and CPU (summed over threads), in the order they ran."""
+
+    wall_ms: list[float] = field(default_factory=list)
+    cpu_ms: list[float] = field(default_factory=list)
+
+    @property
+    def median_ms(self) -> float:
+        """Median wall time."""
+        return float(np.median(self.wall_ms))
+
+    @property
+    def stderr_ms(self) -> float:
+        """Standard error of the median, √(π/2) σ/√n as for normal noise. Spikes make it larger."""
+        return float(np.sqrt(np.pi / 2) * np.std(self.wall_ms, ddof=1) / np.sqrt(len(self.wall_ms)))
+
+    def spread(self) -> dict[str, float]:
+        """Interquartile range and least wall time, and the median CPU time, in milliseconds."""
+        low, high = np.percentile(self.wall_ms, [25, 75])
+        return {
+            "iqr_ms": round(float(high - low), 4),
+            "min_ms": round(min(self.wall_ms), 4),
+            "cpu_ms": round(float(np.median(self.cpu_ms)), 4),
+        }
+
+
+@contextmanager
+def _sampled(samples: Samples) -> Iterator[None]:
+    wall, cpu = time.perf_counter_ns(), time.process_time_ns()
+    yield
+    samples.wall_ms.append((time.perf_counter_ns() - wall) / 1e6)
+    samples.cpu_ms.append((time.process_time_ns() - cpu) / 1e6)
+
+
+@torch.no_grad()
+def time_rounds(session: Session, seconds: float = ROUNDS_SECONDS) -> dict[str, Samples]:
+    """Phase -> samples of whole runs, after one round that warms up.
+
+    No gradients but no inference mode either: what a model caches in there could not be used for a
+    backward pass later.
+    """
+    samples = {phase: Samples() for phase in session.phases}
+    _run_round(session, {phase: Samples() for phase in session.phases}, 4)
+    start = time.perf_counter()
+    for number in range(MAX_ROUNDS):
+        if number >= MIN_ROUNDS and time.perf_counter() - start > seconds:
+            break
+        _run_round(session, samples, STEPS)
+    return samples
+
+
+def _run_round(session: Session, samples: Mapping[str, Samples], steps: int) -> None:
+    with _sampled(samples[PREFILL]):
+        state = session.prefill()
+    if DECODE in session.phases:
+        for _ in range(steps):
+            with _sampled(samples[DECODE]):
+                state = session.step(state)
+
+
+@torch.no_grad()
+def time_layers(
+    session: Session, forwards: Mapping[str, Sequence[tuple[nn.Module, Forward]]], rounds: int
+) -> dict[str, dict[str, list[float]]]:
+    """Phase -> layer -> milliseconds per run that the layer's forwards took, summed over its modules.
+
+    Every layer runs where it always runs: with the caches as its neighbours left them and between
+    the other operations of the model. A layer that a phase does not call takes 0.
+    """
+    spent = dict.fromkeys(forwards, 0)
+    found: dict[str, dict[str, list[float]]] = {phase: {name: [] for name in forwards} for phase in session.phases}
+
+    def collect(phase: str) -> None:
+        for name, nanoseconds in spent.items():
+            found[phase][name].append(nanoseconds / 1e6)
+            spent[name] = 0
+
+    wrapped = [(module, _clocked(run, spent, name)) for name, pairs in forwards.items() for module, run in pairs]
+    with installed(wrapped):
+        _run_round(session, {phase: Samples() for phase in session.phases}, 2)
+        spent.update(dict.fromkeys(forwards, 0))
+        for _ in range(rounds):
+            state = session.prefill()
+            collect(PREFILL)
+            if DECODE in session.phases:
+                for _ in range(STEPS):
+                    state = session.step(state)
+                    collect(DECODE)
+    return found
+
+
+def _clocked(run: Forward, spent: dict[str, int], name: str) -> Forward:
+    clock = time.perf_counter_ns
+
+    def forward(*inputs: Tensor, **options: Any) -> Any:
+        start = clock()
+        output = run(*inputs, **options)
+        spent[name] += clock() - start
+        return output
+
+    return forward

@@ -1,0 +1,48 @@
+"""What tests of every room share: no network, and tiny models of every family."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+# Read when the hub's library is imported, so it must stand before any test imports it.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # torch warns of itself when transformers makes it import its compiler.
+    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script:DeprecationWarning")
+
+
+@pytest.fixture(scope="session")
+def tiny_models() -> ModuleType:
+    """`tests/support/tiny_models.py`: families, and how to save one or build a tokenizer."""
+    name = "tiny_models"
+    if name not in sys.modules:
+        found = importlib.util.spec_from_file_location(name, Path(__file__).parent / "support" / "tiny_models.py")
+        assert found is not None
+        assert found.loader is not None
+        module = importlib.util.module_from_spec(found)
+        sys.modules[name] = module
+        found.loader.exec_module(module)
+    return sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tiny_models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Family -> folder of a tiny bfloat16 checkpoint, made when first asked for. Read only."""
+    made: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in made:
+            made[family] = tiny_models.save(family, tmp_path_factory.mktemp(family))
+        return made[family]
+
+    return folder

@@ -1,0 +1,218 @@
+"""Workers that die, hang and lie: nothing is lost, nothing comes twice, and the rest goes on."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from autoq.workers.executor import RayExecutor
+from autoq.workers.session import Session
+from ray import cloudpickle
+
+from autoq.errors import WorkerLost
+from autoq.search.executors import Executor, Job, Result
+from autoq.spec import StudySpec, WorkersSpec
+
+pytestmark = pytest.mark.slow
+# Workers cannot import this file.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+class Fake:
+    """An evaluator that does harm when told to."""
+
+    def __init__(self, spec: StudySpec) -> None:
+        self.spec = spec
+
+    def echo(self, value: Any) -> Any:
+        return value
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def nap(self, pid_file: str, seconds: float = 60.0) -> str:
+        Path(pid_file).write_text(str(os.getpid()))
+        time.sleep(seconds)
+        return "slept"
+
+    def leave(self) -> None:
+        os._exit(3)
+
+    def quit(self) -> None:
+        sys.exit(0)
+
+    def fault(self) -> None:
+        ctypes.string_at(0)
+
+    def hold(self) -> None:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    def spend(self) -> None:
+        raise MemoryError("cannot allocate 1 TB")
+
+
+def die(spec: StudySpec) -> Fake:
+    os._exit(4)
+
+
+def spec_for(count: int) -> StudySpec:
+    workers = WorkersSpec(executor="ray", count=count, cpus=1)
+    return StudySpec.model_validate({"model": {"id": "demo:smollm2"}, "workers": workers})
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[Session]:
+    """One Ray for the whole file; what is left of it afterwards is nothing."""
+    before = set(psutil.Process().children(recursive=True))
+    session = Session(WorkersSpec(executor="ray", count=2, cpus=1))
+    folder = session.folder
+    started = set(psutil.Process().children(recursive=True)) - before
+    assert started
+    yield session
+    start = time.monotonic()
+    session.close()
+    assert time.monotonic() - start < 5
+    assert folder is not None
+    assert not folder.exists()
+    assert set(psutil.Process().children(recursive=True)) <= before
+    assert not any(process.is_running() for process in started)
+
+
+@pytest.fixture
+def executor(session: Session) -> Iterator[Executor]:
+    with RayExecutor(spec_for(1), Fake) as executor:
+        yield executor
+
+
+def drain(executor: Executor) -> list[Result]:
+    return list(iter(executor.next, None))
+
+
+def wait_for(path: Path) -> int:
+    """The process id that a job has written to `path`."""
+    until = time.monotonic() + 30
+    while not (path.exists() and path.read_text()):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    return int(path.read_text())
+
+
+def gone(pid: int, seconds: float = 5.0) -> bool:
+    until = time.monotonic() + seconds
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def test_a_worker_killed_mid_job_costs_that_job_only(session: Session, tmp_path: Path) -> None:
+    with RayExecutor(spec_for(2), Fake) as executor:
+        executor.submit(Job("victim", "nap", {"pid_file": str(tmp_path / "pid")}, attempt=1))
+        for i in range(6):
+            executor.submit(Job(str(i), "echo", {"value": i}))
+        results = [executor.next() for _ in range(6)]
+        os.kill(wait_for(tmp_path / "pid"), signal.SIGKILL)
+        crash = executor.next(timeout=20)
+        executor.submit(Job("victim", "echo", {"value": "again"}, attempt=2))
+        retry = executor.next()
+        assert executor.next() is None
+    assert sorted(result.value for result in results if result is not None) == list(range(6))
+    assert crash is not None
+    assert (crash.job.key, crash.job.attempt, crash.value) == ("victim", 1, None)
+    assert crash.failure is not None
+    assert crash.failure.crashed
+    assert crash.failure.error == "WorkerLost"
+    assert "died while it ran 'nap' of 'victim'" in crash.failure.message
+    assert "\n" not in crash.failure.message
+    assert retry is not None
+    assert (retry.value, retry.job.attempt) == ("again", 2)
+
+
+@pytest.mark.parametrize("action", ["leave", "quit", "fault"])
+def test_every_way_to_die_is_a_crash_and_the_queue_survives(executor: Executor, action: str) -> None:
+    executor.submit(Job("before", "echo", {"value": 1}))
+    executor.submit(Job("death", action))
+    executor.submit(Job("after", "echo", {"value": 2}))
+    before, death, after = drain(executor)
+    assert (before.job.key, before.value) == ("before", 1)
+    assert death.job.key == "death"
+    assert death.failure is not None
+    assert death.failure.crashed
+    assert death.worker == before.worker
+    assert (after.job.key, after.value) == ("after", 2)
+    assert after.worker != before.worker
+
+
+def test_running_out_of_memory_politely_is_an_ordinary_failure(executor: Executor) -> None:
+    executor.submit(Job("a", "spend"))
+    executor.submit(Job("b", "echo", {"value": 1}))
+    first, second = drain(executor)
+    assert first.failure is not None
+    assert (first.failure.error, first.failure.crashed) == ("MemoryError", False)
+    assert second.worker == first.worker
+
+
+def test_a_frozen_process_is_ended_at_the_time_limit(executor: Executor) -> None:
+    executor.submit(Job("pid", "pid"))
+    result = executor.next()
+    assert result is not None
+    executor.submit(Job("frozen", "hold", limit_seconds=1.0))
+    executor.submit(Job("next", "echo", {"value": 1}))
+    frozen, following = drain(executor)
+    assert frozen.failure is not None
+    assert (frozen.failure.error, frozen.failure.crashed) == ("TimeLimit", False)
+    assert following.value == 1
+    assert gone(result.value, seconds=20)
+
+
+def test_a_worker_that_died_idle_costs_no_job(executor: Executor) -> None:
+    executor.submit(Job("pid", "pid"))
+    result = executor.next()
+    assert result is not None
+    os.kill(result.value, signal.SIGKILL)
+    executor.submit(Job("a", "echo", {"value": 1}))
+    executor.submit(Job("b", "echo", {"value": 2}))
+    assert [(r.job.key, r.value) for r in drain(executor)] == [("a", 1), ("b", 2)]
+
+
+def test_an_exclusive_job_that_kills_its_worker_comes_back_once(executor: Executor) -> None:
+    executor.submit(Job("a", "leave", exclusive=True))
+    executor.submit(Job("b", "echo", {"value": 1}, exclusive=True))
+    first, second = drain(executor)
+    assert first.failure is not None
+    assert first.failure.crashed
+    assert second.value == 1
+
+
+def test_deaths_without_end_end_the_study(executor: Executor) -> None:
+    for i in range(9):
+        executor.submit(Job(str(i), "leave"))
+    keys = [result.job.key for result in (executor.next() for _ in range(5)) if result is not None]
+    assert keys == ["0", "1", "2", "3", "4"]
+    for _ in range(2):
+        with pytest.raises(
+            WorkerLost, match=r"^5 workers died in a row .*; the last: .* died while it ran 'leave' of '4'"
+        ):
+            executor.next()
+
+
+def test_a_finished_job_between_deaths_sets_the_count_back(executor: Executor) -> None:
+    for i in range(8):
+        executor.submit(Job(str(i), "leave" if i != 3 else "spend"))
+    assert len(drain(executor)) == 8
+
+
+def test_a_model_that_kills_whoever_loads_it_ends_the_study(session: Session) -> None:
+    with RayExecutor(spec_for(1), die) as executor:
+        executor.submit(Job("a", "echo", {"value": 1}))
+        with pytest.raises(WorkerLost, match="died while it loaded the model"):
+            executor.next()

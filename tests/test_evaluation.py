@@ -1,0 +1,176 @@
+"""The evaluator on tiny models: what it measures equals a direct computation, however it remembers."""
+
+import math
+
+import pytest
+import torch
+
+from autoq import plugins
+from autoq.assignment import Assignment
+from autoq.errors import NotFinite
+from autoq.evaluation import Evaluator
+from autoq.objectives import Objective, computed
+from autoq.scheme import Keep, parse_scheme
+from autoq.spec import build_spec
+
+DATA = {"calibration_tokens": 256, "search_tokens": 256, "report_tokens": 128, "window_tokens": 64}
+
+
+@pytest.fixture
+def make(tiny_model_dir, tmp_path, monkeypatch):
+    """An evaluator of a tiny model of a family, with its own cache folder."""
+    monkeypatch.setenv("AUTOQ_CACHE", str(tmp_path / "cache"))
+
+    def build(family="llama", objectives=("kl_nats_per_token", "perplexity", "size_bytes"), dtype="float32", **more):
+        tree = {
+            "model": {"id": str(tiny_model_dir(family)), "dtype": dtype},
+            "data": DATA,
+            "target": {"name": "generic"},
+            "objectives": list(objectives),
+        }
+        return Evaluator(build_spec(tree | more))
+
+    return build
+
+
+def uniform(evaluator, text):
+    scheme = parse_scheme(text)
+    return Assignment(
+        {layer.name: scheme if layer.kind in ("linear", "conv1d") else Keep() for layer in evaluator.info.layers}
+    )
+
+
+def by_name(measurements):
+    return {m.objective: m for m in measurements}
+
+
+def directly(evaluator, assignment, data):
+    """KL and perplexity by the book, on weights set by hand."""
+    with torch.no_grad():
+        reference = torch.stack([evaluator.model.outputs(w.unsqueeze(0))[0] for w in data]).log_softmax(-1)
+        weights = {
+            name: evaluator._quantized(name, scheme).dequantize(evaluator.model.weight(name).dtype)
+            for name, scheme in assignment.items()
+        }
+        evaluator.model.swap(weights)
+        found = torch.stack([evaluator.model.outputs(w.unsqueeze(0))[0] for w in data]).log_softmax(-1)
+        evaluator.model.restore()
+    kl = (reference.exp() * (reference - found)).sum(-1).mean()
+    nll = torch.nn.functional.nll_loss(found[:, :-1].flatten(0, 1), data[:, 1:].flatten())
+    return float(kl), math.exp(nll)
+
+
+def test_quality_equals_a_direct_computation(make):
+    evaluator = make()
+    assignment = uniform(evaluator, "rtn-int3-g32")
+    found = by_name(evaluator.measure(assignment, "search"))
+    kl, perplexity = directly(evaluator, assignment, evaluator.parts.search)
+    assert found["kl_nats_per_token"].value == pytest.approx(kl, rel=0.02, abs=2e-6)
+    assert found["perplexity"].value == pytest.approx(perplexity, rel=1e-4)
+    assert found["kl_nats_per_token"].n == evaluator.parts.search.numel()
+    assert found["perplexity"].n == evaluator.parts.search.numel() - len(evaluator.parts.search)
+    assert 0 < found["kl_nats_per_token"].stderr < found["kl_nats_per_token"].value
+
+
+def test_report_part_is_other_data(make):
+    evaluator = make()
+    assignment = uniform(evaluator, "rtn-int3-g32")
+    search, report = (by_name(evaluator.measure(assignment, part)) for part in ("search", "report"))
+    assert search["kl_nats_per_token"].value != report["kl_nats_per_token"].value
+    assert report["kl_nats_per_token"].part == "report"
+    # and coming back to the first part gives the first numbers again
+    again = by_name(evaluator.measure(assignment, "search"))
+    assert again["kl_nats_per_token"].value == search["kl_nats_per_token"].value
+
+
+def test_the_unquantized_model_is_at_zero_and_weights_are_back_afterwards(make):
+    evaluator = make()
+    before = {layer.name: evaluator.model.weight(layer.name).clone() for layer in evaluator.info.layers}
+    evaluator.measure(uniform(evaluator, "rtn-int2-g32"), "search")
+    for layer in evaluator.info.layers:
+        module = evaluator.model.modules_of(layer)[0]
+        assert torch.equal(module.weight, before[layer.name])
+    kl = by_name(evaluator.measure(Assignment({}), "search"))["kl_nats_per_token"].value
+    assert abs(kl) < 1e-5
+
+
+@pytest.mark.parametrize("memory", ["hidden states", "file"])
+def test_little_memory_changes_how_the_reference_is_kept_and_nothing_else(make, memory, monkeypatch):
+    plenty = make()
+    assignment = uniform(plenty, "rtn-int3-g32")
+    expected = by_name(plenty.measure(assignment, "search"))
+    little = make(bank={"memory": "1KB"})
+    if memory == "file":
+        monkeypatch.setattr(Evaluator, "_hidden_states", lambda *_: None)
+    found = by_name(little.measure(assignment, "search"))
+    reference = little._reference[1]
+    assert (reference.head_weight is not None) == (memory == "hidden states")
+    assert (reference.directory is not None) == (memory == "file")
+    for name, measurement in expected.items():
+        assert found[name].value == pytest.approx(measurement.value, rel=0.02, abs=2e-6)
+
+
+def test_quantizing_the_head_does_not_quantize_the_reference(make):
+    """With hidden states as reference, its logits must come from the original head."""
+    evaluator = make(bank={"memory": "1KB"})
+    head = next(layer.name for layer in evaluator.info.layers if layer.kind == "head")
+    kl = by_name(evaluator.measure(Assignment({head: parse_scheme("rtn-int2-channel")}), "search"))
+    assert kl["kl_nats_per_token"].value > 1e-4
+
+
+def test_nan_is_an_error_that_says_so(make):
+    evaluator = make()
+    name = next(layer.name for layer in evaluator.info.layers if layer.kind == "linear")
+    scheme = parse_scheme("rtn-int8-channel")
+    evaluator.bank.dequantized = lambda weight, *_: torch.full_like(weight, torch.nan)
+    with pytest.raises(NotFinite, match="NaN or infinite"):
+        evaluator.measure(Assignment({name: scheme}), "search")
+    del evaluator.bank.dequantized
+    assert by_name(evaluator.measure(Assignment({}), "search"))["perplexity"].value < 1e6
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5", "bert"])
+def test_other_families_are_measured(make, family):
+    evaluator = make(family, objectives=("kl_nats_per_token", "size_bytes"))
+    found = by_name(evaluator.measure(uniform(evaluator, "rtn-int2-channel"), "search"))
+    assert found["kl_nats_per_token"].value > 1e-5
+
+
+def test_computed_needs_no_model(make):
+    evaluator = make()
+    objectives = {name: plugins.load("objectives", name, Objective) for name in ("size_bytes", "bits_per_weight")}
+    small = computed(objectives, evaluator.info, uniform(evaluator, "rtn-int4-g32"), None)
+    assert [m.kind for m in small] == ["computed", "computed"]
+    large = computed(objectives, evaluator.info, Assignment({}), None)
+    assert small[0].value < large[0].value
+    assert 4 < small[1].value < 6
+
+
+def test_sensitivities_rank_what_the_forward_pass_measures(make):
+    """The proxy orders single-layer perturbations nearly as their measured divergences."""
+    from scipy.stats import spearmanr
+
+    evaluator = make(objectives=("kl_nats_per_token",))
+    schemes = ["rtn-int2-g32", "rtn-int3-g32", "rtn-int4-g32"]
+    names = [layer.name for layer in evaluator.info.layers if layer.kind == "linear"]
+    table = evaluator.sensitivities({name: [*schemes, "keep"] for name in names})
+    assert all(table[name]["keep"] == 0 for name in names)
+    assert all(table[name]["rtn-int2-g32"] > table[name]["rtn-int4-g32"] > 0 for name in names)
+    pairs = [(name, text) for name in names for text in schemes]
+    predicted = [table[name][text] for name, text in pairs]
+    measured = [
+        by_name(evaluator.measure(Assignment({name: parse_scheme(text)}), "search"))["kl_nats_per_token"].value
+        for name, text in pairs
+    ]
+    assert spearmanr(predicted, measured).statistic > 0.85
+
+
+def test_calibration_is_done_once_per_model_and_data(make, monkeypatch):
+    evaluator = make()
+    first = evaluator.calibrate()
+
+    def never(*_):
+        raise AssertionError("gathered twice")
+
+    monkeypatch.setattr("autoq.calibration.curvature.gather", never)
+    assert make().calibrate() == first

@@ -1,0 +1,255 @@
+"""Jobs on Ray actors, supervised here: no Ray retries, no Ray restarts.
+
+Ray can report an error for a task that ran, and restarting an actor with its constructor's arguments
+is unsafe (https://github.com/ray-project/ray/issues/53727). So an actor lives once. When it dies or
+runs past a time limit its reference is forgotten, which drops whatever it might still answer, its job
+comes back as a failure, and another actor takes its place.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
+
+from autoq.errors import WorkerLost
+from autoq.search.executors import Executor, Failure, Job, Result, TimeLimit, make_evaluator
+from autoq.spec import StudySpec
+
+from .actor import Make, Worker, pack, unpack
+from .session import Session
+
+ANSWER_SECONDS = 30.0  # an idle worker that does not answer for so long counts as dead
+DEATHS_IN_A_ROW = 4  # and one per worker: they may all die of the same shortage of memory
+OUTPUT_BYTES = 4096  # of a dead worker's last words
+
+
+@dataclass(eq=False)
+class _Member:
+    """A worker as the executor sees it; `pending` is the reference of what it does now: load, or a job."""
+
+    number: int
+    actor: Any
+    identity: Any
+    pending: Any
+    scratch: Path | None
+    ready: bool = False
+    job: Job | None = None
+    since: float = 0.0
+
+    @property
+    def overdue_at(self) -> float | None:
+        """When its job's time is up, on the monotonic clock."""
+        if self.job is None or self.job.limit_seconds is None:
+            return None
+        return self.since + self.job.limit_seconds
+
+    def who(self) -> tuple[str, int | None]:
+        """`host:pid` and the process id, as far as the worker has said."""
+        done, _ = ray.wait([self.identity], timeout=0)
+        try:
+            name, pid = ray.get(done[0]) if done else (f"worker {self.number}", None)
+        except RayError:
+            return f"worker {self.number}", None
+        return name, pid
+
+
+class RayExecutor(Executor):
+    """Runs jobs on `workers.count` Ray actors with an evaluator each.
+
+    The constructor starts or joins Ray and starts the actors, which load while the caller goes on;
+    it raises what `Session` raises. `make` builds an evaluator from a spec in the worker's process; it
+    travels by pickle.
+    """
+
+    def __init__(self, spec: StudySpec, make: Make = make_evaluator) -> None:
+        self._count = spec.workers.count
+        self._queue: collections.deque[tuple[Job, bytes]] = collections.deque()
+        self._members: list[_Member] = []
+        self._started = 0
+        self._deaths = 0
+        self._last_death = ""
+        self._broken: Exception | None = None
+        self._closed = False
+        self._session = Session(spec.workers)
+        try:
+            workers = spec.workers.model_copy(update={"cpus": self._session.cpus})
+            self._recipe = pack((make, spec.model_copy(update={"workers": workers})))
+            self._actors = ray.remote(Worker).options(
+                num_cpus=workers.cpus, num_gpus=workers.gpus, max_restarts=0, max_task_retries=0
+            )
+            self._fill()
+        except BaseException:
+            self.close()
+            raise
+
+    def submit(self, job: Job) -> None:
+        """Queue a job and start it if a worker is idle. Raises what pickling its arguments raises."""
+        assert not self._closed
+        self._queue.append((job, pack(job)))
+        self._dispatch()
+
+    def next(self, timeout: float | None = None) -> Result | None:
+        """The next finished job; see `Executor.next`. An interrupt leaves everything as it was."""
+        until = None if timeout is None else time.monotonic() + timeout
+        while True:
+            if self._broken is not None:
+                raise self._broken
+            if not self._queue and not self._running():
+                return None
+            self._fill()
+            self._dispatch()
+            if (late := self._stop_overdue()) is not None:
+                return late
+            member = self._wait(until)
+            if member is not None:
+                result = self._collect(member)
+                if result is not None:
+                    return result
+            elif until is not None and time.monotonic() >= until:
+                return None
+
+    def close(self) -> None:
+        """End the workers, and Ray if it was started here."""
+        self._closed = True
+        self._queue.clear()
+        if ray.is_initialized():
+            for member in self._members:
+                ray.kill(member.actor)
+        self._members.clear()
+        self._session.close()
+
+    def _running(self) -> list[Job]:
+        return [member.job for member in self._members if member.job is not None]
+
+    def _fill(self) -> None:
+        """Start the workers that are missing, but none beside an exclusive job: loading disturbs it."""
+        if self._deaths >= DEATHS_IN_A_ROW + self._count:
+            raise WorkerLost(
+                f"{self._deaths} workers died in a row without finishing a job; the last: {self._last_death}"
+            )
+        if any(job.exclusive for job in self._running()):
+            return
+        while len(self._members) < self._count:
+            scratch = None
+            if self._session.folder is not None:
+                scratch = self._session.folder / f"worker-{self._started}"
+                scratch.mkdir()
+            actor = self._actors.remote()
+            identity = actor.identity.remote()
+            loading = actor.load.remote(self._recipe, scratch and str(scratch))
+            self._members.append(_Member(self._started, actor, identity, loading, scratch))
+            self._started += 1
+
+    def _dispatch(self) -> None:
+        """Start queued jobs in order, as far as there are idle workers and exclusive jobs allow."""
+        while self._queue:
+            running = self._running()
+            if any(job.exclusive for job in running):
+                return
+            if self._queue[0][0].exclusive and (running or not all(member.ready for member in self._members)):
+                return
+            member = next((member for member in self._members if member.ready and member.job is None), None)
+            if member is None:
+                return
+            if not self._answers(member):
+                continue
+            job, packed = self._queue.popleft()
+            member.pending = member.actor.run.remote(packed)
+            member.since = time.monotonic()
+            member.job = job
+
+    def _answers(self, member: _Member) -> bool:
+        """Whether an idle worker lives. One that died since its last job must not cost the next one."""
+        try:
+            ray.get(member.actor.identity.remote(), timeout=ANSWER_SECONDS)
+        except RayError as problem:
+            self._died(member, "while it was idle", problem)
+            return False
+        return True
+
+    def _wait(self, until: float | None) -> _Member | None:
+        """The next worker that has something to tell; None when `until` or a job's time limit came first."""
+        pending = {member.pending: member for member in self._members if member.pending is not None}
+        if not pending:
+            return None
+        moments = [moment for moment in (until, *(m.overdue_at for m in self._members)) if moment is not None]
+        timeout = max(0.0, min(moments) - time.monotonic()) if moments else None
+        done, _ = ray.wait(list(pending), num_returns=1, timeout=timeout)
+        return pending[done[0]] if done else None
+
+    def _stop_overdue(self) -> Result | None:
+        """End one worker whose job ran past its limit, unless the job has just finished."""
+        now = time.monotonic()
+        for member in self._members:
+            if member.overdue_at is None or now < member.overdue_at or ray.wait([member.pending], timeout=0)[0]:
+                continue
+            job = member.job
+            assert job is not None
+            name, _ = member.who()
+            self._remove(member)
+            return Result(job, None, Failure.of(TimeLimit.of(job)), now - member.since, name)
+        return None
+
+    def _collect(self, member: _Member) -> Result | None:
+        """What a worker tells: a job's result, or (None) that it has loaded or died before it did."""
+        reference, member.pending = member.pending, None
+        job, member.job = member.job, None
+        seconds = time.monotonic() - member.since
+        try:
+            answer = unpack(ray.get(reference))
+        except RayTaskError as problem:
+            answer = problem.cause  # the job cannot be unpacked there: a module that only this process has
+        except RayError as problem:
+            name, _ = member.who()
+            doing = f"while it ran {job.action!r} of {job.key!r}" if job else "while it loaded the model"
+            failure = self._died(member, doing, problem)
+            return Result(job, None, failure, seconds, name) if job else None
+        except Exception as problem:
+            answer = problem  # the result cannot be unpacked here; unpickling may raise anything
+        if job is None:
+            member.ready = True
+            if isinstance(answer, Exception):
+                self._broken = answer
+                self._remove(member)
+            return None
+        self._deaths = 0
+        if isinstance(answer, Exception):
+            return Result(job, None, Failure.of(answer), seconds, member.who()[0])
+        assert isinstance(answer, Result)
+        return dataclasses.replace(answer, job=job)
+
+    def _died(self, member: _Member, doing: str, problem: RayError) -> Failure:
+        """Write a worker off; the record of why, with its last output where it can be found."""
+        name, pid = member.who()
+        output = self._output(pid)
+        fault = next((line for line in output.splitlines() if line.startswith("Fatal Python error: ")), None)
+        if isinstance(problem, OutOfMemoryError):
+            cause = "ended by Ray because the node was short of memory"
+        else:
+            cause = fault or "killed from outside, for want of memory, or by a fault in native code"
+        message = f"{name} died {doing}: {cause}"
+        self._remove(member)
+        self._deaths += 1
+        self._last_death = message
+        return Failure("WorkerLost", message, f"{problem}\n\n{output}".strip(), crashed=True)
+
+    def _output(self, pid: int | None) -> str:
+        """The end of what a worker of this machine wrote to stderr."""
+        if pid is None or self._session.logs is None:
+            return ""
+        text = b"".join(path.read_bytes()[-OUTPUT_BYTES:] for path in self._session.logs.glob(f"worker-*-{pid}.err"))
+        return text.decode(errors="replace")
+
+    def _remove(self, member: _Member) -> None:
+        self._members.remove(member)
+        ray.kill(member.actor)
+        if member.scratch is not None:
+            shutil.rmtree(member.scratch, ignore_errors=True)

@@ -1,0 +1,214 @@
+"""A Ray session: started here, joined at an address, or one that this process already has.
+
+Ray's servers listen on every interface of the machine, so a session that is started here has a random
+token without which nobody gets in (https://docs.ray.io/en/latest/ray-security/token-auth.html), and a
+cluster on another machine is joined only with token authentication. The token of a local session
+lives in the environment of its processes and is never written to a file.
+"""
+
+from __future__ import annotations
+
+import functools
+import ipaddress
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray._private.worker as ray_worker
+
+from autoq.errors import AutoQError, SpecError
+from autoq.spec import WorkersSpec
+
+LOG = logging.getLogger("autoq.workers")
+NAMESPACE = "autoq"
+# Jobs and results are a few kilobytes; weights come from files, which the page cache shares.
+OBJECT_STORE_BYTES = 100 * 2**20
+CONNECT_SECONDS = 10.0
+# Ray adds up to 65 characters for its sockets, whose paths the kernel limits to 107.
+MAX_FOLDER_CHARACTERS = 42
+
+
+@functools.cache
+def _token() -> str:
+    """The token of the sessions that this process starts; one, because Ray reads it only once."""
+    return secrets.token_hex(32)
+
+
+def _token_file() -> Path:
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+
+
+def _has_token() -> bool:
+    return bool(os.environ.get("RAY_AUTH_TOKEN")) or _token_file().is_file()
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def check_address(address: str) -> tuple[str, int]:
+    """Host and port of a running cluster's address, `HOST:PORT`, that it is safe to join.
+
+    Raises `SpecError` for another form, and for a host that is not loopback unless RAY_AUTH_MODE is
+    `token` and there is a token in RAY_AUTH_TOKEN, or in a file that nobody else can read.
+    """
+    host, colon, port = address.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not colon or not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        form = "HOST:PORT of a running Ray cluster, such as 10.0.0.5:6379"
+        raise SpecError(f"workers.address: must be {form} (got {address!r})")
+    if not _is_loopback(host):
+        _require_token(address)
+    return host, int(port)
+
+
+def _require_token(address: str) -> None:
+    where = f"workers.address: {address!r} is another machine"
+    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
+        raise SpecError(f"{where}; set RAY_AUTH_MODE=token on the cluster and here")
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return
+    path = _token_file()
+    if not path.is_file() or not path.read_text(encoding="utf-8").strip():
+        raise SpecError(f"{where} and there is no token; put the cluster's into RAY_AUTH_TOKEN or {str(path)!r}")
+    if path.stat().st_mode & 0o077:
+        raise SpecError(f"{where} and others can read its token; run: chmod 600 {path}")
+
+
+def _usable_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _log_line(data: dict[str, Any], **_: object) -> None:
+    """Take what Ray would print to stdout, where the command line prints its documents."""
+    for line in data["lines"]:
+        LOG.info("%s: %s", data.get("pid", "ray"), line)
+
+
+class Session:
+    """A connection to Ray, opened by the constructor; `close` undoes what it did.
+
+    A session that is already on in this process is used and left on. `cpus` is what each worker gets:
+    `workers.cpus`, or an equal share of all there is. `folder` is the session's temporary folder, or
+    None where the session was not started here.
+
+    Raises `SpecError` for an address that is refused or a session without room for the workers, and
+    `AutoQError` where Ray cannot be started or reached.
+    """
+
+    def __init__(self, workers: WorkersSpec) -> None:
+        self.folder: Path | None = None
+        self._mine = False
+        self._environment: dict[str, str | None] = {}
+        self._printer: Any = None
+        where = None if workers.address is None else check_address(workers.address)
+        try:
+            self._open(workers, where)
+            self.cpus = self._share(workers)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def logs(self) -> Path | None:
+        """The folder of the workers' own output, where this machine has it."""
+        return None if self.folder is None else self.folder / "session_latest" / "logs"
+
+    def _open(self, workers: WorkersSpec, where: tuple[str, int] | None) -> None:
+        if ray.is_initialized():
+            here = ray.get_runtime_context().gcs_address
+            if workers.address not in (None, here):
+                raise SpecError(
+                    f"workers.address: this process is connected to {here!r} already, not {workers.address!r}"
+                )
+            return
+        if where is None:
+            options = self._local(workers)
+        else:
+            options = {"address": workers.address}
+            try:  # Ray itself would try for half a minute
+                socket.create_connection(where, timeout=CONNECT_SECONDS).close()
+            except OSError as problem:
+                raise AutoQError(f"workers.address: nothing answers at {workers.address!r}: {problem}") from None
+        handler = signal.getsignal(signal.SIGTERM)
+        self._mine = True
+        try:
+            ray.init(namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR, **options)
+        except Exception as problem:
+            first = next(iter(str(problem).splitlines()), type(problem).__name__)
+            raise AutoQError(f"Ray cannot be {'joined' if workers.address else 'started'}: {first}") from problem
+        finally:
+            # Ray makes SIGTERM raise SystemExit, which is right unless the program has its own way.
+            if callable(handler) and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, handler)
+        self._printer = ray_worker.print_to_stdstream
+        ray_worker.print_to_stdstream = _log_line
+
+    def _local(self, workers: WorkersSpec) -> dict[str, Any]:
+        """Options of a session of our own, and its folder and environment."""
+        if not _has_token():
+            self._setenv("RAY_AUTH_TOKEN", _token())
+        # Ray itself sets this one; remembered, so that closing leaves the environment as it was.
+        self._environment.setdefault("RAY_AUTH_MODE", os.environ.get("RAY_AUTH_MODE"))
+        self._setenv("RAY_USAGE_STATS_ENABLED", "0")
+        long = len(tempfile.gettempdir()) + len("/autoq-ray-12345678") > MAX_FOLDER_CHARACTERS
+        parent = "/tmp" if long else None  # noqa: S108 - mkdtemp makes a folder of our own in it
+        self.folder = Path(tempfile.mkdtemp(prefix="autoq-ray-", dir=parent))
+        return {
+            "address": "local",
+            "num_cpus": max(_usable_cpus(), workers.count * (workers.cpus or 1)),
+            "num_gpus": None if workers.gpus else 0,
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "_temp_dir": str(self.folder),
+        }
+
+    def _setenv(self, name: str, value: str) -> None:
+        self._environment.setdefault(name, os.environ.get(name))
+        os.environ[name] = value
+
+    def _share(self, workers: WorkersSpec) -> int:
+        """CPUs of each worker, when all of them fit on the session's nodes."""
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        cpus = workers.cpus or max(1, int(sum(node.get("CPU", 0) for node in nodes) // workers.count))
+
+        def room(node: dict[str, float]) -> int:
+            by_cpu = int(node.get("CPU", 0) // cpus)
+            return min(by_cpu, int(node.get("GPU", 0) / workers.gpus)) if workers.gpus else by_cpu
+
+        if sum(map(room, nodes)) < workers.count:
+            has = " + ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
+            raise SpecError(
+                f"workers: {workers.count} workers of {cpus} CPUs and {workers.gpus:g} GPUs do not fit;"
+                f" Ray has {has or 'no nodes'}"
+            )
+        return cpus
+
+    def close(self) -> None:
+        """Leave Ray; end it and remove its files if it was started here. Can be called again."""
+        if self._mine:
+            ray.shutdown(wait_for_processes=True)
+            self._mine = False
+        if self._printer is not None:
+            ray_worker.print_to_stdstream = self._printer
+            self._printer = None
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder = None
+        for name, value in self._environment.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        self._environment.clear()
