@@ -3,7 +3,8 @@
 Ray's servers listen on every interface of the machine, so a session that is started here has a random
 token without which nobody gets in (https://docs.ray.io/en/latest/ray-security/token-auth.html), and a
 cluster on another machine is joined only with token authentication. The token of a local session
-lives in the environment of its processes and is never written to a file.
+lives in the environment of its processes and is never written to a file. RAY_AUTH_MODE=disabled, set by
+the user, is respected for local sessions.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ NAMESPACE = "autoq"
 # Jobs and results are a few kilobytes; weights come from files, which the page cache shares.
 OBJECT_STORE_BYTES = 100 * 2**20
 CONNECT_SECONDS = 10.0
+# What Ray or this module sets in the environment, to be as before when the session is closed.
+VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_USAGE_STATS_ENABLED", "PYTHONBREAKPOINT")
 # Ray adds up to 65 characters for its sockets, whose paths the kernel limits to 107.
 MAX_FOLDER_CHARACTERS = 42
 
@@ -133,6 +136,7 @@ class Session:
                     f"workers.address: this process is connected to {here!r} already, not {workers.address!r}"
                 )
             return
+        self._environment = {name: os.environ.get(name) for name in VARIABLES}
         if where is None:
             options = self._local(workers)
         else:
@@ -158,10 +162,8 @@ class Session:
     def _local(self, workers: WorkersSpec) -> dict[str, Any]:
         """Options of a session of our own, and its folder and environment."""
         if not _has_token():
-            self._setenv("RAY_AUTH_TOKEN", _token())
-        # Ray itself sets this one; remembered, so that closing leaves the environment as it was.
-        self._environment.setdefault("RAY_AUTH_MODE", os.environ.get("RAY_AUTH_MODE"))
-        self._setenv("RAY_USAGE_STATS_ENABLED", "0")
+            os.environ["RAY_AUTH_TOKEN"] = _token()
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         long = len(tempfile.gettempdir()) + len("/autoq-ray-12345678") > MAX_FOLDER_CHARACTERS
         parent = "/tmp" if long else None  # noqa: S108 - mkdtemp makes a folder of our own in it
         self.folder = Path(tempfile.mkdtemp(prefix="autoq-ray-", dir=parent))
@@ -173,10 +175,6 @@ class Session:
             "object_store_memory": OBJECT_STORE_BYTES,
             "_temp_dir": str(self.folder),
         }
-
-    def _setenv(self, name: str, value: str) -> None:
-        self._environment.setdefault(name, os.environ.get(name))
-        os.environ[name] = value
 
     def _share(self, workers: WorkersSpec) -> int:
         """CPUs of each worker, when all of them fit on the session's nodes."""

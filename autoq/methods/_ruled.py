@@ -12,7 +12,6 @@ from autoq.layer import Layer
 from autoq.methods import Method, QuantizedWeight
 from autoq.scheme import Keep, PerGroup, Scheme
 
-
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -60,4 +59,6 @@ def _check_finite(weight: Tensor) -> None:
     ends = torch.stack(torch.aminmax(weight)).float()
     if not ends.isfinite().all():
         bad = weight.numel() - int(weight.float().isfinite().sum())
-        raise NotFinite(f"{bad} of the {weight.numel()} numbers of the weight {tuple(weight.shape)} are NaN or infinite")
+        raise NotFinite(
+            f"{bad} of the {weight.numel()} numbers of the weight {tuple(weight.shape)} are NaN or infinite"
+        )

@@ -61,9 +61,7 @@ class IntegerWeight(QuantizedWeight):
     """
 
     @classmethod
-    def of(
-        cls, scheme: Integer, codes: Tensor, scales: Tensor, zeros: Tensor | None = None
-    ) -> IntegerWeight:
+    def of(cls, scheme: Integer, codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> IntegerWeight:
         """Pack `codes` (out, in) uint8, `scales` and `zeros` (rows, groups) in code units.
 
         Scales and real zeros must already be bfloat16 numbers and integer zeros codes, whatever dtype
@@ -133,9 +131,7 @@ class CodebookWeight(QuantizedWeight):
         """Pack `codes` (out, in) uint8 and `codebook` (rows, groups, 2**bits) of bfloat16 numbers."""
         shape = (codes.shape[0], codes.shape[1])
         assert codebook.shape == (*grid_shape(scheme.granularity, shape), 2**scheme.bits), (scheme, codebook.shape)
-        return cls(
-            scheme, shape, {"codes": pack_rows(codes, scheme.bits), "codebook": _exactly_bfloat16(codebook)}
-        )
+        return cls(scheme, shape, {"codes": pack_rows(codes, scheme.bits), "codebook": _exactly_bfloat16(codebook)})
 
     def codes(self) -> Tensor:
         """The codes, (out, in) uint8, in 0 … 2**bits - 1."""
@@ -176,8 +172,13 @@ def restore(scheme: Scheme, shape: tuple[int, int], tensors: Mapping[str, Tensor
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     if found != expected:
         raise SchemeRefused(f"tensors {found} are not those of {scheme} for shape {shape}, which are {expected}")
-    kind = {Keep: KeptWeight, Integer: IntegerWeight, Codebook: CodebookWeight}[type(scheme)]
-    return kind(scheme, shape, tensors)
+    match scheme:
+        case Keep():
+            return KeptWeight(scheme, shape, tensors)
+        case Integer():
+            return IntegerWeight(scheme, shape, tensors)
+        case Codebook():
+            return CodebookWeight(scheme, shape, tensors)
 
 
 def expected_tensors(

@@ -1,27 +1,29 @@
-"""Half-quadratic quantization: min/max steps, and zero points that minimize a sparse norm of the error.
+"""Half-quadratic quantization: a zero point (or a step) per group that minimizes a sparse norm of the error.
 
 Badri & Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" (2023). Needs no data.
-With the scale fixed, it looks for the zero point z of each group that minimizes φ(w - (q - z) s), where
+With the scale s fixed, it looks for the zero point z of each group that minimizes φ(w - (q - z)s), where
 φ is the l_p norm, p < 1, whose minimum lets a few weights be far off so that most are close. Half-quadratic
 splitting adds a variable e for the error and alternates, with β growing by κ,
 
-    e ← shrink_p(w - (q - z)s, β),   shrink_p(x, β) = sign(x) max(0, |x| - |x|^(p-1)/β)
-    z ← mean over the group of (q - (w - e)/s),   q = clamp(round(w/s + z), 0, 2^b - 1)
+    e ← shrink(w - (q - z)s),   shrink(x) = sign(x) max(0, |x| - |x|^(p-1)/β)
+    z ← mean over the group of q - (w - e)/s,   q = clamp(round(w/s + z), 0, 2^b - 1)
 
-    w  weight / `coded` (w/s)    s  `scale`    z  `zero`    q  `codes`    e  `shrunk`    p  NORM    β  BETA    κ  KAPPA
+With r = (w - e)/s - (q - z), what is left of the error in steps, that is z ← z - mean(r).
 
-Where we differ from the authors' code (hqq 0.2.8), and why:
+    w  `weight`   s  `scale`   z  `zero`   q - z  `levels`   e/s  `shrunk`   r  `rest`   p  NORM   β  BETA   κ  KAPPA
 
-- Errors are measured in steps (w/s instead of w). With p < 1 the shrinkage depends on the unit; in the
-  weights' own unit and β = 10 it is zero for every error below 0.17, that is for all of them in a
-  language model, and the solver becomes plain averaging. In steps, one β serves every layer, and the
-  result scales with the weight. β = 3, κ = 1.1 were the best of a sweep over SmolLM2's layers at 4, 3, 2 bits.
-- Each group keeps the best zero point that it met, by mean absolute error (the authors' stopping rule, but
-  they apply it to the whole layer). A block of rows stops when
-  its groups together hardly get better.
-- z is rounded to the bfloat16 that ships within the loop, s before it.
-- An integer zero point is the solution rounded to a code, or the min/max one where that is better, so that
-  a group is never worse than under rtn.
+Where we differ from the paper and the authors' code (hqq 0.2.8), and why:
+
+- Errors are measured in steps. With p < 1 shrinkage depends on the unit; in the weights' own unit and with
+  β = 10, every error below 0.17 shrinks to zero, which is every error in a language model, and the solver
+  becomes plain averaging. In steps one β serves every layer, and the result scales with the weight. β = 3 and
+  κ = 1.1 were the best of a sweep over SmolLM2-135M's layers at 4, 3 and 2 bits.
+- An integer zero point has no room to move: rounded after or within the iterations it changes nothing. There
+  the scale is what is solved for, by the same splitting: s ← s (1 + Σ r(q - z) / Σ (q - z)²), from rtn's grid.
+- Each group keeps the best that it met, by mean absolute error, so a group is never worse than it started
+  (the authors stop by the same error, of the whole layer). A block of rows stops when its groups together
+  hardly get better.
+- s and real z are rounded to the bfloat16 that ships within the loop, so the error is that of what is stored.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from torch import Tensor
 
 from autoq.methods import QuantizedWeight
 from autoq.methods._ruled import RuledMethod
-from autoq.methods._uniform import minmax_grid, stored
+from autoq.methods._uniform import MIN_SCALE, encode, minmax_grid, stored
 from autoq.methods._weights import IntegerWeight, grid_shape, row_blocks
 from autoq.scheme import Integer, PerTensor, Scheme, ZeroPoint
 
@@ -45,7 +47,7 @@ _TOLERANCE = 1e-4
 
 
 class HalfQuadratic(RuledMethod):
-    """Uniform integers with optimized zero points, per group or channel."""
+    """Uniform integers with optimized parameters, per group or channel."""
 
     def rule(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         if not isinstance(scheme, Integer):
@@ -65,54 +67,42 @@ class HalfQuadratic(RuledMethod):
         for block in row_blocks(rows, columns):
             grouped = weight[block].float().reshape(-1, groups, columns // groups)
             low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
-            scale, start = minmax_grid(low, high, scheme.bits, scheme.zero)
-            coded = grouped / scale
-            zero = _solve(coded, start, scheme.bits, scheme.zero)
-            codes[block] = _codes(coded, zero, scheme.bits).view(-1, columns)
+            start = minmax_grid(low, high, scheme.bits, scheme.zero)
+            scale, zero = _solve(grouped, *start, scheme.bits, scheme.zero)
+            codes[block] = encode(grouped, scale, zero, scheme.bits).view(-1, columns)
             scales[block], zeros[block] = scale.squeeze(-1), zero.squeeze(-1)
         return IntegerWeight.of(scheme, codes, scales, zeros)
 
 
-def _codes(coded: Tensor, zero: Tensor, bits: int) -> Tensor:
-    return (coded + zero).round_().clamp_(0, 2**bits - 1)
+def _solve(weight: Tensor, scale: Tensor, zero: Tensor, bits: int, kind: ZeroPoint) -> tuple[Tensor, Tensor]:
+    """The (scale, zero) with the least mean absolute error met on the way down from those given.
 
-
-def _solve(coded: Tensor, start: Tensor, bits: int, kind: ZeroPoint) -> Tensor:
-    """The best zero point found for each group, (rows, groups, 1), as it ships.
-
-    `coded` (rows, groups, group size) is the weight in steps; `start` is the min/max zero point.
+    `weight` is (rows, groups, group size), the parameters (rows, groups, 1), all float32.
     """
-    best = _descend(coded, start, bits)
-    if kind == "real":
-        return best
-    rounded = best.round_().clamp_(0, 2**bits - 1)
-    better = _mean_error(coded, rounded, bits) < _mean_error(coded, start, bits)
-    return torch.where(better, rounded, start)
-
-
-def _mean_error(coded: Tensor, zero: Tensor, bits: int) -> Tensor:
-    return (_codes(coded, zero, bits) - zero).sub_(coded).abs_().mean(-1, keepdim=True)
-
-
-def _descend(coded: Tensor, start: Tensor, bits: int) -> Tensor:
-    """Half-quadratic splitting from `start`; the zero points with the least mean absolute errors met."""
-    zero, best = start, start
-    best_error = torch.full_like(start, torch.inf)
-    reached = torch.inf
-    beta = BETA
+    best_scale, best_zero, best_error = scale, zero, torch.full_like(scale, torch.inf)
+    reached, beta = float("inf"), BETA
     for _ in range(ITERATIONS):
-        offset = _codes(coded, zero, bits).sub_(coded)  # q - w/s
-        error = zero - offset  # w/s - (q - z)
+        coded = weight / scale
+        levels = (coded + zero).round_().clamp_(0, 2**bits - 1).sub_(zero)
+        error = coded.sub_(levels)
         size = error.abs()
-        mean_error = size.mean(-1, keepdim=True)
+        mean_error = size.mean(-1, keepdim=True).mul_(scale)
         better = mean_error < best_error
-        best, best_error = torch.where(better, zero, best), torch.where(better, mean_error, best_error)
-        total = best_error.sum().item()
+        best_error = torch.where(better, mean_error, best_error)
+        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+        # In float64, where sums of the largest float32 stay finite.
+        total = best_error.sum(dtype=torch.float64).item()
         if not total < reached * (1 - _TOLERANCE):
             break
         reached = total
         size.clamp_min_(_LEAST_ERROR)
-        shrunk = torch.copysign(size.sub_(size.pow(NORM - 1).div_(beta)).clamp_min_(0), error)
-        zero = stored(offset.add_(shrunk).mean(-1, keepdim=True))
+        shrunk = size.sub_(size.pow(NORM - 1).div_(beta)).clamp_min_(0).copysign_(error)
+        rest = error.sub_(shrunk)
+        if kind == "real":
+            zero = stored(zero - rest.mean(-1, keepdim=True))
+        else:
+            along = rest.mul_(levels).sum(-1, keepdim=True)
+            length = levels.square_().sum(-1, keepdim=True).clamp_min_(1)  # whole numbers; all zero moves nothing
+            scale = stored(scale * (1 + along / length)).clamp_min_(MIN_SCALE)
         beta *= KAPPA
-    return best
+    return best_scale, best_zero

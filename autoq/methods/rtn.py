@@ -53,9 +53,7 @@ class RoundToNearest(RuledMethod):
         for block in row_blocks(rows, columns):
             grouped = weight[block].float().reshape(-1, groups, columns // groups)
             if not per_tensor:
-                scales[block], zeros[block] = minmax_grid(
-                    grouped.amin(-1), grouped.amax(-1), scheme.bits, scheme.zero
-                )
+                scales[block], zeros[block] = minmax_grid(grouped.amin(-1), grouped.amax(-1), scheme.bits, scheme.zero)
             grid = slice(None) if per_tensor else block
             found = encode(grouped, scales[grid, :, None], zeros[grid, :, None], scheme.bits)
             codes[block] = found.view(-1, columns)

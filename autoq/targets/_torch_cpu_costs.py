@@ -34,11 +34,11 @@ from autoq.targets import CostTable
 from autoq.targets._torch_cpu_assembly import Chooser, Forward, kernel_of, packed_modules
 from autoq.targets._torch_cpu_kernels import DynamicLinear, engines
 from autoq.targets._torch_cpu_rules import Kernel
-from autoq.targets._torch_cpu_timing import ROUNDS_SECONDS, Session, time_layers, time_rounds
+from autoq.targets._torch_cpu_timing import Session, time_layers, time_rounds
 
 KEEP = Kernel("as-is")
 _LEAST_MODELS = 2
-_LEAST_ROUNDS = 6  # over all models
+_LEAST_ROUNDS = 8  # over all models
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ def cost_table(
 ) -> CostTable:
     """Time every layer of `choices` under its schemes and as it is, and the unquantized model.
 
-    Milliseconds; medians. `base_ms` makes the prediction for the unquantized model its measurement.
-    Threads are the caller's to set.
+    Milliseconds; lower quartiles for layers, medians for whole runs. `base_ms` makes the prediction
+    for the unquantized model its measurement. Threads are the caller's to set.
     """
     session = Session(model, workload)
     kinds = _kinds(model, choices)
@@ -122,10 +122,12 @@ def cost_table(
         for phase, spent in time_layers(session, _forwards(model, deal, engine), rounds).items():
             for name, milliseconds in spent.items():
                 samples[phase].setdefault((kind_of[name], deal[name][0]), []).extend(milliseconds)
-    unquantized = time_rounds(session, 2 * ROUNDS_SECONDS)
+    unquantized = time_rounds(session, patience=2)
     base_ms, layer_ms = {}, {}
     for phase in session.phases:
-        table = {key: float(np.median(values)) for key, values in samples[phase].items()}
+        # Whatever else the machine does only adds time, and the head has few samples per run: the lower
+        # quartile stands where a median of them would not.
+        table = {key: float(np.percentile(values, 25)) for key, values in samples[phase].items()}
         base_ms[phase] = unquantized[phase].median_ms - sum(table[index, KEEP] for index in kind_of.values())
         layer_ms[phase] = {
             name: {

@@ -127,8 +127,8 @@ def _sampled(samples: Samples) -> Iterator[None]:
 
 
 @torch.no_grad()
-def time_rounds(session: Session, seconds: float = ROUNDS_SECONDS) -> dict[str, Samples]:
-    """Phase -> samples of whole runs, after one round that warms up.
+def time_rounds(session: Session, patience: int = 1) -> dict[str, Samples]:
+    """Phase -> samples of whole runs, after one round that warms up. `patience` multiplies the time.
 
     No gradients but no inference mode either: what a model caches in there could not be used for a
     backward pass later.
@@ -136,8 +136,8 @@ def time_rounds(session: Session, seconds: float = ROUNDS_SECONDS) -> dict[str, 
     samples = {phase: Samples() for phase in session.phases}
     _run_round(session, {phase: Samples() for phase in session.phases}, 4)
     start = time.perf_counter()
-    for number in range(MAX_ROUNDS):
-        if number >= MIN_ROUNDS and time.perf_counter() - start > seconds:
+    for number in range(MAX_ROUNDS * patience):
+        if number >= MIN_ROUNDS and time.perf_counter() - start > ROUNDS_SECONDS * patience:
             break
         _run_round(session, samples, STEPS)
     return samples

@@ -50,7 +50,7 @@ trial 8: NotFinite: kl_nats_per_token is not a number
 
 DIFF = """\
 layer                  trial 2       trial 3        bytes
-model.layers.0.q_proj  rtn-int4-g64  rtn-int8-g64  +260 B
+model.layers.0.q_proj  rtn-int4-g64  rtn-int8-g64  +256 B
 
 1 layer differs
 
@@ -157,7 +157,7 @@ def test_diff_names_layers_bytes_and_what_changed(autoq, database):
     assert stripped(autoq("diff", "demo", "uniform-int4", "3").stdout) == DIFF
     document = json.loads(autoq("diff", "demo", "2", "3", "--json").stdout)
     assert document["layers"] == {
-        "model.layers.0.q_proj": {"a": "rtn-int4-g64", "b": "rtn-int8-g64", "bytes_a": 276, "bytes_b": 536}
+        "model.layers.0.q_proj": {"a": "rtn-int4-g64", "b": "rtn-int8-g64", "bytes_a": 280, "bytes_b": 536}
     }
 
 

@@ -1,19 +1,11 @@
-"""What every database behind the store must do: SQLite, and a real PostgreSQL that this file starts."""
+"""What every database behind the store must do: SQLite and PostgreSQL."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
@@ -36,79 +28,6 @@ SIZE = ("size_bytes", "bytes", "minimize")
 ACCURACY = ("accuracy", "fraction", "maximize")
 SCHEMES = [parse_scheme(f"rtn-int{bits}-g64") for bits in range(2, 9)]
 PASSWORD = "s3cret/word"
-
-
-class Server:
-    """A PostgreSQL server of our own on a free loopback port, without fsync: no power fails in a test."""
-
-    def __init__(self, binaries: Path) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="autoq-pg-"))
-        self.binaries = binaries
-        self.user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
-        if self.user:
-            shutil.chown(self.folder, "postgres")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        (self.folder / "password").write_text(PASSWORD)
-        (self.folder / "password").chmod(0o644)
-        self.schemas = 0
-        try:
-            self.run("initdb", "-U", "autoq", "-A", "scram-sha-256", f"--pwfile={self.folder}/password",
-                     "-E", "UTF8", "--locale=C", "--no-sync")  # fmt: skip
-            options = f"-p {self.port} -k {self.folder} -c listen_addresses=127.0.0.1 -c fsync=off"
-            self.run("pg_ctl", "-w", "-l", f"{self.folder}/log", "-o", options, "start")
-        except BaseException:
-            shutil.rmtree(self.folder)
-            raise
-
-    def run(self, program: str, *arguments: str) -> None:
-        command = [*self.user, str(self.binaries / program), "-D", f"{self.folder}/data", *arguments]
-        done = subprocess.run(command, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        assert done.returncode == 0, done.stdout
-
-    def fresh(self) -> str:
-        """A new schema, which is what a new database is to those who only see it, and made in no time."""
-        self.schemas += 1
-        name = f"test_{self.schemas}"
-        url = sa.URL.create("postgresql+psycopg", "autoq", PASSWORD, "127.0.0.1", self.port, "postgres")
-        engine = sa.create_engine(url, poolclass=sa.NullPool)
-        with engine.begin() as connection:
-            connection.execute(sa.text(f"CREATE SCHEMA {name}"))
-        own = url.update_query_dict({"options": f"-c search_path={name}"})
-        return own.render_as_string(hide_password=False)
-
-    def stop(self) -> None:
-        self.run("pg_ctl", "-m", "immediate", "stop")
-        shutil.rmtree(self.folder)
-
-
-@pytest.fixture(scope="session")
-def server():
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3]))
-    on_path = shutil.which("initdb")
-    binaries = found[-1].parent if found else Path(on_path).parent if on_path else None
-    if binaries is None:
-        reason = "postgresql: no server binaries here; install the package `postgresql`"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    server = Server(binaries)
-    yield server
-    server.stop()
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request, tmp_path):
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/autoq.db"
-    return request.getfixturevalue("server").fresh()
-
-
-@pytest.fixture
-def store(url):
-    with Store.open(url) as store:
-        yield store
 
 
 def assignment(index: int, layers: int = 4) -> Assignment:
@@ -537,119 +456,3 @@ def test_many_writers_keep_one_frontier(url, store):
         list(pool.map(write, range(4)))
     assert store.studies()[0].complete == 48
     assert numbers(store.frontier(study.id)) == store.recompute_frontier(study.id)
-
-
-OPENER = """
-import sys
-from autoq.store import Store
-print("ready", flush=True)
-sys.stdin.readline()
-with Store.open(sys.argv[1]) as store:
-    store.studies()
-"""
-
-
-@pytest.mark.slow
-def test_processes_that_open_a_new_database_at_once_all_succeed(url):
-    openers = [
-        subprocess.Popen(
-            [sys.executable, "-c", OPENER, url],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for _ in range(3)
-    ]  # fmt: skip
-    for opener in openers:
-        assert opener.stdout.readline() == "ready\n"
-    for opener in openers:
-        opener.stdin.write("go\n")
-        opener.stdin.flush()
-    for opener in openers:
-        _, errors = opener.communicate(timeout=60)
-        assert (opener.returncode, errors) == (0, "")
-
-
-WRITER = """
-import itertools, sys
-from autoq.assignment import Assignment
-from autoq.measurement import Measurement
-from autoq.scheme import parse_scheme
-from autoq.spec import build_spec
-from autoq.store import Store
-
-store = Store.open(sys.argv[1])
-study = store.create_study(build_spec({"model": {"id": "tiny"}}), [("a", "u", "minimize"), ("b", "u", "minimize")])
-for number in itertools.count():
-    schemes = {f"layer.{place}": parse_scheme(f"rtn-int{2 + number // 7**place % 7}-g64") for place in range(6)}
-    trial = store.start_trial(study.id, number, Assignment(schemes), "sampler")
-    values = {"a": number * 37 % 101, "b": number * 53 % 97}
-    found = [Measurement(name, float(value), "u", "measured", "search") for name, value in values.items()]
-    assert store.finish_trial(trial.id, 1, found, {}, 1.0, "w")
-    print(number, flush=True)
-"""
-
-
-@pytest.mark.slow
-def test_killing_the_writer_loses_no_acknowledged_result(url):
-    with subprocess.Popen([sys.executable, "-c", WRITER, url], stdout=subprocess.PIPE, text=True) as writer:
-        for _ in range(40):
-            assert writer.stdout.readline(), "the writer ended by itself"
-        writer.send_signal(signal.SIGKILL)
-        acknowledged = 39
-        for line in writer.stdout:
-            acknowledged = int(line)
-    assert writer.returncode == -signal.SIGKILL
-    with Store.open(url) as store:
-        study = store.study("study")
-        trials = store.trials(study.id, states=["complete"])
-        assert numbers(trials)[: acknowledged + 1] == list(range(acknowledged + 1))
-        assert len(trials) <= acknowledged + 2
-        assert all(trial.values(["a", "b"]) == (trial.number * 37 % 101, trial.number * 53 % 97) for trial in trials)
-        assert numbers(store.frontier(study.id)) == store.recompute_frontier(study.id)
-        assert len(store.running_trials(study.id)) <= 1
-
-
-def test_a_locked_database_is_said_in_one_line(url, store):
-    study = study_with(store)
-    holder = sa.create_engine(url, poolclass=sa.NullPool)
-    sqlite = holder.dialect.name == "sqlite"
-    options = f"{holder.url.query.get('options')} -c lock_timeout=100"
-    impatient = holder.url.update_query_dict({"timeout": "0.1"} if sqlite else {"options": options})
-    with holder.connect() as connection, Store.open(impatient.render_as_string(hide_password=False)) as other:
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if sqlite else "LOCK TABLE studies IN EXCLUSIVE MODE")
-        with pytest.raises(
-            StoreError, match=r"^the database [^\n]* stays locked by another process; try again$"
-        ) as said:
-            other.set_state(study.id, "running")
-        assert PASSWORD not in str(said.value)
-        assert other.study("demo").state == "created", "readers do not wait for writers"
-        connection.rollback()
-        other.set_state(study.id, "running")
-    assert store.study("demo").state == "running"
-
-
-def test_a_newer_schema_is_refused(url):
-    with Store.open(url) as store, store._database.writing() as connection:
-        connection.execute(sa.text(f"UPDATE {VERSION_TABLE} SET version_num = '9999'"))
-    with pytest.raises(StoreError, match=r"^[^\n]*made by a newer AutoQ \(schema 9999, this one knows up to 0001\)"):
-        Store.open(url)
-
-
-def test_tables_of_something_else_are_left_alone(url):
-    engine = sa.create_engine(url, poolclass=sa.NullPool)
-    with engine.begin() as connection:
-        connection.exec_driver_sql("CREATE TABLE trials (trial_id INTEGER)")
-    with pytest.raises(StoreError, match=r"has tables of something else \(trials\)") as said:
-        Store.open(url)
-    assert PASSWORD not in str(said.value)
-    assert sa.inspect(engine).get_table_names() == ["trials"]
-
-
-def test_the_password_is_never_shown(url, store):
-    assert "s3cret" not in store.url
-    if store.url.startswith("postgresql"):
-        wrong = sa.make_url(url).set(database="absent").render_as_string(hide_password=False)
-        with pytest.raises(
-            StoreError, match=r"^[^\n]*autoq:\*\*\*@\S*' cannot be reached: [^\n]*\"absent\" does not"
-        ) as said:
-            Store.open(wrong)
-        assert "s3cret" not in str(said.value)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import textwrap
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -80,6 +85,21 @@ def test_activation_keeps_dtype_and_lets_what_is_not_finite_through():
 def test_the_largest_operands_do_not_saturate(engine, rows):
     packed = kernels.DynamicLinear(torch.full((64, 256), 127, dtype=torch.int8), torch.ones(64), None, engine)
     assert torch.allclose(packed(torch.ones(rows, 256)), torch.full((rows, 64), 256 * 127.0), rtol=1e-3)
+
+
+@pytest.mark.skipif("onednn" not in kernels.engines(), reason="only oneDNN can be told to use fewer instructions")
+def test_without_vnni_instructions_activations_keep_to_seven_bits():
+    program = """
+        import torch
+        from autoq.targets import _torch_cpu_kernels as kernels
+        assert kernels.reduced_range()
+        packed = kernels.DynamicLinear(torch.full((64, 256), 127, dtype=torch.int8), torch.ones(64), None, "onednn")
+        assert torch.allclose(packed(torch.ones(3, 256)), torch.full((3, 64), 256 * 127.0), rtol=1e-3)
+        x = torch.randn(50, 64)
+        assert kernels.dynamic_activation(x).unique().numel() <= 128
+    """
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], env=environment, check=True)
 
 
 @pytest.mark.parametrize("engine", kernels.engines())

@@ -11,7 +11,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from autoq.errors import UnknownName
 
@@ -89,6 +89,6 @@ def trial_seed(seed: int, number: int) -> int:
     return int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
 
 
-def given(options: Mapping[str, Value], *names: str) -> dict[str, Value]:
+def given(options: Mapping[str, Value], *names: str) -> dict[str, Any]:
     """Those of the named options that are set, for passing on as keyword arguments."""
     return {name: options[name] for name in names if options.get(name) is not None}

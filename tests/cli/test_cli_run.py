@@ -1,0 +1,133 @@
+"""search and resume: what reaches the controller, and how a run ends. The controller is a stand-in."""
+
+import json
+import os
+import signal
+import sys
+import types
+
+import pytest
+
+from autoq.errors import AutoQError
+from autoq.measurement import Measurement
+from autoq.store import Store
+
+from .conftest import OBJECTIVES, mixed
+
+
+@pytest.fixture
+def controller(monkeypatch):
+    """A controller that creates the study and then does what `controller.act` says."""
+    fake = types.ModuleType("autoq.search.controller")
+    fake.specs = []
+
+    def create_study(store, spec):
+        fake.specs.append(spec)
+        return store.create_study(spec, OBJECTIVES)
+
+    def finish(store, study_id, observer):
+        observer.study(
+            "demo", {"model": "m", "layers": 3, "searched": 3, "choices": 4, "trials": 1, "sampler": "nsga2"}
+        )
+        observer.stage("search", 1)
+        trial = store.start_trial(study_id, 0, mixed("keep", "keep", "keep"), "sampler")
+        values = [Measurement(name, 1.5, unit, "measured", "search", 0.1) for name, unit, _ in OBJECTIVES]
+        store.finish_trial(trial.id, 1, values, {}, 0.1, "local")
+        observer.trial(store.trial(study_id, 0), 1, 1)
+        store.set_state(study_id, "finished")
+
+    def run_study(store, study_id, observer=None):
+        fake.act(store, study_id, observer)
+
+    fake.act, fake.create_study, fake.run_study = finish, create_study, run_study
+    monkeypatch.setitem(sys.modules, "autoq.search.controller", fake)
+    return fake
+
+
+def test_options_change_the_spec(autoq, controller):
+    result = autoq(
+        *["search", "demo", "--executor", "ray", "--workers", "3", "--trials", "7", "--name", "no"],
+        *["--set", "sampler.seed=5", "--set", "constraints.size_bytes.max=90MB", "--db", "other.db"],
+    )
+    assert result.exit_code == 0
+    (spec,) = controller.specs
+    assert (spec.workers.executor, spec.workers.count, spec.budget.trials, spec.name) == ("ray", 3, 7, "no")
+    assert (spec.sampler.seed, spec.constraints["size_bytes"].max) == (5, 90e6)
+    with Store.open("other.db", create=False) as store:
+        assert store.study("no").state == "finished"
+
+
+def test_progress_goes_to_stderr_and_the_frontier_to_stdout(autoq, controller):
+    result = autoq("search", "demo", "--name", "fresh")
+    assert result.stderr.splitlines() == [
+        "study demo of m: 3 layers, 3 searched, 4 choices at most, 1 trials, nsga2 sampler",
+        "searching",
+        "1/1 trials; best so far: kl_nats_per_token 1.500 nats/token, latency_decode_ms 1.500 ms, size_bytes 2 B",
+    ]
+    assert result.stdout.splitlines()[2].split()[:2] == ["0", "sampler"]
+
+
+def test_quiet_json_is_one_document_and_nothing_else(autoq, controller):
+    result = autoq("search", "demo", "--name", "fresh", "--quiet", "--json")
+    assert result.stderr == ""
+    document = json.loads(result.stdout)
+    assert (document["study"], len(document["trials"])) == ("fresh", 1)
+
+
+def test_a_taken_name_is_said(autoq, controller):
+    assert "the name demo is taken; this study is demo-2\n" in autoq("search", "demo").stderr
+
+
+def test_a_bad_spec_creates_no_database(autoq, controller, tmp_path):
+    assert autoq("search", "demo", "--set", "budget.trials=0", "--db", "new.db").exit_code == 2
+    assert not (tmp_path / "new.db").exists()
+
+
+@pytest.mark.parametrize("database_option", [[], ["--db", "other.db"]])
+def test_ctrl_c_says_how_to_go_on(autoq, controller, database_option):
+    def interrupted(store, study_id, observer):
+        raise KeyboardInterrupt
+
+    controller.act = interrupted
+    result = autoq("search", "demo", "--name", "fresh", *database_option)
+    assert result.exit_code == 130
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("autoq: interrupted; go on with: autoq resume fresh")
+    assert ("other.db" in line) == bool(database_option)
+
+
+def test_sigterm_is_ctrl_c(autoq, controller):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def terminated(store, study_id, observer):
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+
+    controller.act = terminated
+    assert autoq("search", "demo", "--name", "fresh").exit_code == 130
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_failed_study_ends_with_its_reason(autoq, controller):
+    def failed(store, study_id, observer):
+        raise AutoQError("the model is gone")
+
+    controller.act = failed
+    result = autoq("search", "demo", "--name", "fresh")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.endswith("autoq: the model is gone\n")
+
+
+def test_resume_goes_on_and_shows_the_frontier(autoq, controller, database):
+    with Store.open(database) as store:
+        store.set_state(1, "interrupted")
+    controller.act = lambda store, study_id, observer: store.set_state(study_id, "finished")
+    result = autoq("resume", "demo", "--json")
+    assert len(json.loads(result.stdout)["trials"]) == 5
+
+
+def test_resume_of_a_finished_study_runs_nothing(autoq, controller):
+    controller.act = None
+    result = autoq("resume", "demo")
+    assert result.exit_code == 0
+    assert "study demo is finished" in result.stderr

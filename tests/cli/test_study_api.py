@@ -1,0 +1,97 @@
+"""The Python API on a stored study."""
+
+import sys
+import types
+
+import pytest
+
+import autoq as package
+from autoq.errors import AutoQError, BadInput, NotFound, UnknownName
+from autoq.search.observer import Observer
+from autoq.store import Store
+
+from .conftest import OBJECTIVES
+
+
+@pytest.fixture
+def study(database):
+    return package.open("demo")
+
+
+def test_open_names_what_is_near(database):
+    with pytest.raises(NotFound, match="did you mean 'demo'"):
+        package.open("demi")
+    with pytest.raises(NotFound, match="no database"):
+        package.open("demo", db="nowhere.db")
+    with pytest.raises(AttributeError, match="no attribute 'opne'"):
+        _ = package.opne
+
+
+def test_frames_hold_values_and_where_they_came_from(study):
+    frame = study.frontier()
+    assert list(frame.index) == [0, 1, 3, 4, 5]
+    assert frame.loc[3, "size_bytes"] == 80e6
+    assert frame.loc[3, "latency_decode_ms"] == 12.3
+    assert (frame.loc[5, "latency_decode_ms_kind"], frame.loc[3, "latency_decode_ms_kind"]) == ("predicted", "measured")
+    assert frame.loc[1, "baseline"] == "uniform-int8"
+    everything = study.trials()
+    assert len(everything) == 9
+    assert everything.loc[8, "state"] == "failed"
+
+
+def test_pick_gives_a_trial_with_its_assignment(study):
+    chosen = study.pick(max={"size_bytes": 90e6}, best="kl_nats_per_token")
+    assert chosen.number == 3
+    assert str(chosen.assignment["model.layers.0.q_proj"]) == "rtn-int8-g64"
+    assert study.pick(max={"size_bytes": "79.9MB"}).number == 4
+    assert study.pick(min={"kl_nats_per_token": 0.3}, best="latency_decode_ms").number == 5
+    assert study.pick().number == 0
+
+
+def test_pick_refuses_what_it_cannot_judge(study):
+    with pytest.raises(UnknownName, match="choose from kl_nats_per_token"):
+        study.pick(max={"accuracy": 1})
+    with pytest.raises(UnknownName, match="no objective of this study 'accuracy'"):
+        study.pick(best="accuracy")
+    with pytest.raises(BadInput, match="must be a number"):
+        study.pick(max={"latency_decode_ms": float("nan")})
+    with pytest.raises(AutoQError, match=r"the closest is trial 0 with size_bytes 270\.0 MB"):
+        study.pick(min={"size_bytes": "1GB"})
+
+
+def test_a_study_without_a_frontier_has_nothing_to_pick(database):
+    with Store.open(database) as store:
+        store.create_study(package.open("demo").record.study_spec(), OBJECTIVES)
+    with pytest.raises(AutoQError, match="study 'demo-2' has no frontier yet"):
+        package.open("demo-2").pick()
+    assert package.open("demo-2").frontier().empty
+
+
+def test_the_figure_holds_the_frontier_and_the_baselines(study):
+    figure = study.plot_frontier()
+    frontier, baselines = figure.data
+    assert list(frontier.x) == [72e6, 79.8e6, 80e6]
+    assert list(frontier.error_y.array) == [0.02, 0.006, 0.006]
+    assert list(baselines.text) == ["uniform-int4", "uniform-int8", "unquantized"]
+    assert figure.layout.xaxis.title.text == "size_bytes (bytes)"
+    with pytest.raises(UnknownName):
+        study.plot_frontier(x="accuracy")
+
+
+def test_what_is_not_installed_says_how_to_get_it(study, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(AutoQError, match=r"pandas is not installed: pip install 'autoq\[notebook\]'"):
+        study.frontier()
+
+
+def test_search_is_a_function_and_a_package(database, monkeypatch):
+    fake = types.ModuleType("autoq.search.controller")
+    fake.create_study = lambda store, spec: store.create_study(spec, OBJECTIVES)
+    fake.run_study = lambda store, study_id, observer: store.set_state(study_id, "finished")
+    monkeypatch.setitem(sys.modules, "autoq.search.controller", fake)
+    for spec in ("encoder", {"model": {"id": "x"}, "name": "encoder"}):
+        study = package.search(spec, observer=Observer())
+        assert study.record.state == "finished"
+        assert study.record.name.startswith("encoder")
+    assert package.search.observer.Observer is Observer
+    assert study.resume(Observer()) is study

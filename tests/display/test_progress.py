@@ -1,0 +1,87 @@
+"""Observers: what a running study says, in a terminal and in a log."""
+
+import dataclasses
+import io
+from datetime import UTC, datetime
+
+import pytest
+from rich.console import Console
+
+from autoq.display.progress import PlainObserver, RichObserver
+from autoq.measurement import Measurement
+from autoq.store import TrialError, TrialRecord
+
+
+def trial(number, value, **changes):
+    record = TrialRecord(
+        id=number, study_id=1, study="s", number=number, state="complete", origin="sampler", baseline=None, hash="h",
+        duplicate_of=None, attempt=1, changed=1, feasible=True, on_frontier=False, violations={}, sampler_attrs={},
+        error=None, worker="local", seconds=1.0, created_at=datetime.now(UTC), finished_at=None,
+        measurements={("kl_nats_per_token", "search"): Measurement(
+            "kl_nats_per_token", value, "nats/token", "measured", "search", 0.1)},
+    )  # fmt: skip
+    return dataclasses.replace(record, **changes)
+
+
+def play(observer):
+    with observer:
+        observer.study("s", {"model": "m", "layers": 2, "trials": 4})
+        observer.stage("load", 1)
+        observer.advance()
+        observer.stage("search", 4)
+        observer.advance(0)
+        observer.trial(trial(0, 0.5), 1, 4)
+        observer.trial(trial(1, 0.1, feasible=False), 2, 4)
+        failure = {"state": "failed", "feasible": None, "error": TrialError("NotFinite", "kl is NaN", "")}
+        observer.trial(trial(2, 0.05, **failure), 3, 4)
+        observer.note("something odd")
+        observer.trial(trial(3, 0.3), 4, 4)
+
+
+def test_plain_lines():
+    out = io.StringIO()
+    play(PlainObserver(Console(file=out, width=80)))
+    assert out.getvalue().splitlines() == [
+        "study s of m: 2 layers, 4 trials",
+        "loading the model",
+        "searching (4)",
+        "trial 2 failed: NotFinite: kl is NaN",
+        "something odd",
+        "4/4 trials; 1 failed; best so far: kl_nats_per_token 0.3000 nats/token",
+    ]
+
+
+def test_the_live_display_leaves_what_matters():
+    out = io.StringIO()
+    observer = RichObserver(Console(file=out, width=100, force_terminal=True))
+    play(observer)
+    assert "trial 2 failed: NotFinite: kl is NaN" in out.getvalue()
+    assert "something odd" in out.getvalue()
+    assert (observer.failed, observer.best["kl_nats_per_token"][0]) == (1, 0.3)
+
+
+def test_best_follows_the_direction():
+    observer = PlainObserver(Console(file=io.StringIO()), frozenset({"kl_nats_per_token"}))
+    for number, value in enumerate((0.5, 0.9, 0.7)):
+        observer.trial(trial(number, value), number + 1, 10)
+    assert observer.best["kl_nats_per_token"] == (0.9, "nats/token")
+
+
+def test_the_pace_counts_this_run_only(monkeypatch):
+    observer = PlainObserver(Console(file=io.StringIO()))
+    now = 100.0
+    monkeypatch.setattr("autoq.display.progress.time.monotonic", lambda: now)
+    observer.stage("search", 20)
+    observer.advance(10)
+    assert observer.pace() == ""
+    now = 160.0
+    observer.count(trial(10, 0.5), 12, 20)
+    assert observer.pace() == "2.0 trials/min, 4m 00s left"
+
+
+@pytest.mark.parametrize("kind", [PlainObserver, RichObserver])
+def test_leaving_by_an_exception_ends_the_display(kind):
+    console = Console(file=io.StringIO(), force_terminal=True)
+    with pytest.raises(KeyboardInterrupt), kind(console):
+        raise KeyboardInterrupt
+    console.print("still usable")
