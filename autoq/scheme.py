@@ -155,9 +155,10 @@ Scheme = Keep | Integer | Codebook
 
 _INTEGER = re.compile(
     r"(?P<method>[a-z][a-z_]*)-int(?P<bits>\d)-(?P<granularity>tensor|channel|g\d{1,6})"
-    r"(?P<zero>-sym|-rz)?(?:-(?P<activation>a8dyn))?"
+    r"(?P<zero>-sym|-rz)?(?:-(?P<activation>a8dyn))?",
+    re.ASCII,
 )
-_CODEBOOK = re.compile(r"(?P<method>[a-z][a-z_]*)(?P<bits>\d)-(?P<granularity>tensor|channel|g\d{1,6})")
+_CODEBOOK = re.compile(r"(?P<method>[a-z][a-z_]*)(?P<bits>\d)-(?P<granularity>tensor|channel|g\d{1,6})", re.ASCII)
 _FORMS = "keep, METHOD-intB-G[-sym|-rz][-a8dyn] or METHODB-G, where G is gSIZE, channel or tensor"
 
 

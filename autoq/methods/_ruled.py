@@ -40,7 +40,7 @@ class RuledMethod(Method):
             raise SchemeRefused(f"{scheme} needs a float matrix (out, in), not {weight.dtype} {tuple(weight.shape)}")
         if reason := self._refusal(scheme, (weight.shape[0], weight.shape[1])):
             raise SchemeRefused(f"{scheme} for a weight of shape {tuple(weight.shape)}: {reason}")
-        weight = weight.detach().cpu()
+        weight = weight.detach().cpu().contiguous()  # sums, too, must not depend on strides
         _check_finite(weight)
         return self.make(weight, scheme)
 

@@ -154,7 +154,7 @@ class CodebookWeight(QuantizedWeight):
         for block in row_blocks(rows, columns):
             index = codes[block].to(torch.int32)
             flat = books.view(-1)
-            if stored.shape[0] > 1:
+            if stored.shape[0] * groups > 1:
                 flat = books[block].reshape(-1)
                 first = torch.arange(0, len(flat), levels, dtype=torch.int32).view(-1, groups, 1)
                 index = (index.view(-1, groups, columns // groups) + first).view(-1, columns)

@@ -23,7 +23,7 @@ class KeepAsIs(RuledMethod):
         return None if isinstance(scheme, Keep) else "keep knows only the scheme keep"
 
     def make(self, weight: Tensor, scheme: Scheme) -> QuantizedWeight:
-        return KeptWeight(scheme, (weight.shape[0], weight.shape[1]), {"weight": weight.contiguous()})
+        return KeptWeight(scheme, (weight.shape[0], weight.shape[1]), {"weight": weight})
 
     def schemes(self, name: str, grid: Grid) -> Iterable[Scheme]:
         yield Keep()

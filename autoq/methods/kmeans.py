@@ -20,7 +20,7 @@ Where we differ from Han et al., and why:
   of the weights' density, which is optimal for many levels (Panter & Dite, 1951): borders at equal shares of
   Σ gap^(2/3), as the gap between sorted neighbours is inverse to the density.
 - An empty cluster splits the interval with the largest squared error, and when the iterations have come to rest,
-  the least useful border is tried where a split gains most: Lloyd's rest is a local optimum, often far off.
+  the least useful borders are tried where a split gains most: Lloyd's rest is a local optimum, often far off.
 - No fine-tuning: codes are chosen against the centroids rounded to bfloat16, as they ship.
 - One book for a whole tensor is fitted to at most 2^22 evenly spaced weights and the two extremes.
 """
@@ -42,8 +42,7 @@ from autoq.scheme import Codebook, PerTensor, Scheme
 
 ITERATIONS = 100
 RELOCATIONS = 32
-# A border is moved where the gain, before the iterations that follow, is more than this share of the loss.
-PROMISE = 0.5
+TRIES = 2
 SAMPLE = 1 << 22
 
 
@@ -190,31 +189,32 @@ def _use_idle_borders(rows: _Rows, edges: Tensor) -> None:
 
 
 def _relocate(rows: _Rows, edges: Tensor) -> Tensor:
-    """Leave local optima: move the least useful border to where a split gains most, and descend again.
+    """Leave local optima: move a border of little use to where a split gains most, and descend again.
 
-    A row goes on for as long as that lowers its error.
+    A row goes on for as long as that lowers its error. If it does not, the next less useless border is
+    tried, until `TRIES` in a row failed.
     """
     edges = edges.clone()
     moving = torch.arange(len(rows))
+    failures = torch.zeros_like(moving)
     for _ in range(RELOCATIONS):
         now = edges[moving]
         errors = rows.errors(now)
-        loss, border = (rows.spread(now[:, :-2], now[:, 2:]) - errors[:, 1:] - errors[:, :-1]).min(-1, keepdim=True)
+        loss = rows.spread(now[:, :-2], now[:, 2:]) - errors[:, 1:] - errors[:, :-1]
+        border = loss.argsort(-1).gather(-1, failures[:, None])
         split = rows.find(rows.centroids(now))
         gain = errors - rows.spread(now[:, :-1], split) - rows.spread(split, now[:, 1:])
         # Border i + 1 lies between intervals i and i + 1, which it leaves to each other.
-        gain.scatter_(-1, torch.cat([border, border + 1], -1), -torch.inf)
-        gain, target = gain.max(-1, keepdim=True)
-        worth = (gain > loss * PROMISE).view(-1).nonzero().view(-1)
-        if not len(worth):
-            break
-        rows, moving, now = rows.take(worth), moving[worth], now[worth]
-        trial = now.scatter(-1, border[worth] + 1, split[worth].gather(-1, target[worth])).sort(-1).values
+        target = gain.scatter(-1, torch.cat([border, border + 1], -1), -torch.inf).argmax(-1, keepdim=True)
+        trial = now.scatter(-1, border + 1, split.gather(-1, target)).sort(-1).values
         trial = _descend(rows, trial)
-        before, after = errors[worth].sum(-1), rows.errors(trial).sum(-1)
-        better = (after < before * (1 - 1e-6)).nonzero().view(-1)
-        edges[moving[better]] = trial[better]
-        rows, moving = rows.take(better), moving[better]
+        better = rows.errors(trial).sum(-1) < errors.sum(-1) * (1 - 1e-6)
+        edges[moving] = torch.where(better[:, None], trial, now)
+        failures = torch.where(better, 0, failures + 1)
+        hopeful = (failures < min(TRIES, loss.shape[1])).nonzero().view(-1)
+        if not len(hopeful):
+            break
+        rows, moving, failures = rows.take(hopeful), moving[hopeful], failures[hopeful]
     return edges
 
 

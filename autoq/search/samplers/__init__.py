@@ -53,9 +53,14 @@ class Option:
 
 
 class Sampler(abc.ABC):
-    """One way of proposing assignments. `options` are the settings that a spec may give."""
+    """One way of proposing assignments. `options` are the settings that a spec may give.
+
+    `ordinal` says whether parameters are integers to it, indices into choices sorted by bytes, or
+    categories without an order.
+    """
 
     options: ClassVar[Mapping[str, Option]] = {}
+    ordinal: ClassVar[bool] = True
 
     def refuses(self, choices: Sequence[int], n_objectives: int, options: Mapping[str, Value]) -> str | None:
         """Why this sampler cannot search (one clause, naming field, value and choices), or None.

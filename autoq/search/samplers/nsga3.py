@@ -16,7 +16,7 @@ from autoq.search.samplers.nsga2 import GENETIC_OPTIONS, genetic_arguments
 
 
 class Nsga3(Sampler):
-    """Optuna's `NSGAIIISampler` with a population that covers the seeds."""
+    """Optuna's `NSGAIIISampler` with a population that the seeds fill."""
 
     options: ClassVar[Mapping[str, Option]] = {
         **GENETIC_OPTIONS,

@@ -4,6 +4,7 @@ Bergstra, Bardenet, Bengio & Kégl 2011, "Algorithms for Hyper-Parameter Optimiz
 2022, "Multiobjective Tree-structured Parzen Estimator", as Optuna has them. Set up for many parameters
 and parallel workers: one joint density (`multivariate`: twenty times faster at 200 parameters than one
 per parameter, with several objectives) and running trials counted among the bad ones (constant liar).
+Choices are categories to it: over six ordered choices its kernels are too wide to tell neighbours apart.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ MIN_STARTUP = 10
 class Tpe(Sampler):
     """Optuna's `TPESampler`, multivariate; it starts to model after the study's seeds."""
 
+    ordinal: ClassVar[bool] = False
     options: ClassVar[Mapping[str, Option]] = {
         "n_startup_trials": Option(
             int, f"complete trials before the model is used; default: baselines and seeds, {MIN_STARTUP} or more", 0

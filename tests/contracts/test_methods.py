@@ -1,0 +1,262 @@
+"""What every method promises, over every scheme that it makes. A new method file is enrolled by itself."""
+
+from __future__ import annotations
+
+import collections
+import functools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autoq import plugins
+from autoq.bank import Bank
+from autoq.errors import NotFinite, SchemeRefused
+from autoq.layer import Layer
+from autoq.methods import Grid, Method
+from autoq.methods._weights import restore
+from autoq.scheme import Codebook, Integer, Keep, PerChannel, PerGroup, PerTensor, parse_scheme
+
+GRID = Grid(
+    methods=plugins.names("methods"),
+    bits=(2, 3, 4, 5, 6, 7, 8),
+    granularities=(PerTensor(), PerChannel(), PerGroup(3), PerGroup(6), PerGroup(12)),
+    zero_points=("none", "integer", "real"),
+    activations=(None, "a8dyn"),
+)
+SHAPES = ((5, 12), (1, 36), (7, 1), (3, 7), (40, 300))
+
+
+@functools.cache
+def method(name: str) -> Method:
+    return plugins.load("methods", name, Method)
+
+
+def layer(shape) -> Layer:
+    return Layer("x", "linear", *shape, dtype_bytes=2)
+
+
+def weight(shape, seed: int = 0) -> torch.Tensor:
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.03).to(torch.bfloat16)
+
+
+def made(name: str, shape):
+    """The schemes of a method within the grid that it makes for `shape`."""
+    return [scheme for scheme in method(name).schemes(name, GRID) if method(name).refuses(layer(shape), scheme) is None]
+
+
+CASES = [(name, shape) for name in plugins.names("methods") for shape in SHAPES]
+
+
+@pytest.mark.parametrize("name", plugins.names("methods"))
+def test_schemes_are_its_own_and_canonical(name):
+    schemes = list(method(name).schemes(name, GRID))
+    assert schemes
+    assert len(set(schemes)) == len(schemes)
+    for scheme in schemes:
+        assert scheme.method == name
+        assert parse_scheme(str(scheme)) == scheme
+    assert made(name, (40, 300))
+
+
+@pytest.mark.parametrize(("name", "shape"), CASES)
+def test_what_ships_is_exactly_what_the_scheme_says(name, shape):
+    for scheme in made(name, shape):
+        quantized = method(name).quantize(weight(shape), scheme)
+        assert quantized.scheme == scheme
+        assert quantized.shape == shape
+        assert quantized.nbytes == scheme.nbytes(*shape, dtype_bytes=2), scheme
+        assert all(tensor.is_contiguous() for tensor in quantized.tensors.values())
+
+
+@pytest.mark.parametrize(("name", "shape"), CASES)
+def test_numbers_come_back_finite_rounded_once_and_the_same_each_time(name, shape):
+    for scheme in made(name, shape):
+        one, two = (method(name).quantize(weight(shape), scheme) for _ in range(2))
+        assert all(torch.equal(tensor, two.tensors[key]) for key, tensor in one.tensors.items()), scheme
+        exact = one.dequantize()
+        assert exact.shape == shape
+        assert exact.dtype == torch.float32
+        assert exact.isfinite().all()
+        for dtype in (torch.bfloat16, torch.float16):
+            assert torch.equal(one.dequantize(dtype), exact.to(dtype)), scheme
+
+
+@pytest.mark.parametrize(("name", "shape"), CASES)
+def test_codes_and_parameters_explain_the_numbers(name, shape):
+    """Kernels and exports read codes, scales, zeros and codebooks; these must mean the same weight."""
+    for scheme in made(name, shape):
+        quantized = method(name).quantize(weight(shape), scheme)
+        if isinstance(scheme, Keep):
+            continue
+        codes = quantized.codes()
+        assert codes.shape == shape
+        assert codes.dtype == torch.uint8
+        assert int(codes.max()) < 2**scheme.bits
+        if isinstance(scheme, Integer):
+            scales, zeros = quantized.scales(), quantized.zeros()
+            assert scales.shape == zeros.shape == (shape[0], scales.shape[1])
+            assert scales.dtype == zeros.dtype == torch.float32
+            assert (scales > 0).all()
+            if scheme.zero == "none":
+                assert (zeros == 2 ** (scheme.bits - 1)).all()
+            if scheme.zero == "integer":
+                assert torch.equal(zeros, zeros.round().clamp(0, 2**scheme.bits - 1))
+            grouped = codes.float().view(shape[0], scales.shape[1], -1)
+            values = ((grouped - zeros[..., None]) * scales[..., None]).view(shape)
+        else:
+            books = quantized.codebook()
+            assert (books.diff(dim=-1) >= 0).all()
+            grouped = codes.long().view(shape[0], books.shape[1], -1)
+            values = books.gather(-1, grouped).view(shape)
+        assert torch.equal(values, quantized.dequantize()), scheme
+
+
+@pytest.mark.parametrize("name", plugins.names("methods"))
+def test_every_code_is_the_nearest_level_that_ships(name):
+    w = weight((6, 36))
+    for scheme in made(name, (6, 36)):
+        if isinstance(scheme, Keep):
+            continue
+        quantized = method(name).quantize(w, scheme)
+        if isinstance(scheme, Integer):
+            levels = (torch.arange(2**scheme.bits) - quantized.zeros()[..., None]) * quantized.scales()[..., None]
+        else:
+            levels = quantized.codebook()
+        each = levels.repeat_interleave(36 // levels.shape[1], dim=1)  # (out, in, levels)
+        nearest = (each - w.float()[..., None]).abs().amin(-1)
+        error = (quantized.dequantize() - w.float()).abs()
+        assert torch.allclose(error, nearest, rtol=1e-4, atol=1e-8), scheme
+
+
+@pytest.mark.parametrize("name", plugins.names("methods"))
+def test_error_does_not_grow_with_bits(name):
+    w = weight((16, 300), seed=1)
+    errors = collections.defaultdict(list)
+    for scheme in made(name, (16, 300)):
+        if not isinstance(scheme, Keep):
+            error = (method(name).quantize(w, scheme).dequantize() - w.float()).square().mean().item()
+            rest = (scheme.granularity, scheme.zero, scheme.activation) if isinstance(scheme, Integer) else (
+                scheme.granularity,
+            )  # fmt: skip
+            errors[rest].append((scheme.bits, error))
+    for rest, found in errors.items():
+        sizes = [error for _, error in sorted(found)]
+        assert sizes == sorted(sizes, reverse=True), (rest, found)
+
+
+@pytest.mark.parametrize("name", plugins.names("methods"))
+def test_refuses_and_quantize_agree(name):
+    other = next(o for o in plugins.names("methods") if o != name)
+    own = list(method(name).schemes(name, GRID))
+    foreign = [s for o in plugins.names("methods") for s in method(o).schemes(o, GRID) if o == other]
+    odd = [Integer(name, 4, PerGroup(5)), Codebook(name, 2, PerGroup(5)), Integer(name, 4, PerTensor(), "real")]
+    for shape in ((5, 12), (3, 7), (1, 36)):
+        for scheme in [*own, *foreign, *odd]:
+            reason = method(name).refuses(layer(shape), scheme)
+            if reason is None:
+                method(name).quantize(weight(shape), scheme)
+                continue
+            assert "\n" not in reason
+            with pytest.raises(SchemeRefused) as refusal:
+                method(name).quantize(weight(shape), scheme)
+            assert reason in str(refusal.value)
+    assert method(name).refuses(layer((5, 12)), foreign[0]) is not None
+
+
+@pytest.mark.parametrize("name", ["rtn", "hqq", "kmeans"])
+def test_a_group_size_that_does_not_divide_is_named_with_the_shape(name):
+    scheme = Codebook(name, 2, PerGroup(5)) if name == "kmeans" else Integer(name, 4, PerGroup(5))
+    reason = method(name).refuses(layer((5, 12)), scheme)
+    assert reason == "group size 5 does not divide the 12 inputs of shape (5, 12)"
+
+
+@pytest.mark.parametrize("name", plugins.names("methods"))
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_not_finite_are_counted(name, bad):
+    w = weight((4, 36)).clone()
+    w[1, 3] = w[2, 5] = bad
+    with pytest.raises(NotFinite, match=r"^2 of the 144 numbers of the weight \(4, 36\) are NaN or infinite$"):
+        method(name).quantize(w, made(name, (4, 36))[0])
+
+
+@pytest.mark.parametrize("name", plugins.names("methods"))
+@pytest.mark.parametrize("w", [torch.zeros(3), torch.zeros(0, 4), torch.zeros(2, 4, dtype=torch.int8)])
+def test_what_is_not_a_float_matrix_is_refused(name, w):
+    with pytest.raises(SchemeRefused, match="float matrix"):
+        method(name).quantize(w, made(name, (5, 12))[0])
+
+
+@pytest.mark.parametrize("name", plugins.names("methods"))
+def test_strides_and_the_source_dtype_do_not_matter(name):
+    w = weight((12, 36))
+    for scheme in made(name, (12, 36)):
+        straight = method(name).quantize(w, scheme).dequantize()
+        turned = w.t().contiguous().t()
+        sliced = torch.stack([w, w], -1)[..., 0]
+        for same in (turned, sliced, w.float(), w.double()):
+            assert torch.equal(method(name).quantize(same, scheme).dequantize(), straight), scheme
+        assert torch.equal(w, weight((12, 36)))
+
+
+EXTREME = st.sampled_from([0.0, 1.0, -1.0, 1e-45, -1e-40, 2e-38, 1e-20, 3e4, -6e4, 1e20, 1e38, -1e38, 3.3e38, -3.4e38])
+
+
+@pytest.mark.parametrize("name", plugins.names("methods"))
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_no_weight_is_too_strange(name, data):
+    """All equal, one outlier, subnormal, huge: finite numbers come out, in every dtype, whatever goes in."""
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    base, outlier = data.draw(EXTREME), data.draw(EXTREME)
+    limit = torch.finfo(dtype).max
+    w = torch.full((4, 12), base)
+    w[1, 3] = outlier
+    w[2] = torch.tensor(data.draw(st.lists(EXTREME, min_size=12, max_size=12)))
+    w = w.clamp(-limit, limit).to(dtype)
+    for scheme in made(name, (4, 12))[:: data.draw(st.integers(3, 9))]:
+        quantized = method(name).quantize(w, scheme)
+        for result in (torch.float32, torch.bfloat16, torch.float16):
+            if isinstance(scheme, Keep) and torch.finfo(result).max < limit:
+                continue
+            assert quantized.dequantize(result).isfinite().all(), (scheme, w)
+
+
+@pytest.mark.parametrize("name", plugins.names("methods"))
+def test_zeros_stay_zero(name):
+    for scheme in made(name, (4, 36)):
+        assert (method(name).quantize(torch.zeros(4, 36), scheme).dequantize() == 0).all(), scheme
+
+
+@pytest.mark.parametrize("name", plugins.names("methods"))
+@pytest.mark.parametrize("constant", [0.7, -0.7, 1e-30, 1e30])
+def test_a_constant_comes_back_to_bfloat16_precision(name, constant):
+    for scheme in made(name, (4, 36)):
+        if isinstance(scheme, Integer) and scheme.zero == "none":
+            continue  # the positive end lies half a step out by definition
+        back = method(name).quantize(torch.full((4, 36), constant), scheme).dequantize()
+        assert torch.allclose(back, torch.full_like(back, constant), rtol=2.0**-7, atol=0), scheme
+
+
+@pytest.mark.parametrize("name", plugins.names("methods"))
+def test_the_bank_gives_back_what_was_made(name, tmp_path):
+    w, calls = weight((40, 300)), Bank.weight_hash(weight((40, 300)))
+    for scheme in made(name, (40, 300)):
+        first = Bank(tmp_path, 10**8, 0).quantized(w, calls, scheme)
+        again = Bank(tmp_path, 10**8, 0).quantized(w, calls, scheme)
+        assert type(again) is type(first)
+        assert (again.scheme, again.shape) == (first.scheme, first.shape)
+        assert sorted(again.tensors) == sorted(first.tensors)
+        assert all(torch.equal(again.tensors[key], tensor) for key, tensor in first.tensors.items()), scheme
+
+
+@pytest.mark.parametrize("name", plugins.names("methods"))
+def test_restore_takes_only_the_tensors_of_the_scheme(name):
+    scheme = made(name, (5, 12))[0]
+    quantized = method(name).quantize(weight((5, 12)), scheme)
+    assert torch.equal(restore(scheme, (5, 12), quantized.tensors).dequantize(), quantized.dequantize())
+    with pytest.raises(SchemeRefused):
+        restore(scheme, (5, 13), quantized.tensors)
+    with pytest.raises(SchemeRefused):
+        restore(scheme, (5, 12), {**quantized.tensors, "more": torch.zeros(1)})

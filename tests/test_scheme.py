@@ -1,0 +1,154 @@
+"""Schemes: the text form is canonical, and sizes count every bit that ships."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autoq.errors import BadInput
+from autoq.scheme import (
+    Codebook,
+    Integer,
+    Keep,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    code_bits,
+    parse_scheme,
+)
+
+METHODS = st.from_regex(r"[a-z][a-z_]{0,11}", fullmatch=True)
+BITS = st.integers(2, 8)
+GRANULARITIES = st.one_of(
+    st.just(PerTensor()), st.just(PerChannel()), st.builds(PerGroup, st.integers(2, 999_999))
+)  # fmt: skip
+INTEGERS = st.builds(
+    Integer,
+    METHODS,
+    BITS,
+    GRANULARITIES,
+    st.sampled_from(["none", "integer", "real"]),
+    st.sampled_from([None, "a8dyn"]),
+)  # fmt: skip
+CODEBOOKS = st.builds(Codebook, METHODS, BITS, GRANULARITIES)
+SCHEMES = st.one_of(st.just(Keep()), INTEGERS, CODEBOOKS)
+
+
+@given(scheme=SCHEMES)
+def test_the_text_form_is_canonical(scheme):
+    assert parse_scheme(str(scheme)) == scheme
+    assert str(parse_scheme(str(scheme))) == str(scheme)
+
+
+@given(one=SCHEMES, two=SCHEMES)
+def test_different_schemes_have_different_texts(one, two):
+    assert (str(one) == str(two)) == (one == two)
+
+
+@given(text=st.text())
+def test_any_text_is_a_scheme_or_bad_input_in_one_line(text):
+    try:
+        scheme = parse_scheme(text)
+    except BadInput as problem:
+        message = str(problem)
+        assert len(message.splitlines()) == 1
+        assert len(message) < 300
+    else:
+        assert str(scheme) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", " ", "int4", "rtn", "rtn-int4", "rtn-4-g64", "rtn-int4-g", "rtn-int4-g0", "rtn-int4-g064", "rtn-int4-g1",
+        "rtn-int1-g64", "rtn-int9-g64", "rtn-int16-g64", "rtn-int4-row", "rtn-int4-g64-asym", "rtn-int4-g64-rz-sym",
+        "rtn-int4-g64-sym-rz", "rtn-int4-g64-a8", "rtn-int4-g64-a8dyn-sym", "rtn-int4-g64-", "RTN-int4-g64", "keep ",
+        "keep-int4-g64-", "kmeans4", "kmeans-channel", "kmeans4-channel-sym", "kmeans1-channel", "4-channel",
+        "rtn-int4-g64\n", "rtn-int4-g99999999", "rtn-int٤-g64", "rtn-int4-g٦٤", "x" * 10**5,
+    ],
+)  # fmt: skip
+def test_junk_is_refused_in_one_line(text):
+    with pytest.raises(BadInput) as refusal:
+        parse_scheme(text)
+    assert len(str(refusal.value).splitlines()) == 1
+    assert refusal.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "shape", "expected"),
+    [
+        ("keep", (3, 5), 30),
+        # 64 codes of 4 bits are 32 bytes a row; a scale of 2 bytes and a zero of 4 bits padded to a byte.
+        ("rtn-int4-g64", (10, 64), 10 * (32 + 2 + 1)),
+        ("rtn-int4-g64-sym", (10, 64), 10 * (32 + 2)),
+        ("rtn-int4-g64-rz", (10, 64), 10 * (32 + 2 + 2)),
+        # 192 codes of 3 bits are 72 bytes; three scales; three zeros are 9 bits, so 2 bytes.
+        ("hqq-int3-g64", (7, 192), 7 * (72 + 6 + 2)),
+        # 5 codes of 3 bits are 15 bits.
+        ("rtn-int3-channel", (4, 5), 4 * (2 + 2 + 1)),
+        ("rtn-int8-tensor", (4, 5), 20 + 2 + 1),
+        ("rtn-int8-tensor-sym-a8dyn", (4, 5), 20 + 2),
+        ("kmeans4-channel", (4, 6), 4 * (3 + 16 * 2)),
+        ("kmeans2-tensor", (4, 6), 4 * 2 + 4 * 2),
+        ("kmeans2-g4", (4, 8), 4 * (2 + 2 * 4 * 2)),
+    ],
+)
+def test_bytes_by_hand(text, shape, expected):
+    assert parse_scheme(text).nbytes(*shape, dtype_bytes=2) == expected
+
+
+@given(
+    scheme=SCHEMES,
+    rows=st.integers(1, 50),
+    groups=st.integers(1, 7),
+    width=st.integers(2, 40),
+    dtype=st.sampled_from([2, 4]),
+)  # fmt: skip
+def test_bytes_by_an_independent_count_of_bits(scheme, rows, groups, width, dtype):
+    if not isinstance(scheme, Keep) and isinstance(scheme.granularity, PerGroup):
+        scheme = type(scheme)(**{**vars(scheme), "granularity": PerGroup(width)})
+    columns = groups * width
+    bits = 0
+    if isinstance(scheme, Keep):
+        bits = rows * columns * dtype * 8
+    else:
+        sets = {PerTensor: (1, 1), PerChannel: (rows, 1), PerGroup: (rows, groups)}[type(scheme.granularity)]
+        pad = lambda b: b + (-b) % 8  # noqa: E731
+        bits += rows * pad(columns * scheme.bits)
+        if isinstance(scheme, Codebook):
+            bits += sets[0] * sets[1] * 2**scheme.bits * 16
+        else:
+            bits += sets[0] * sets[1] * 16
+            bits += {"none": 0, "real": sets[0] * sets[1] * 16, "integer": sets[0] * pad(sets[1] * scheme.bits)}[
+                scheme.zero
+            ]
+    assert scheme.nbytes(rows, columns, dtype) * 8 == bits
+
+
+@given(scheme=st.one_of(INTEGERS, CODEBOOKS), rows=st.integers(1, 9), width=st.integers(1, 64))
+def test_more_bits_never_take_less_room(scheme, rows, width):
+    columns = width * scheme.granularity.size if isinstance(scheme.granularity, PerGroup) else width
+    if scheme.bits < 8:
+        larger = type(scheme)(**{**vars(scheme), "bits": scheme.bits + 1})
+        assert larger.nbytes(rows, columns, 2) >= scheme.nbytes(rows, columns, 2)
+
+
+@pytest.mark.parametrize("bits", [-1, 0, 1, 9, 16])
+def test_bits_out_of_range_name_the_choices(bits):
+    for make in (Integer, Codebook):
+        with pytest.raises(BadInput, match=rf"^{bits} bits is out of range; choose from 2 to 8$"):
+            make("x", bits, PerChannel())
+
+
+@pytest.mark.parametrize("size", [-4, 0, 1])
+def test_a_group_of_one_is_no_group(size):
+    with pytest.raises(BadInput, match="too small; the least is 2"):
+        PerGroup(size)
+
+
+def test_code_bits():
+    assert code_bits(parse_scheme("rtn-int4-g64")) == 4
+    assert code_bits(parse_scheme("kmeans3-channel")) == 3
+    assert code_bits(Keep()) == 16
+    assert code_bits(Keep(), dtype_bits=32) == 32
