@@ -82,6 +82,7 @@ def main() -> None:
 
     bare(), trial()
     times: dict[str, list[float]] = {"bare": [], "trial": [], "naive": []}
+    with torch.inference_mode():
         for _ in range(options.rounds):
             times["bare"].append(seconds(bare))
             times["trial"].append(seconds(trial))

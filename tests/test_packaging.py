@@ -140,9 +140,8 @@ def test_editable_install_reads_the_tree() -> None:
     assert {entry.name for entry in folder.iterdir() if entry.name.endswith(".yaml")} == {
         path.name for path in (ROOT / "studies").glob("*.yaml")
     }
-    import autoq.workers
-
     import autoq
+    import autoq.workers
 
     assert Path(autoq.__file__).is_relative_to(ROOT / "autoq")
     assert Path(str(autoq.workers.__file__)).is_relative_to(ROOT / "workers")

@@ -155,7 +155,7 @@ class _Run:
             self.spec.sampler.name,
             self.spec.sampler.seed,
             dict(self.spec.sampler.options),
-            n_startup=len(self.plan),
+            n_startup=sum(self.problem.space.indices(p.assignment) is not None for p in self.plan),
             n_constraints=sum((b.min is not None) + (b.max is not None) for b in self.spec.constraints.values()),
         )
         trials = self.store.trials(self.study.id, with_assignments=True)
@@ -264,7 +264,8 @@ class _Run:
     def _dispatch(self, trial: TrialRecord, assignment: Assignment, attempt: int) -> None:
         key = f"trial-{trial.number}"
         self.flying[key] = trial
-        self.executor.submit(Job(key, "measure", {"assignment": assignment, "part": "search"}, attempt))
+        arguments = {"assignment": assignment, "part": "search"}
+        self.executor.submit(Job(key, "measure", arguments, attempt, limit_seconds=self.spec.budget.trial_time))
 
     def _receive(self, result: Result) -> None:
         trial = self.flying[result.job.key]

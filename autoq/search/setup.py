@@ -95,7 +95,10 @@ def create_study(store: Store, spec: StudySpec) -> StudyRecord:
     """Validate a spec and write a new study. Raises `BadInput` and then has written nothing."""
     problem = pose(spec)
     facts = [(name, problem.objectives[name].unit, problem.objectives[name].direction) for name in spec.objectives]
-    return store.create_study(spec, facts)
+    study = store.create_study(spec, facts)
+    # Readers of the store know no model: this is what a difference of two trials is priced by.
+    store.put_table(study.id, "layers", {layer.name: asdict(layer) for layer in problem.info.layers})
+    return study
 
 
 def make_plan(

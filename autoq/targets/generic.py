@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from autoq import plugins
 from autoq.layer import Layer
-from autoq.scheme import MAX_BITS, MIN_BITS, Integer, Keep, PerChannel, PerGroup, Scheme, ZeroPoint
+from autoq.scheme import Integer, Keep, PerChannel, PerGroup, Scheme, ZeroPoint
 from autoq.targets import Target
 
 if TYPE_CHECKING:
@@ -25,14 +24,14 @@ class Generic(Target):
     """No runtime in particular."""
 
     def grid(self) -> Grid:
-        """Every axis that this target runs, for every installed method."""
+        """The usual integer formats. Other methods, widths and groups are there for who names them."""
         from autoq.methods import Grid
 
         return Grid(
-            methods=plugins.names("methods"),
-            bits=tuple(range(MIN_BITS, MAX_BITS + 1)),
-            granularities=(*(PerGroup(size) for size in sorted(_GROUP_SIZES)), PerChannel()),
-            zero_points=("integer", "none", "real"),
+            methods=("hqq", "keep", "rtn"),
+            bits=(2, 3, 4, 5, 6, 8),
+            granularities=(PerGroup(64), PerChannel()),
+            zero_points=("integer",),
         )
 
     def refuses(self, layer: Layer, scheme: Scheme) -> str | None:

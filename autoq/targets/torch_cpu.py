@@ -11,13 +11,12 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from autoq import plugins
 from autoq.layer import Layer
 from autoq.measurement import Measurement
 from autoq.scheme import Integer, Keep, PerChannel, PerGroup, Scheme, ZeroPoint
 from autoq.spec import TargetSpec
 from autoq.targets import CostTable, Target
-from autoq.targets._torch_cpu_rules import INT4_GROUPS, kernel_for
+from autoq.targets._torch_cpu_rules import kernel_for
 
 if TYPE_CHECKING:
     from autoq.methods import Grid, QuantizedWeight
@@ -33,14 +32,15 @@ class TorchCpu(Target):
     latencies = frozenset({"latency_decode_ms", "latency_prefill_ms"})
 
     def grid(self) -> Grid:
-        """Every axis that this target runs, for every installed method."""
+        """What the kernels run well. `refuses` lets more through for who names it: other groups, methods,
+        and real zero points."""
         from autoq.methods import Grid
 
         return Grid(
-            methods=plugins.names("methods"),
+            methods=("hqq", "keep", "rtn"),
             bits=(4, 8),
-            granularities=(*(PerGroup(size) for size in sorted(INT4_GROUPS)), PerChannel()),
-            zero_points=("integer", "none", "real"),
+            granularities=(PerGroup(32), PerGroup(64), PerGroup(128), PerChannel()),
+            zero_points=("integer", "none"),
             activations=(None, "a8dyn"),
         )
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from autoq.workers.executor import RayExecutor
-from autoq.workers.session import Session
 from ray import cloudpickle
 
 from autoq.errors import ModelRefused, UnknownName
 from autoq.search.executors import Executor, Job, LocalExecutor, Result, make_executor
 from autoq.spec import StudySpec, WorkersSpec
+from autoq.workers.executor import RayExecutor
+from autoq.workers.session import Session
 
 # Workers cannot import this file.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])

@@ -13,13 +13,13 @@ from typing import Any
 
 import psutil
 import pytest
-from autoq.workers.executor import RayExecutor
-from autoq.workers.session import Session
 from ray import cloudpickle
 
 from autoq.errors import WorkerLost
 from autoq.search.executors import Executor, Job, Result
 from autoq.spec import StudySpec, WorkersSpec
+from autoq.workers.executor import RayExecutor
+from autoq.workers.session import Session
 
 pytestmark = pytest.mark.slow
 # Workers cannot import this file.

@@ -283,7 +283,7 @@ def test_a_tiny_space_is_searched_to_its_end(store, spec):
         "budget": {"trials": 100},
     }
     study, observer = search(store, spec(**fields))
-    searched = [t for t in store.trials(study.id, states=["complete"])]
+    searched = store.trials(study.id, states=["complete"])
     inside = {t.hash for t in searched if t.origin != "baseline"}
     assert len(inside) >= 14
     assert any("every assignment" in note for note in observer.notes)

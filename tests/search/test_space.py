@@ -123,5 +123,5 @@ def test_what_cannot_run_is_refused_with_layer_shape_and_rule(fields, parts):
 def test_nothing_left_to_search_is_refused():
     with pytest.raises(SpecError, match="no layer is left"):
         space(exclude=["*"])
-    with pytest.raises(SpecError, match="overrides.0.match"):
+    with pytest.raises(SpecError, match="matches no searched layer"):
         space(overrides=[{"match": "nothing", "bits": [8]}])

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from autoq.workers.actor import Worker, pack, portable, unpack
 
 from autoq.errors import AutoQError, ModelRefused, UnknownName
 from autoq.search.executors import Job, Result
 from autoq.spec import StudySpec
+from autoq.workers.actor import Worker, pack, portable, unpack
 
 SPEC = StudySpec.model_validate({"model": {"id": "demo:smollm2"}})
 

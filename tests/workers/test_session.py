@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import ray
-from autoq.workers.session import Session, check_address
 
 from autoq.errors import AutoQError, SpecError
 from autoq.spec import WorkersSpec
+from autoq.workers.session import Session, check_address
 
 REMOTE = "10.0.0.5:6379"
 
