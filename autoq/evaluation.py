@@ -12,6 +12,7 @@ original head gives the probabilities again, chunk by chunk; else as probabiliti
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -58,7 +59,6 @@ class _Reference:
     entropy: Tensor | None
     head: torch.nn.Module | None = None
     head_weight: Tensor | None = None
-    directory: tempfile.TemporaryDirectory[str] | None = None
 
     def rows(self, window: int, rows: slice) -> tuple[Tensor, Tensor | None]:
         """Reference (t, v) and entropy (t,) of some tokens of a window."""
@@ -75,6 +75,17 @@ def _negative_entropy(probabilities: Tensor) -> Tensor:
     """Σ p log p (t,) of probabilities (t, v) that may hold zeros."""
     entropy: Tensor = torch.special.entr(probabilities).sum(-1)
     return -entropy
+
+
+def _mapped(shape: tuple[int, ...]) -> Tensor:
+    """An empty bfloat16 tensor whose memory is a file without a name, so the system may page it out."""
+    handle, path = tempfile.mkstemp(prefix="autoq-reference-")
+    os.close(handle)
+    try:
+        storage = torch.UntypedStorage.from_file(path, True, math.prod(shape) * 2)
+    finally:
+        Path(path).unlink()
+    return torch.empty(0, dtype=torch.bfloat16).set_(storage, 0, shape)  # type: ignore[call-overload, no-any-return]
 
 
 class Evaluator:
@@ -249,12 +260,9 @@ class Evaluator:
         needed = data.numel() * self.info.vocab_size * 2
         if needed > self._share_bytes and (kept := self._hidden_states(data)) is not None:
             return kept
-        directory = None
         shape = (*data.shape, self.info.vocab_size)
         if needed > self._share_bytes and self.device == "cpu":
-            directory = tempfile.TemporaryDirectory(prefix="autoq-reference-")
-            storage = torch.UntypedStorage.from_file(os.path.join(directory.name, "p"), True, needed)  # noqa: PTH118
-            probabilities = torch.empty(0, dtype=torch.bfloat16).set_(storage, 0, shape)  # type: ignore[call-overload]
+            probabilities = _mapped(shape)
         else:
             probabilities = torch.empty(shape, dtype=torch.bfloat16, device=self.model.device)
         entropy = torch.empty(data.shape, device=self.model.device)
@@ -266,7 +274,7 @@ class Evaluator:
                 # Σ of rounded p is not quite 1; `_chunks` divides by it, so the entropy does as well.
                 exact = rounded.float()
                 entropy[index, rows] = _negative_entropy(exact / exact.sum(-1, keepdim=True))
-        return _Reference(probabilities, entropy, directory=directory)
+        return _Reference(probabilities, entropy)
 
     def _hidden_states(self, data: Tensor) -> _Reference | None:
         """The reference as inputs of the head, or None where logits are more than the head's product

@@ -105,7 +105,7 @@ def test_little_memory_changes_how_the_reference_is_kept_and_nothing_else(make, 
     found = by_name(little.measure(assignment, "search"))
     reference = little._reference[1]
     assert (reference.head_weight is not None) == (memory == "hidden states")
-    assert (reference.directory is not None) == (memory == "file")
+    assert (reference.kept.dtype == torch.bfloat16) == (memory == "file")
     for name, measurement in expected.items():
         assert found[name].value == pytest.approx(measurement.value, rel=0.02, abs=2e-6)
 
@@ -129,11 +129,25 @@ def test_nan_is_an_error_that_says_so(make):
     assert by_name(evaluator.measure(Assignment({}), "search"))["perplexity"].value < 1e6
 
 
-@pytest.mark.parametrize("family", ["gpt2", "t5", "bert"])
+@pytest.mark.parametrize("family", ["gpt2", "gpt-neox", "opt", "t5", "bart", "bert-mlm"])
 def test_other_families_are_measured(make, family):
     evaluator = make(family, objectives=("kl_nats_per_token", "size_bytes"))
-    found = by_name(evaluator.measure(uniform(evaluator, "rtn-int2-channel"), "search"))
-    assert found["kl_nats_per_token"].value > 1e-5
+    found, kept = (
+        by_name(evaluator.measure(assignment, "search"))["kl_nats_per_token"].value
+        for assignment in (uniform(evaluator, "rtn-int2-channel"), Assignment({}))
+    )
+    assert found > 3 * abs(kept)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_encoder_without_a_head_is_measured_by_its_embeddings(make, dtype):
+    evaluator = make("bert", objectives=("cosine_distance", "size_bytes"), dtype=dtype)
+    found = by_name(evaluator.measure(uniform(evaluator, "rtn-int2-channel"), "search"))["cosine_distance"]
+    kept = by_name(evaluator.measure(Assignment({}), "search"))["cosine_distance"]
+    assert found.value > 20 * abs(kept.value)
+    names = [layer.name for layer in evaluator.info.layers if layer.kind == "linear"]
+    table = evaluator.sensitivities({name: ["rtn-int2-channel", "rtn-int4-channel"] for name in names[:3]})
+    assert all(row["rtn-int2-channel"] > row["rtn-int4-channel"] > 0 for row in table.values())
 
 
 def test_computed_needs_no_model(make):

@@ -15,6 +15,7 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -212,7 +213,10 @@ def test_every_installed_package_is_pinned() -> None:
             requires = importlib.metadata.requires(name) or []
         except importlib.metadata.PackageNotFoundError:
             continue  # for another system or Python
-        wanted += [re.split(r"[^\w.-]", line)[0] for line in requires if "extra ==" not in line or name == "autoq"]
+        for requirement in map(Requirement, requires):
+            extras = ("", *PYPROJECT["project"]["optional-dependencies"]) if name == "autoq" else ("",)
+            if requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in extras):
+                wanted.append(requirement.name)
     installed = {canonical(found.metadata["Name"]) for found in importlib.metadata.distributions()}
     assert sorted((seen & installed) - set(pins()) - {"autoq"}) == []
 

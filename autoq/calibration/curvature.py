@@ -91,7 +91,8 @@ class _Gatherer:
         return hook
 
     def _on_gradient(self, own: _Statistics, grad: Tensor) -> None:
-        square = grad.detach().reshape(-1, grad.shape[-1]).float().square_().sum(0)
+        # Not in place: a float32 gradient would go on squared.
+        square = grad.detach().reshape(-1, grad.shape[-1]).float().square().sum(0)
         own.positions += grad.numel() // grad.shape[-1]
         own.grad_square = square if own.grad_square is None else own.grad_square + square
 

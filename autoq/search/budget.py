@@ -162,12 +162,20 @@ def _prepare(costs: list[Floats], weights: list[Floats]) -> _Problem | None:
         drops.append(np.diff(c[keep][hull]))
     owner, width, drop = (np.concatenate([np.zeros(0), *parts]) for parts in (owners, widths, drops))
     # Stable, so that edges of one variable stay in their order where slopes are equal.
-    order = np.argsort(drop / width, kind="stable")
+    order = np.argsort(_slopes(drop, width), kind="stable")
     lightest = math.fsum(float(variable.weight[0]) for variable in variables)
     unit = 0
     if all((w == np.floor(w)).all() for w in weights) and sum(np.abs(w).max() for w in weights) < 2**53:
         unit = math.gcd(*map(_step, variables)) or 1
     return _Problem(variables, owner[order].astype(np.int64), width[order], drop[order], lightest, unit)
+
+
+def _slopes(drop: Floats, width: Floats) -> Floats:
+    """Cost per weight of edges. A subnormal width may overflow it; the steepest number there is will do."""
+    steepest = np.finfo(np.float64).max
+    with np.errstate(over="ignore"):
+        slopes: Floats = np.clip(drop / width, -steepest, steepest)
+    return slopes
 
 
 def _step(variable: _Variable) -> int:
@@ -215,7 +223,7 @@ def _relax(problem: _Problem, budget: float) -> tuple[Indices, float] | None:
     base = np.array([v.hull[s] for v, s in zip(problem.variables, steps, strict=True)], dtype=np.int64)
     if taken == len(problem.edge_weight):
         return base, 0.0
-    return base, float(-problem.edge_cost[taken] / problem.edge_weight[taken])
+    return base, float(-_slopes(problem.edge_cost[taken], problem.edge_weight[taken]))
 
 
 @dataclass(frozen=True)
@@ -334,7 +342,7 @@ class _Tails:
             widths.append(np.diff(w[hull]))
             drops.append(np.diff(c[hull]))
         stage_of, width, drop = (np.concatenate([np.zeros(0), *parts]) for parts in (stages, widths, drops))
-        order = np.argsort(drop / width, kind="stable")
+        order = np.argsort(_slopes(drop, width), kind="stable")
         self._stage, self._width, self._drop = stage_of[order], width[order], drop[order]
 
     def relaxation(self, stage: int, room: Floats) -> Floats:
