@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 _CPUINFO = Path("/proc/cpuinfo")
 # The sets that decide which matrix kernels run, strongest last. Arm names them otherwise.
 _MATRIX_SETS = (
@@ -67,6 +69,15 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def threads() -> int:
+    """Threads that computation gets where nobody says how many: the physical cores that this process may
+    run on, and at most `OMP_NUM_THREADS`. Two threads of one core share its matrix units."""
+    physical = psutil.cpu_count(logical=False) or cores()
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    limits = [cores(), physical, int(asked) if asked.isdecimal() else cores()]
+    return max(1, min(limits))
 
 
 def fingerprint() -> str:

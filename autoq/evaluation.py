@@ -32,7 +32,7 @@ from autoq.bank import Bank
 from autoq.cache import cache_dir
 from autoq.calibration import curvature
 from autoq.calibration.text import windows
-from autoq.device import fingerprint
+from autoq.device import fingerprint, threads
 from autoq.errors import BadInput, NotFinite
 from autoq.measurement import Measurement, Part
 from autoq.methods import QuantizedWeight
@@ -96,7 +96,7 @@ class Evaluator:
 
     def __init__(self, spec: StudySpec) -> None:
         self.spec = spec
-        torch.set_num_threads(spec.workers.cpus or torch.get_num_threads())
+        torch.set_num_threads(spec.workers.cpus or max(1, threads() // spec.workers.count))
         if spec.workers.gpus > 0 and not torch.cuda.is_available():
             raise BadInput(f"workers.gpus is {spec.workers.gpus:g} but this machine has no CUDA device; set it to 0")
         self.device = "cuda" if spec.workers.gpus > 0 else "cpu"

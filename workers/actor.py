@@ -12,7 +12,7 @@ import pickle
 import socket
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ray import cloudpickle
@@ -63,16 +63,21 @@ class Worker:
         """`host:pid`, and the process id. Also asked to see whether the worker is alive."""
         return self._name, os.getpid()
 
-    def load(self, recipe: bytes, scratch: str | None) -> bytes:
+    def load(self, recipe: bytes, environment: Mapping[str, str | None], folder: str | None) -> bytes:
         """Build the evaluator from packed (make, spec); gives a packed None, or the packed exception.
 
-        Temporary files go to the folder `scratch`, which outlives this process and is removed by the
-        executor: a killed worker cannot clean up.
+        Before that, set the variables in `environment` (None: unset) and go to `folder`, so that paths,
+        caches and threads are what they would be in the process that runs the study.
         """
-        if scratch is not None:
-            os.environ["TMPDIR"] = scratch
-            tempfile.tempdir = None
         try:
+            for name, value in environment.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+            tempfile.tempdir = None
+            if folder is not None:
+                os.chdir(folder)
             make, spec = unpack(recipe)
             self._evaluator = make(spec)
         except Exception as problem:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from .session import Session
 
 ANSWER_SECONDS = 30.0  # an idle worker that does not answer for so long counts as dead
 DEATHS_IN_A_ROW = 4  # and one per worker: they may all die of the same shortage of memory
+INHERITED = ("AUTOQ_CACHE", "OMP_NUM_THREADS")
 OUTPUT_BYTES = 4096  # of a dead worker's last words
 
 
@@ -144,9 +146,23 @@ class RayExecutor(Executor):
                 scratch.mkdir()
             actor = self._actors.remote()
             identity = actor.identity.remote()
-            loading = actor.load.remote(self._recipe, scratch and str(scratch))
+            loading = actor.load.remote(self._recipe, *self._surroundings(scratch))
             self._members.append(_Member(self._started, actor, identity, loading, scratch))
             self._started += 1
+
+    def _surroundings(self, scratch: Path | None) -> tuple[dict[str, str | None], str | None]:
+        """Environment and working folder of a new worker, see `Worker.load`.
+
+        On this machine they are this process's, also where Ray set others (OMP_NUM_THREADS) or was
+        started elsewhere; another machine has its own. Temporary files go to `scratch`, which outlives the
+        worker and is removed here: a killed process cannot clean up.
+        """
+        environment: dict[str, str | None] = {}
+        if self._session.here:
+            environment |= {name: os.environ.get(name) for name in INHERITED}
+        if scratch is not None:
+            environment["TMPDIR"] = str(scratch)
+        return environment, str(Path.cwd()) if self._session.here else None
 
     def _dispatch(self) -> None:
         """Start queued jobs in order, as far as there are idle workers and exclusive jobs allow."""

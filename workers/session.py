@@ -25,6 +25,7 @@ from typing import Any
 import ray
 import ray._private.worker as ray_worker
 
+from autoq import device
 from autoq.errors import AutoQError, SpecError
 from autoq.spec import WorkersSpec
 
@@ -50,7 +51,11 @@ def _token_file() -> Path:
 
 
 def _has_token() -> bool:
-    return bool(os.environ.get("RAY_AUTH_TOKEN")) or _token_file().is_file()
+    """Whether Ray finds a token that nobody else knows. Ray itself writes files that all may read."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return True
+    path = _token_file()
+    return path.is_file() and not path.stat().st_mode & 0o077
 
 
 def _is_loopback(host: str) -> bool:
@@ -89,10 +94,6 @@ def _require_token(address: str) -> None:
         raise SpecError(f"{where} and others can read its token; run: chmod 600 {path}")
 
 
-def _usable_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _log_line(data: dict[str, Any], **_: object) -> None:
     """Take what Ray would print to stdout, where the command line prints its documents."""
     for line in data["lines"]:
@@ -103,8 +104,9 @@ class Session:
     """A connection to Ray, opened by the constructor; `close` undoes what it did.
 
     A session that is already on in this process is used and left on. `cpus` is what each worker gets:
-    `workers.cpus`, or an equal share of all there is. `folder` is the session's temporary folder, or
-    None where the session was not started here.
+    `workers.cpus`, or an equal share of all there is; on one machine, of as many as the study would use
+    without Ray. `here` says that all workers run on this machine. `folder` is the session's temporary
+    folder, or None where the session was not started here.
 
     Raises `SpecError` for an address that is refused or a session without room for the workers, and
     `AutoQError` where Ray cannot be started or reached.
@@ -112,6 +114,7 @@ class Session:
 
     def __init__(self, workers: WorkersSpec) -> None:
         self.folder: Path | None = None
+        self.here = False
         self._mine = False
         self._environment: dict[str, str | None] = {}
         self._printer: Any = None
@@ -169,7 +172,7 @@ class Session:
         self.folder = Path(tempfile.mkdtemp(prefix="autoq-ray-", dir=parent))
         return {
             "address": "local",
-            "num_cpus": max(_usable_cpus(), workers.count * (workers.cpus or 1)),
+            "num_cpus": max(device.cores(), workers.count * (workers.cpus or 1)),
             "num_gpus": None if workers.gpus else 0,
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
@@ -179,7 +182,11 @@ class Session:
     def _share(self, workers: WorkersSpec) -> int:
         """CPUs of each worker, when all of them fit on the session's nodes."""
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        cpus = workers.cpus or max(1, int(sum(node.get("CPU", 0) for node in nodes) // workers.count))
+        self.here = len(nodes) == 1  # a driver always runs on one of the nodes
+        total = int(sum(node.get("CPU", 0) for node in nodes))
+        if self.here:
+            total = min(total, device.threads())
+        cpus = workers.cpus or max(1, total // workers.count)
 
         def room(node: dict[str, float]) -> int:
             by_cpu = int(node.get("CPU", 0) // cpus)

@@ -8,7 +8,6 @@ seed alone, not on which worker was faster, not on the executor, and not on inte
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from autoq.objectives import computed
 from autoq.search.executors import Executor, Failure, Job, Result, make_executor
 from autoq.search.observer import Observer
 from autoq.search.optuna_study import AskTell, Row, State
+from autoq.search.reporting import MAX_ATTEMPTS, is_finite, report
 from autoq.search.setup import Problem, Proposal, create_study, make_plan, pose, run_job
 from autoq.spec import Bound, StudySpec
 from autoq.store import Store, StudyRecord, TrialRecord
@@ -29,7 +29,6 @@ from autoq.targets import CostTable
 
 __all__ = ["create_study", "run_study"]
 
-MAX_ATTEMPTS = 2  # an assignment that took two workers down is not tried again
 MAX_REPEATS = 200  # consecutive duplicates after which a sampler is taken to have nothing new
 
 
@@ -51,6 +50,7 @@ def run_study(
         store.set_state(study_id, "running")
         spec = study.study_spec()
         problem = pose(spec)
+        observer.stage("load", 1)  # starting workers may take longer than all that follows
         with make(spec) as executor:
             _Run(store, study, problem, executor, observer).run()
         store.set_state(study_id, "finished")
@@ -86,10 +86,6 @@ def violations(constraints: Mapping[str, Bound], measurements: Sequence[Measurem
     return found
 
 
-def _is_finite(measurement: Measurement) -> bool:
-    return math.isfinite(measurement.value) and (measurement.stderr is None or math.isfinite(measurement.stderr))
-
-
 @dataclass
 class _Outcome:
     """What the sampler is told of a trial: objective values, or None if it failed."""
@@ -123,7 +119,6 @@ class _Run:
 
     def run(self) -> None:
         """All stages of the study."""
-        self.observer.stage("load", 1)
         facts = run_job(self.executor, Job("describe", "describe")).value
         self.observer.advance()
         variables = self.problem.space.variables
@@ -143,7 +138,7 @@ class _Run:
         self.plan, self.costs = make_plan(self.problem, self.store, self.study.id, self.executor, self.observer)
         self._restore()
         self._search()
-        self._report()
+        report(self.problem, self.store, self.study.id, self.executor, self.observer)
 
     # -- search -----------------------------------------------------------------------------------
 
@@ -279,7 +274,7 @@ class _Run:
         measurements: list[Measurement] = []
         if failure is None:
             measurements = self._complete(result.value, assignment)
-            if bad := next((m for m in measurements if not _is_finite(m)), None):
+            if bad := next((m for m in measurements if not is_finite(m)), None):
                 failure = Failure.of(NotFinite(f"{bad.objective} is {bad.value} under this assignment"))
         accepted = (
             self._store_failure(trial, result, failure)
@@ -329,62 +324,3 @@ class _Run:
             if (known_as := self.sampler_numbers.get(self.told)) is not None:
                 self.asktell.tell(known_as, outcome.values, outcome.violations)
             self.told += 1
-
-    # -- report -----------------------------------------------------------------------------------
-
-    def _report(self) -> None:
-        """Measure the frontier and the baselines again on data the search never saw, and time them.
-
-        Nothing is selected again by these values: they only say what the selection is worth.
-        """
-        points = self._points_to_report()
-        timed = bool(self.problem.latencies)
-        self.observer.stage("report", len(points) * (1 + timed))
-        quality = {f"report-{trial.number}": trial for trial in points}
-        if not self.problem.qualities:
-            self.observer.advance(len(points))
-        else:
-            self._run_report(quality, "measure", exclusive=False)
-        if timed:
-            self._run_report({f"time-{trial.number}": trial for trial in points}, "time", exclusive=True)
-
-    def _points_to_report(self) -> list[TrialRecord]:
-        frontier = self.store.frontier(self.study.id, with_assignments=True)
-        limit = self.spec.budget.report_points
-        if limit is not None and len(frontier) > limit:
-            # Evenly along the first objective: the ends and what lies between.
-            frontier.sort(key=lambda trial: trial.values(self.spec.objectives))
-            kept = {round(i * (len(frontier) - 1) / max(limit - 1, 1)) for i in range(limit)}
-            frontier = [frontier[i] for i in sorted(kept)]
-        numbers = {trial.number for trial in frontier}
-        complete = self.store.trials(self.study.id, states=["complete"], with_assignments=True)
-        return [trial for trial in complete if trial.number in numbers or trial.baseline]
-
-    def _run_report(self, points: Mapping[str, TrialRecord], action: str, *, exclusive: bool) -> None:
-        out = 0
-        for key, trial in points.items():
-            wanted = self.problem.latencies if action == "time" else self.problem.qualities
-            if all((name, "report") in trial.measurements for name in wanted):
-                self.observer.advance()
-                continue
-            arguments = {"assignment": trial.assignment} | ({} if action == "time" else {"part": "report"})
-            self.executor.submit(Job(key, action, arguments, exclusive=exclusive))
-            out += 1
-        while out:
-            result = self.executor.next()
-            if result is None:
-                raise AutoQError("the workers stopped while the frontier was reported")
-            trial = points[result.job.key]
-            job = result.job
-            if result.failure is None and not all(map(_is_finite, result.value)):
-                self.observer.note(f"trial {trial.number}: {action} for the report is not finite")
-            elif result.failure is None:
-                self.store.add_measurements(trial.id, result.value)
-                self.observer.reported(self.store.trial(self.study.id, trial.number))
-            elif result.failure.crashed and job.attempt < MAX_ATTEMPTS:
-                self.executor.submit(Job(job.key, job.action, job.arguments, job.attempt + 1, job.exclusive))
-                continue
-            else:
-                self.observer.note(f"trial {trial.number}: {action} for the report failed: {result.failure.message}")
-            out -= 1
-            self.observer.advance()

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from autoq import device
 from autoq.errors import ModelRefused, SpecError
 from autoq.models.loaded import LoadedModel
 from autoq.spec import TargetSpec
@@ -26,14 +27,17 @@ from autoq.targets._torch_cpu_assembly import Forward, installed
 PREFILL, DECODE = "latency_prefill_ms", "latency_decode_ms"
 STEPS = 16
 MIN_ROUNDS, MAX_ROUNDS = 3, 12
-ROUNDS_SECONDS = 2.0  # rounds go on beyond the least until they have taken this long
+ROUNDS_SECONDS = 1.5  # rounds go on beyond the least until they have taken this long
 
 
 @contextmanager
 def threads(count: int | None) -> Iterator[int]:
-    """Run PyTorch on `count` threads (None: as many as now), then on as many as before."""
+    """Run PyTorch on `count` threads (None: as many as this machine has cores), then on as many as before.
+
+    Not as many as now: a worker among others has its share of the cores, what is deployed has them all.
+    """
     before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
+    torch.set_num_threads(count or device.threads())
     try:
         yield torch.get_num_threads()
     finally:

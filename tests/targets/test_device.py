@@ -52,3 +52,16 @@ def test_here():
 def test_needs_no_torch():
     program = "import sys, autoq.device; autoq.device.fingerprint(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_threads_are_physical_cores_within_what_is_allowed(monkeypatch):
+    monkeypatch.setattr(device, "cores", lambda: 8)
+    monkeypatch.setattr(device.psutil, "cpu_count", lambda logical: 4)
+    for asked, expected in {"": 4, "3": 3, "3,2": 3, "64": 4, "0": 1, "many": 4}.items():
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+        assert device.threads() == expected
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(device.psutil, "cpu_count", lambda logical: None)
+    assert device.threads() == 8
+    monkeypatch.setattr(device, "cores", lambda: 2)
+    assert device.threads() == 2

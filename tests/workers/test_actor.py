@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -57,10 +58,15 @@ def test_one_that_cannot_travel_keeps_its_type_and_message_in_words(problem: Exc
 
 def test_a_worker_loads_once_and_runs_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", tempfile.gettempdir())
-    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setenv("AUTOQ_GONE", "x")
+    monkeypatch.setattr("tempfile.tempdir", tempfile.tempdir)
+    monkeypatch.chdir(Path.cwd())
     worker = Worker()
-    assert unpack(worker.load(pack((Fake, SPEC)), str(tmp_path))) is None
+    environment = {"TMPDIR": str(tmp_path), "AUTOQ_GONE": None, "AUTOQ_NEVER": None}
+    assert unpack(worker.load(pack((Fake, SPEC)), environment, str(tmp_path))) is None
     assert tempfile.gettempdir() == str(tmp_path)
+    assert "AUTOQ_GONE" not in os.environ
+    assert Path.cwd() == tmp_path
     job = Job("7", "double", {"value": 4}, attempt=2)
     result = unpack(worker.run(pack(job)))
     assert isinstance(result, Result)
@@ -71,14 +77,19 @@ def test_a_failed_load_is_an_answer(tmp_path: Path) -> None:
     def refuse(spec: StudySpec) -> Fake:
         raise ModelRefused(f"cannot load {spec.model.id}")
 
-    problem = unpack(Worker().load(pack((refuse, SPEC)), None))
+    problem = unpack(Worker().load(pack((refuse, SPEC)), {}, None))
     assert type(problem) is ModelRefused
     assert str(problem) == "cannot load demo:smollm2"
 
 
+def test_so_is_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    problem = unpack(Worker().load(pack((Fake, SPEC)), {}, str(tmp_path / "gone")))
+    assert type(problem) is FileNotFoundError
+
+
 def test_a_value_that_cannot_travel_is_a_failure() -> None:
     worker = Worker()
-    worker.load(pack((Fake, SPEC)), None)
+    worker.load(pack((Fake, SPEC)), {}, None)
     result = unpack(worker.run(pack(Job("7", "lock"))))
     assert result.value is None
     assert result.failure.error == "TypeError"

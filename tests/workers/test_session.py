@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import ray
 
+from autoq import device
 from autoq.errors import AutoQError, SpecError
 from autoq.spec import WorkersSpec
-from autoq.workers.session import Session, check_address
+from autoq.workers.session import Session, _has_token, check_address
 
 REMOTE = "10.0.0.5:6379"
 
@@ -73,6 +74,15 @@ def test_a_token_file_is_for_its_owner_only(monkeypatch: pytest.MonkeyPatch, tmp
     assert check_address(REMOTE) == ("10.0.0.5", 6379)
 
 
+def test_a_token_that_others_can_read_protects_no_local_session(tmp_path: Path) -> None:
+    path = tmp_path / ".ray" / "auth_token"
+    path.parent.mkdir()
+    path.write_text("secret")
+    for mode, counts in {0o600: True, 0o644: False}.items():
+        path.chmod(mode)
+        assert _has_token() is counts
+
+
 def test_a_refused_address_starts_nothing() -> None:
     with pytest.raises(SpecError):
         Session(WorkersSpec(executor="ray", address=REMOTE))
@@ -109,7 +119,8 @@ def session() -> Iterator[Session]:
 
 @pytest.fixture(scope="module")
 def token(session: Session) -> str:
-    return os.environ["RAY_AUTH_TOKEN"]
+    file = Path.home() / ".ray" / "auth_token"  # where Ray keeps that of somebody who uses it for other things
+    return os.environ.get("RAY_AUTH_TOKEN") or file.read_text()
 
 
 JOIN = """
@@ -174,4 +185,6 @@ def test_workers_that_do_not_fit_are_refused(session: Session) -> None:
         Session(WorkersSpec(executor="ray", count=2, cpus=total))
     with pytest.raises(SpecError, match=r"1 workers of 1 CPUs and 0\.5 GPUs do not fit"):
         Session(WorkersSpec(executor="ray", count=1, cpus=1, gpus=0.5))
-    assert Session(WorkersSpec(executor="ray", count=1)).cpus == total
+    # The session was started with room for three workers, however many cores there are.
+    alone, each = (Session(WorkersSpec(executor="ray", count=count)).cpus for count in (1, 3))
+    assert (alone, each) == (min(total, device.threads()), max(1, min(total, device.threads()) // 3))

@@ -1,0 +1,136 @@
+"""The report: frontier points and baselines on data that the search never saw, timed end to end.
+
+Nothing is selected again by these values; they say what the selection is worth.
+
+A machine's speed drifts over minutes by more than it varies within a run, so every point is timed in
+`SWEEPS` sweeps over all points, every other one in reverse order. The value is the mean of the sweeps,
+and how far they disagree is part of its standard error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+
+from autoq.errors import AutoQError
+from autoq.measurement import Measurement
+from autoq.search.executors import Executor, Job
+from autoq.search.observer import Observer
+from autoq.search.setup import Problem
+from autoq.store import Store, TrialRecord
+
+MAX_ATTEMPTS = 2  # an assignment that took two workers down is not tried again
+SWEEPS = 2
+
+
+def is_finite(measurement: Measurement) -> bool:
+    """Whether value and standard error are finite numbers."""
+    return math.isfinite(measurement.value) and (measurement.stderr is None or math.isfinite(measurement.stderr))
+
+
+def report(problem: Problem, store: Store, study_id: int, executor: Executor, observer: Observer) -> None:
+    """Measure the study's frontier and baselines on the report part, and time them on the target.
+
+    What a former run has measured is not measured again. A point that cannot be measured is noted and
+    left with its search values.
+    """
+    points = _points(problem, store, study_id)
+    sweeps = SWEEPS if problem.latencies else 0
+    observer.stage("report", len(points) * (bool(problem.qualities) + sweeps))
+    stage = _Stage(store, study_id, executor, observer)
+    if problem.qualities:
+        stage.measure(points, problem.qualities)
+    for sweep in range(sweeps):
+        stage.time(points if sweep % 2 == 0 else points[::-1], problem.latencies, sweep)
+
+
+def _points(problem: Problem, store: Store, study_id: int) -> list[TrialRecord]:
+    """Frontier points, at most `budget.report_points` of them, and all baselines."""
+    frontier = store.frontier(study_id)
+    limit = problem.spec.budget.report_points
+    if limit is not None and len(frontier) > limit:
+        # Evenly along the first objective: the ends and what lies between.
+        frontier.sort(key=lambda trial: trial.values(problem.spec.objectives))
+        kept = {round(i * (len(frontier) - 1) / max(limit - 1, 1)) for i in range(limit)}
+        frontier = [frontier[i] for i in sorted(kept)]
+    numbers = {trial.number for trial in frontier}
+    complete = store.trials(study_id, states=["complete"], with_assignments=True)
+    return [trial for trial in complete if trial.number in numbers or trial.baseline]
+
+
+def combined(sweeps: Sequence[float], latest: Measurement) -> Measurement:
+    """One latency from the values of its sweeps, the last of which is `latest`.
+
+    The standard error joins that of the runs within a sweep and that of the mean over sweeps.
+    """
+    value = statistics.fmean(sweeps)
+    within = (latest.stderr or 0.0) / math.sqrt(len(sweeps))
+    between = statistics.stdev(sweeps) / math.sqrt(len(sweeps)) if len(sweeps) > 1 else 0.0
+    detail = {**latest.detail, "sweeps": list(sweeps)}
+    return dataclasses.replace(latest, value=value, stderr=math.hypot(within, between), detail=detail)
+
+
+class _Stage:
+    """Runs the report's jobs and stores what comes back."""
+
+    def __init__(self, store: Store, study_id: int, executor: Executor, observer: Observer) -> None:
+        self.store, self.study_id = store, study_id
+        self.executor, self.observer = executor, observer
+
+    def measure(self, points: Sequence[TrialRecord], objectives: Sequence[str]) -> None:
+        """Quality of `points` on the report part."""
+        jobs = {}
+        for trial in points:
+            if all((name, "report") in trial.measurements for name in objectives):
+                self.observer.advance()
+            else:
+                job = Job(f"report-{trial.number}", "measure", {"assignment": trial.assignment, "part": "report"})
+                jobs[job.key] = (job, trial)
+        self._run(jobs)
+
+    def time(self, points: Sequence[TrialRecord], objectives: Sequence[str], sweep: int) -> None:
+        """One sweep of timings, one assignment at a time."""
+        jobs = {}
+        for trial in points:
+            stored = self.store.trial(self.study_id, trial.number).measurements
+            past = [stored[name, "report"] for name in objectives if (name, "report") in stored]
+            if len(past) == len(objectives) and all(len(m.detail.get("sweeps", ())) > sweep for m in past):
+                self.observer.advance()
+            else:
+                job = Job(f"time-{trial.number}", "time", {"assignment": trial.assignment}, exclusive=True)
+                jobs[job.key] = (job, trial)
+        self._run(jobs)
+
+    def _run(self, jobs: Mapping[str, tuple[Job, TrialRecord]]) -> None:
+        for job, _ in jobs.values():
+            self.executor.submit(job)
+        left = len(jobs)
+        while left:
+            result = self.executor.next()
+            if result is None:
+                raise AutoQError("the workers stopped while the frontier was reported")
+            job, trial = result.job, jobs[result.job.key][1]
+            if result.failure is not None and result.failure.crashed and job.attempt < MAX_ATTEMPTS:
+                self.executor.submit(dataclasses.replace(job, attempt=job.attempt + 1))
+                continue
+            if result.failure is not None:
+                self._note(trial, f"{job.action} for the report failed: {result.failure.message}")
+            elif not all(map(is_finite, result.value)):
+                self._note(trial, f"{job.action} for the report is not finite")
+            else:
+                self._store(trial, job.action, result.value)
+            left -= 1
+            self.observer.advance()
+
+    def _note(self, trial: TrialRecord, text: str) -> None:
+        self.observer.note(f"trial {trial.number}: {text}")
+
+    def _store(self, trial: TrialRecord, action: str, measurements: Sequence[Measurement]) -> None:
+        if action == "time":
+            stored = self.store.trial(self.study_id, trial.number).measurements
+            past = {name: m.detail.get("sweeps", []) for (name, part), m in stored.items() if part == "report"}
+            measurements = [combined([*past.get(m.objective, []), m.value], m) for m in measurements]
+        self.store.add_measurements(trial.id, measurements)
+        self.observer.reported(self.store.trial(self.study_id, trial.number))
