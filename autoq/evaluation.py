@@ -225,9 +225,8 @@ class Evaluator:
             if isinstance(scheme, Keep):
                 continue
             original = self.model.weight(name)
-            weights[name] = self.bank.dequantized(original, self._hash(name), scheme, original.dtype).to(
-                original.device
-            )
+            dequantized = self.bank.dequantized(original.cpu(), self._hash(name), scheme, original.dtype)
+            weights[name] = dequantized.to(original.device)
             if (function := self.target.activation(scheme)) is not None:
                 activations[name] = function
         return weights, activations

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from _report import print_table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from autoq.assignment import Assignment
@@ -92,9 +93,16 @@ def main() -> None:
         run_study(store, study.id, Observer(), instant)
         resume = time.perf_counter() - start
     late = gaps[-len(gaps) // 10 :]
-    print(f"{options.sampler}, 210 layers × 6 schemes, {options.trials} trials: {total:.1f} s, {megabytes:.1f} MB")
-    print(f"per trial: median {statistics.median(gaps):.1f} ms; of the last tenth {statistics.median(late):.1f} ms, ")
-    print(f"p95 of the last tenth {sorted(late)[int(0.95 * len(late))]:.1f} ms; reopening the study {resume:.1f} s")
+    title = f"Controller, sampler {options.sampler} and SQLite: 210 layers × 6 schemes, {options.trials} trials"
+    rows = [
+        ("per trial, median", f"{statistics.median(gaps):.1f} ms"),
+        ("per trial, median of the last tenth", f"{statistics.median(late):.1f} ms"),
+        ("per trial, 95th percentile of the last tenth", f"{sorted(late)[int(0.95 * len(late))]:.1f} ms"),
+        ("whole study", f"{total:.1f} s"),
+        ("opening the finished study again", f"{resume:.1f} s"),
+        ("database", f"{megabytes:.1f} MB"),
+    ]
+    print_table(title, ("what", "value"), rows)
 
 
 if __name__ == "__main__":

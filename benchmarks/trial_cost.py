@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from _report import print_table
 
 from autoq import models, plugins
 from autoq.assignment import Assignment
@@ -89,10 +90,12 @@ def main() -> None:
         times["naive"] = [seconds(naive) for _ in range(2)]
     middle = {name: statistics.median(values) for name, values in times.items()}
     ratios = [b / a for a, b in zip(times["bare"], times["trial"], strict=True)]
-    print(f"{options.model}, {options.tokens} tokens, {torch.get_num_threads()} threads, {options.rounds} rounds")
-    for name, value in middle.items():
-        print(f"{name:6} {value:8.3f} s   {value / middle['bare']:6.2f} × bare")
-    print(f"trial / bare, pair by pair: median {statistics.median(ratios):.3f}, {min(ratios):.3f}–{max(ratios):.3f}")
+    title = f"A trial over {options.tokens} tokens of {options.model}, {torch.get_num_threads()} threads"
+    rows = [(name, f"{value:.3f}", f"{value / middle['bare']:.2f}") for name, value in middle.items()]
+    print_table(title, ("what", "median seconds", "× bare"), rows)
+    print(
+        f"\ntrial / bare, pair by pair: median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}"
+    )
 
 
 if __name__ == "__main__":

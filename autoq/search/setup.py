@@ -8,7 +8,7 @@ study goes on with the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -196,13 +196,12 @@ def run_job(executor: Executor, job: Job) -> Result:
     return result
 
 
-def run_jobs(executor: Executor, jobs: Sequence[Job], wait: Callable[[], None] = lambda: None) -> Iterator[Result]:
+def run_jobs(executor: Executor, jobs: Sequence[Job]) -> Iterator[Result]:
     """Run jobs of a stage; yields their results as they come. Raises as `run_job` does."""
     for job in jobs:
         executor.submit(job)
     left = len(jobs)
     while left:
-        wait()
         result = executor.next()
         if result is None:
             raise AutoQError("the workers stopped before the stage was done")
