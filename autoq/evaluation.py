@@ -51,24 +51,26 @@ CURVATURE_TOKENS = 4096  # more of them changed nothing
 class _Reference:
     """The unquantized model's answers on one part of the data.
 
-    `kept` is (windows, tokens, v) probabilities or hidden states of the head's input (v = width), or
-    of the encoder's output. `entropy` (windows, tokens) is Σ p log p for probabilities, else None.
+    `kept` is (windows, tokens, v): probabilities, or inputs of the `head` (v = width) with its original
+    `head_weight`, or an encoder's output. `mass` and `entropy` (windows, tokens) go with probabilities.
     """
 
     kept: Tensor
-    entropy: Tensor | None
+    mass: Tensor | None = None
+    entropy: Tensor | None = None
     head: torch.nn.Module | None = None
     head_weight: Tensor | None = None
 
-    def rows(self, window: int, rows: slice) -> tuple[Tensor, Tensor | None]:
-        """Reference (t, v) and entropy (t,) of some tokens of a window."""
+    def rows(self, window: int, rows: slice) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Reference (t, v), mass (t,) and entropy (t,) of some tokens of a window."""
         kept = self.kept[window, rows]
-        if self.head_weight is None:
-            return kept, None if self.entropy is None else self.entropy[window, rows]
-        assert self.head is not None
-        bias = getattr(self.head, "bias", None)
-        probabilities = F.linear(kept, self.head_weight, bias).float().softmax(-1)
-        return probabilities, _negative_entropy(probabilities)
+        if self.head_weight is not None:
+            bias = getattr(self.head, "bias", None)
+            probabilities = F.linear(kept, self.head_weight, bias).float().softmax(-1)
+            return probabilities, probabilities.sum(-1), _negative_entropy(probabilities)
+        if self.mass is None or self.entropy is None:
+            return kept, None, None
+        return kept, self.mass[window, rows], self.entropy[window, rows]
 
 
 def _negative_entropy(probabilities: Tensor) -> Tensor:
@@ -255,7 +257,7 @@ class Evaluator:
     def _make_reference(self, data: Tensor) -> _Reference:
         if self.info.task == "encoder":
             states = [self.model.outputs(window.unsqueeze(0).to(self.model.device)) for window in data]
-            return _Reference(torch.cat(states), None)
+            return _Reference(torch.cat(states))
         needed = data.numel() * self.info.vocab_size * 2
         if needed > self._share_bytes and (kept := self._hidden_states(data)) is not None:
             return kept
@@ -264,16 +266,16 @@ class Evaluator:
             probabilities = _mapped(shape)
         else:
             probabilities = torch.empty(shape, dtype=torch.bfloat16, device=self.model.device)
-        entropy = torch.empty(data.shape, device=self.model.device)
+        mass, entropy = torch.empty(2, *data.shape, device=self.model.device)
         for index, window in enumerate(data):
             output = self.model.outputs(window.unsqueeze(0).to(self.model.device))[0]
             for rows in self._row_blocks(output):
                 rounded = output[rows].float().softmax(-1).to(torch.bfloat16)
                 probabilities[index, rows] = rounded
-                # Σ of rounded p is not quite 1; `_chunks` divides by it, so the entropy does as well.
                 exact = rounded.float()
-                entropy[index, rows] = _negative_entropy(exact / exact.sum(-1, keepdim=True))
-        return _Reference(probabilities, entropy)
+                mass[index, rows] = exact.sum(-1)
+                entropy[index, rows] = _negative_entropy(exact / mass[index, rows].unsqueeze(-1))
+        return _Reference(probabilities, mass, entropy)
 
     def _hidden_states(self, data: Tensor) -> _Reference | None:
         """The reference as inputs of the head, or None where logits are more than the head's product
@@ -294,7 +296,7 @@ class Evaluator:
                         return None
         finally:
             handle.remove()
-        return _Reference(torch.stack(states), None, head, weight)
+        return _Reference(torch.stack(states), head=head, head_weight=weight)
 
     # -- tokens -----------------------------------------------------------------------------------
 
@@ -319,19 +321,11 @@ class Evaluator:
         next_tokens = self._next_tokens(window).to(output.device)
         for rows in self._row_blocks(output):
             values = output[rows].float()
-            kept, entropy = reference.rows(index, rows)
-            if self.info.task == "encoder":
-                normalizer = None
-                finite = torch.isfinite(values).all()
-            else:
-                normalizer = values.logsumexp(-1)
-                finite = torch.isfinite(normalizer).all()
-                kept = kept.float()
-                if reference.head_weight is None:
-                    kept = kept / kept.sum(-1, keepdim=True)
-            if not finite:
+            normalizer = None if self.info.task == "encoder" else values.logsumexp(-1)
+            if not torch.isfinite(values if normalizer is None else normalizer).all():
                 raise NotFinite("the model's outputs are NaN or infinite under this assignment")
-            yield rows, TokenChunk(values, normalizer, next_tokens[rows], kept, entropy)
+            kept, mass, entropy = reference.rows(index, rows)
+            yield rows, TokenChunk(values, next_tokens[rows], kept, normalizer, mass, entropy)
 
     def _measurement(self, name: str, values: np.ndarray[Any, np.dtype[np.float64]], part: Part) -> Measurement:
         objective = self._objectives[name]

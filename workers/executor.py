@@ -30,7 +30,8 @@ from .session import Session
 ANSWER_SECONDS = 30.0  # an idle worker that does not answer for so long counts as dead
 DEATHS_IN_A_ROW = 4  # and one per worker: they may all die of the same shortage of memory
 INHERITED = ("AUTOQ_CACHE", "OMP_NUM_THREADS")
-OUTPUT_BYTES = 4096  # of a dead worker's last words
+OUTPUT_CHARACTERS = 8192  # of a dead worker's last words
+FAULT = "Fatal Python error: "
 
 
 @dataclass(eq=False)
@@ -246,7 +247,7 @@ class RayExecutor(Executor):
         """Write a worker off; the record of why, with its last output where it can be found."""
         name, pid = member.who()
         output = self._output(pid)
-        fault = next((line for line in output.splitlines() if line.startswith("Fatal Python error: ")), None)
+        fault = next((line for line in output.splitlines() if line.startswith(FAULT)), None)
         if isinstance(problem, OutOfMemoryError):
             cause = "ended by Ray because the node was short of memory"
         else:
@@ -258,11 +259,16 @@ class RayExecutor(Executor):
         return Failure("WorkerLost", message, f"{problem}\n\n{output}".strip(), crashed=True)
 
     def _output(self, pid: int | None) -> str:
-        """The end of what a worker of this machine wrote to stderr."""
+        """What a worker of this machine wrote to stderr last, or from its fault on."""
         if pid is None or self._session.logs is None:
             return ""
-        text = b"".join(path.read_bytes()[-OUTPUT_BYTES:] for path in self._session.logs.glob(f"worker-*-{pid}.err"))
-        return text.decode(errors="replace")
+        text = "".join(
+            path.read_text(encoding="utf-8", errors="replace")
+            for path in self._session.logs.glob(f"worker-*-{pid}.err")
+        )
+        # A fault is followed by the stack, and that by the names of all native modules, which are many.
+        _, fault, stack = text.rpartition(FAULT)
+        return (fault + stack)[:OUTPUT_CHARACTERS] if fault else text[-OUTPUT_CHARACTERS:]
 
     def _remove(self, member: _Member) -> None:
         self._members.remove(member)

@@ -129,7 +129,8 @@ class Session:
     @property
     def logs(self) -> Path | None:
         """The folder of the workers' own output, where this machine has it."""
-        return None if self.folder is None else self.folder / "session_latest" / "logs"
+        node = ray_worker._global_node
+        return Path(node.get_logs_dir_path()) if self.here and node is not None else None
 
     def _open(self, workers: WorkersSpec, where: tuple[str, int] | None) -> None:
         if ray.is_initialized():

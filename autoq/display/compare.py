@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from autoq.store import StudyObjective, TrialRecord
 
 SAME = 0.01  # relative difference below which two values without an error count as equal
-SIZE_SLACK = 1.02  # how much larger than a baseline a point may be and still be set against it
+SIZE_SLACK = 1.12  # how much larger than a baseline a point may be and still be set against it
 _COSTS = ("bytes", "ms", "bits/weight")  # units of what is paid; quality has others
 MAX_GAINS = 3
 

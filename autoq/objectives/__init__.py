@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from autoq.assignment import Assignment
@@ -40,31 +41,26 @@ def _wrong_task(tasks: frozenset[Task], info: ModelInfo) -> str | None:
     return None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class TokenChunk:
     """Outputs of some consecutive tokens, shared by all token objectives. Shapes: t tokens, v outputs.
 
     `output` (t, v) float32: logits, or final hidden states for an encoder without a head.
-    `log_normalizer` (t,): logsumexp of `output`, for models with logits (else None).
     `next_token` (t,) int64: the true next token, -1 where there is none.
-    `reference` (t, v): the unquantized model's probabilities, normalized, in reduced precision (or
-    its final hidden states); `reference_entropy` (t,): Σ p log p of exactly these numbers, in nats.
+    `reference` (t, v): the unquantized model's probabilities in reduced precision, or its final
+    hidden states.
+
+    For models with logits, else None, each (t,) float32: `log_normalizer`, the logsumexp of `output`;
+    `reference_mass`, the sum of `reference`, nearly 1 after rounding, by which it must be divided to be
+    a distribution p; `reference_entropy`, Σ p log p of exactly that p, in nats.
     """
 
-    __slots__ = ("log_normalizer", "next_token", "output", "reference", "reference_entropy")
-
-    def __init__(
-        self,
-        output: Tensor,
-        log_normalizer: Tensor | None,
-        next_token: Tensor,
-        reference: Tensor,
-        reference_entropy: Tensor | None,
-    ) -> None:
-        self.output = output
-        self.log_normalizer = log_normalizer
-        self.next_token = next_token
-        self.reference = reference
-        self.reference_entropy = reference_entropy
+    output: Tensor
+    next_token: Tensor
+    reference: Tensor
+    log_normalizer: Tensor | None = None
+    reference_mass: Tensor | None = None
+    reference_entropy: Tensor | None = None
 
 
 class TokenObjective(Objective):

@@ -21,7 +21,7 @@ class KLNatsPerToken(TokenObjective):
 
     def per_token(self, chunk: TokenChunk) -> Tensor:
         """KL (t,) of each token."""
-        assert chunk.log_normalizer is not None
-        assert chunk.reference_entropy is not None
+        normalizer, mass, entropy = chunk.log_normalizer, chunk.reference_mass, chunk.reference_entropy
+        assert normalizer is not None and mass is not None and entropy is not None, "no distribution"
         expected: Tensor = torch.linalg.vecdot(chunk.reference.to(chunk.output.dtype), chunk.output)
-        return chunk.reference_entropy - expected + chunk.log_normalizer
+        return entropy - expected / mass + normalizer

@@ -124,7 +124,10 @@ def make_plan(
         limit = bound.max - others if bound is not None and bound.max is not None else None
         for indices in seeds.proposals(problem.space, sensitivities, costs, problem.latencies, wanted, limit):
             plan.append(Proposal(problem.space.assignment(indices)))
-    unique = list({proposal.assignment.hash: proposal for proposal in reversed(plan)}.values())[::-1]
+    found: dict[str, Proposal] = {}
+    for proposal in plan:
+        found.setdefault(proposal.assignment.hash, proposal)
+    unique = list(found.values())
     store.save_plan(study_id, {"proposals": [proposal.to_json() for proposal in unique]})
     return unique, costs
 

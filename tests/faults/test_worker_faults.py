@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
+import re
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,15 @@ import psutil
 import pytest
 from ray import cloudpickle
 
+from autoq.assignment import Assignment
 from autoq.errors import WorkerLost
-from autoq.search.executors import Executor, Job, Result
-from autoq.spec import StudySpec, WorkersSpec
+from autoq.evaluation import Evaluator
+from autoq.measurement import Measurement, Part
+from autoq.search.controller import create_study, run_study
+from autoq.search.executors import Executor, Job, LocalExecutor, Result, make_evaluator
+from autoq.search.observer import Observer
+from autoq.spec import StudySpec, WorkersSpec, build_spec
+from autoq.store import Store, TrialRecord
 from autoq.workers.executor import RayExecutor
 from autoq.workers.session import Session
 
@@ -96,9 +105,9 @@ def drain(executor: Executor) -> list[Result]:
     return list(iter(executor.next, None))
 
 
-def wait_for(path: Path) -> int:
+def wait_for(path: Path, seconds: float = 30.0) -> int:
     """The process id that a job has written to `path`."""
-    until = time.monotonic() + 30
+    until = time.monotonic() + seconds
     while not (path.exists() and path.read_text()):
         assert time.monotonic() < until
         time.sleep(0.02)
@@ -209,6 +218,97 @@ def test_a_finished_job_between_deaths_sets_the_count_back(executor: Executor) -
     for i in range(8):
         executor.submit(Job(str(i), "leave" if i != 3 else "spend"))
     assert len(drain(executor)) == 8
+
+
+class Fragile(Evaluator):
+    """The real evaluator, that two assignments kill.
+
+    The assignments' hashes are the names of files in a folder: `halt` waits to be killed the first time, `die` dies
+    whenever it is measured.
+    """
+
+    def __init__(self, spec: StudySpec, folder: Path) -> None:
+        super().__init__(spec)
+        self.folder = folder
+
+    def measure(self, assignment: Assignment, part: Part) -> list[Measurement]:
+        fate = self.folder / assignment.hash
+        if part == "search" and fate.exists():
+            if fate.read_text() == "die":
+                ctypes.string_at(0)
+            fate.rename(self.folder / "met")
+            (self.folder / "pid").write_text(str(os.getpid()))
+            time.sleep(60)
+        return super().measure(assignment, part)
+
+
+class KillOnce(Observer):
+    """Kills the waiting worker, from a thread, and keeps what it is told."""
+
+    def __init__(self, folder: Path) -> None:
+        self.notes: list[str] = []
+        self.ended: list[int] = []
+        self.killer = threading.Thread(target=lambda: os.kill(wait_for(folder / "pid", 120), signal.SIGKILL))
+        self.killer.start()
+
+    def trial(self, trial: TrialRecord, done: int, budget: int) -> None:
+        self.ended.append(trial.number)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_a_real_study_outlives_its_workers(
+    session: Session, tiny_model_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AUTOQ_CACHE", str(tmp_path / "cache"))
+    tree = {
+        "model": {"id": str(tiny_model_dir("llama"))},
+        "data": {"calibration_tokens": 256, "search_tokens": 256, "report_tokens": 128, "window_tokens": 64},
+        "target": {"name": "generic"},
+        "space": {"schemes": ["rtn-int2-g32", "rtn-int4-g32", "rtn-int8-channel-sym"]},
+        "objectives": ["kl_nats_per_token", "size_bytes"],
+        "budget": {"trials": 20},
+        "sampler": {"name": "random", "seeds": 4},
+        "workers": {"executor": "ray", "count": 2, "cpus": 1},
+    }
+    fates = tmp_path / "fates"
+    fates.mkdir()
+    with Store.open(str(tmp_path / "autoq.db")) as store:
+        calm = create_study(store, build_spec(tree))
+        run_study(store, calm.id, make=lambda spec: LocalExecutor(spec, make_evaluator))
+        expected = store.trials(calm.id)
+        sampled = [trial for trial in expected if trial.origin == "sampler"]
+        halted, doomed = sampled[1], sampled[4]
+        (fates / halted.hash).write_text("halt")
+        (fates / doomed.hash).write_text("die")
+        rough = create_study(store, build_spec(tree))
+        observer = KillOnce(fates)
+        make = functools.partial(RayExecutor, make=functools.partial(Fragile, folder=fates))
+        assert run_study(store, rough.id, observer, make).state == "finished"
+        observer.killer.join()
+        trials = store.trials(rough.id)
+    assert sorted(observer.ended) == [trial.number for trial in trials] == list(range(len(expected)))
+    # A random sampler proposes the same whatever it is told, so every other trial is as in the calm study.
+    assert [trial.hash for trial in trials] == [trial.hash for trial in expected]
+    for trial, same in zip(trials, expected, strict=True):
+        assert trial.attempt == (2 if trial.number in (halted.number, doomed.number) else 1)
+        if trial.number != doomed.number:
+            key = ("kl_nats_per_token", "search")
+            assert (trial.state, trial.measurements.get(key)) == (same.state, same.measurements.get(key))
+    failed = trials[doomed.number]
+    assert (failed.state, failed.measurements) == ("failed", {})
+    assert failed.error is not None
+    assert failed.error.type == "WorkerLost"
+    assert re.fullmatch(
+        rf"quarantined after 2 crashes: \S+:\d+ died while it ran 'measure' of 'trial-{doomed.number}': "
+        "Fatal Python error: Segmentation fault",
+        failed.error.message,
+    )
+    assert "in measure" in failed.error.traceback
+    assert sorted(observer.notes) == sorted(
+        f"trial {number}: the worker died; trying once more" for number in (halted.number, doomed.number)
+    )
 
 
 def test_a_model_that_kills_whoever_loads_it_ends_the_study(session: Session) -> None:

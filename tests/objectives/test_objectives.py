@@ -24,7 +24,7 @@ def info(task="causal"):
 
 def chunk(logits, reference_logits, next_token):
     p = reference_logits.softmax(-1)
-    return TokenChunk(logits, logits.logsumexp(-1), next_token, p, (p * p.log()).sum(-1))
+    return TokenChunk(logits, next_token, p, logits.logsumexp(-1), p.sum(-1), (p * p.log()).sum(-1))
 
 
 def get(name):
@@ -77,7 +77,7 @@ def test_perplexity_is_refused_for_masked_models():
 def test_cosine_distance():
     h = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
     r = torch.tensor([[2.0, 0.0], [0.0, 3.0], [-1.0, 0.0]])
-    found = get("cosine_distance").per_token(TokenChunk(h, None, torch.full((3,), -1), r, None))
+    found = get("cosine_distance").per_token(TokenChunk(h, torch.full((3,), -1), r))
     torch.testing.assert_close(found, torch.tensor([0.0, 1.0, 2.0]))
 
 

@@ -128,6 +128,8 @@ def test_a_study_runs_to_its_end(store, spec):
     assert store.study(study.id).state == "finished"
     assert observer.stages == ["load", "calibrate", "quantize", "search", "report"]
     assert {t.origin for t in counted} == {"baseline", "seed", "sampler"}
+    origins = [t.origin for t in trials if t.state == "complete"]
+    assert origins == sorted(origins, key=["baseline", "seed", "sampler"].index)
     assert {"unquantized", "uniform-int4", "uniform-int8"} <= {t.baseline for t in counted if t.baseline}
     # The stored frontier is the frontier of the stored trials.
     values = [t.values(["kl_nats_per_token", "size_bytes"]) for t in counted]

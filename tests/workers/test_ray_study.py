@@ -58,7 +58,7 @@ def spec_for(model: Path | str, workers: Mapping[str, Any], **more: Any) -> Stud
         "target": {"name": "generic"},
         "space": {"schemes": SCHEMES},
         "objectives": ["kl_nats_per_token", "size_bytes"],
-        "budget": {"trials": 32},
+        "budget": {"trials": 24},
         "workers": {"executor": "ray"} | dict(workers),
     }
     return build_spec(tree | more)
@@ -107,7 +107,7 @@ def test_a_study_on_ray_is_the_study_in_this_process_to_the_last_bit(
     other = cache("other")
     remote = search(tmp_path / "ray.db", spec, RayExecutor)
     assert {trial.origin for trial in remote} == {"baseline", "seed", "sampler"}
-    assert len({trial.measurements["kl_nats_per_token", "search"].value for trial in remote if trial.measurements}) > 24
+    assert len({trial.measurements["kl_nats_per_token", "search"].value for trial in remote if trial.measurements}) > 16
     assert found(remote) == found(local)
     assert len({trial.worker for trial in remote if trial.worker}) == count
     assert (other / "bank").is_dir()  # a cache that was chosen after Ray was started is the workers' too
@@ -158,7 +158,9 @@ def test_latency_is_taken_alone_on_all_cores_whatever_a_worker_has(
     searched = [t.measurements["latency_decode_ms", "search"] for t in trials if t.state == "complete"]
     assert len(searched) == 8
     assert all(m.kind == "predicted" and m.value > 0 for m in searched)
-    spans = [(action, float(a), float(b)) for action, a, b in map(str.split, (files / "spans").open())]
+    spans = [
+        (action, float(a), float(b)) for action, a, b in map(str.split, (files / "spans").read_text().splitlines())
+    ]
     assert [action for action, *_ in spans].count("cost_table") == 1
     alone = [span for span in spans if span[0] != "measure"]
     assert len(alone) > 2
@@ -199,7 +201,7 @@ def test_workers_share_the_bank_and_the_weights(
         executor.submit(Job("describe", "describe"))
         assert executor.next() is not None
         names = [layer.name for layer in make_evaluator(spec).info.layers if layer.kind == "linear"]
-        choices = {name: SCHEMES for name in names}
+        choices = dict.fromkeys(names, SCHEMES)
         executor.submit(Job("make", "sensitivities", {"choices": choices}, exclusive=True))
         made = executor.next()
         assert made is not None
