@@ -89,7 +89,7 @@ def _folders(db: str) -> Iterator[Finding]:
     folder = cache_dir()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    writable = os.access(existing, os.W_OK)
+    writable = existing.is_dir() and os.access(existing, os.W_OK)
     value = f"{folder} ({free / 1e9:.1f} GB free{'' if writable else ', not writable: set AUTOQ_CACHE'})"
     yield Finding("folders", "cache", value, writable and (True if free > LOW_DISK_BYTES else None))
     yield Finding("folders", "current", str(Path.cwd()), os.access(Path.cwd(), os.W_OK))

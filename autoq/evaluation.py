@@ -11,7 +11,9 @@ original head gives the probabilities again, chunk by chunk; else as probabiliti
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import math
 import os
 import tempfile
@@ -33,7 +35,7 @@ from autoq.cache import cache_dir
 from autoq.calibration import curvature
 from autoq.calibration.text import windows
 from autoq.device import fingerprint, threads
-from autoq.errors import BadInput, NotFinite
+from autoq.errors import AutoQError, BadInput, ModelRefused, NotFinite, SchemeRefused
 from autoq.measurement import Measurement, Part
 from autoq.methods import QuantizedWeight
 from autoq.models import LoadedModel, load
@@ -90,6 +92,19 @@ def _mapped(shape: tuple[int, ...]) -> Tensor:
     return torch.empty(0, dtype=torch.bfloat16).set_(storage, 0, shape)  # type: ignore[call-overload, no-any-return]
 
 
+@contextlib.contextmanager
+def _naming(layer: str, scheme: Scheme) -> Iterator[None]:
+    """Name the layer and the scheme in what a method raises: it knows neither."""
+    try:
+        yield
+    except (NotFinite, SchemeRefused) as problem:
+        raise type(problem)(f"layer {layer} as {scheme}: {problem}") from problem
+    except AutoQError:  # of the bank: not this layer's fault
+        raise
+    except Exception as problem:
+        raise AutoQError(f"layer {layer} as {scheme}: {type(problem).__name__}: {problem}") from problem
+
+
 class Evaluator:
     """Evaluates assignments of one study: model, data, bank and target, loaded once.
 
@@ -121,7 +136,11 @@ class Evaluator:
     # -- jobs -------------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
-        """What this worker is and holds, for the start of a study."""
+        """What this worker is and holds, for the start of a study.
+
+        Raises `ModelRefused` where the unquantized model itself gives NaN or infinity.
+        """
+        self._refuse_not_finite()
         return {
             "device": self.fingerprint,
             "threads": torch.get_num_threads(),
@@ -130,6 +149,17 @@ class Evaluator:
             "calibration_tokens": self.parts.calibration.numel(),
             "window_tokens": self.parts.search.shape[1],
         }
+
+    def _refuse_not_finite(self) -> None:
+        if not self._objectives:
+            return
+        with torch.inference_mode():
+            outputs = self.model.outputs(self.parts.search[:1].to(self.model.device)).float()
+        if not torch.isfinite(outputs if self.info.task == "encoder" else outputs.logsumexp(-1)).all():
+            raise ModelRefused(
+                f"model {self.spec.model.id!r} gives NaN or infinity before anything is quantized: its weights are "
+                f"damaged, or its activations overflow in {self.spec.model.dtype}"
+            )
 
     def measure(self, assignment: Assignment, part: Part) -> list[Measurement]:
         """Quality of `assignment` on one part of the data, one measurement per token objective.
@@ -161,7 +191,7 @@ class Evaluator:
         the same model and data is used as it is.
         """
         path = self._statistics_path()
-        if not path.exists():
+        if not curvature.is_whole(path):
             data = self.parts.calibration
             data = data[: max(1, CURVATURE_TOKENS // data.shape[1])]
             curvature.save(curvature.gather(self.model, data, self.spec.sampler.seed), path)
@@ -183,9 +213,12 @@ class Evaluator:
                 if isinstance(scheme, Keep):
                     found[name][text] = 0.0
                     continue
-                dequantized = self.bank.quantized(weight, self._hash(name), scheme).dequantize()
+                dequantized = self._quantized(name, scheme).dequantize()
                 dynamic = isinstance(scheme, Integer) and scheme.activation == "a8dyn"
-                found[name][text] = curvature.proxy(statistics, weight, dequantized, dynamic)
+                cost = curvature.proxy(statistics, weight, dequantized, dynamic)
+                if not np.isfinite(cost):
+                    raise NotFinite(f"layer {name} as {text}: its predicted loss is {cost}; exclude it from the space")
+                found[name][text] = cost
         return found
 
     def cost_table(self, choices: Mapping[str, Sequence[str]]) -> CostTable:
@@ -219,7 +252,8 @@ class Evaluator:
         return self._hashes[name]
 
     def _quantized(self, name: str, scheme: Scheme) -> QuantizedWeight:
-        return self.bank.quantized(self.model.weight(name).cpu(), self._hash(name), scheme)
+        with _naming(name, scheme):
+            return self.bank.quantized(self.model.weight(name).cpu(), self._hash(name), scheme)
 
     def _swappable(self, assignment: Assignment) -> tuple[dict[str, Tensor], dict[str, Any]]:
         weights, activations = {}, {}
@@ -227,7 +261,8 @@ class Evaluator:
             if isinstance(scheme, Keep):
                 continue
             original = self.model.weight(name)
-            dequantized = self.bank.dequantized(original.cpu(), self._hash(name), scheme, original.dtype)
+            with _naming(name, scheme):
+                dequantized = self.bank.dequantized(original.cpu(), self._hash(name), scheme, original.dtype)
             weights[name] = dequantized.to(original.device)
             if (function := self.target.activation(scheme)) is not None:
                 activations[name] = function
@@ -237,8 +272,16 @@ class Evaluator:
         digest = hashlib.sha256()
         for layer in self.info.layers:
             digest.update(f"{layer.name} {self._hash(layer.name)}\n".encode())
+        # Gradients depend on all that the model computes: norms, biases, and what its config says.
+        own = {name for layer in self.info.layers for name in (layer.name, *layer.tied)}
+        for name, tensor in self.model.model.state_dict().items():
+            if name.removesuffix(".weight") not in own:
+                digest.update(f"{name} {self.bank.weight_hash(tensor)}\n".encode())
+        config: Any = self.model.model.config
+        told = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
+        digest.update(json.dumps(told, sort_keys=True, default=str).encode())
         digest.update(self.parts.calibration.numpy().tobytes())
-        digest.update(f"{self.spec.sampler.seed} {self.info.task} {CURVATURE_TOKENS} 1".encode())
+        digest.update(f"{self.spec.sampler.seed} {self.info.task} {CURVATURE_TOKENS} 2".encode())
         return cache_dir() / "statistics" / f"{digest.hexdigest()[:32]}.safetensors"
 
     # -- the reference ----------------------------------------------------------------------------

@@ -66,6 +66,8 @@ def _group_size(value: object) -> object:
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0, le=2**63 - 1)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0)]
 Count = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
+# Far more threads than any machine has crash the OpenMP runtime where they start.
+Threads = Annotated[int, Field(strict=True, ge=1, le=1024)]
 Bits = Annotated[int, Field(strict=True, ge=MIN_BITS, le=MAX_BITS)]
 Number = Annotated[float, BeforeValidator(_no_bool)]
 GroupSize = Annotated[int | str, BeforeValidator(_group_size)]
@@ -117,7 +119,7 @@ class TargetSpec(_Section):
     name: str = "torch-cpu"
     batch_size: Count = 1
     prompt_tokens: Count = 512
-    threads: Count | None = None
+    threads: Threads | None = None
 
     @field_validator("name")
     @classmethod
@@ -266,7 +268,7 @@ class WorkersSpec(_Section):
 
     executor: Literal["local", "ray"] = "local"
     count: Count = 1
-    cpus: Count | None = None
+    cpus: Threads | None = None
     gpus: Annotated[Number, Field(ge=0)] = 0
     address: str | None = None
 

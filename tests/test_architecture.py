@@ -53,6 +53,7 @@ LAZY: dict[str, set[str]] = {
     "vocabulary": {"studies"},
     "targets": {"methods", "models"},
     "workers": {"evaluation"},
+    "search": {"calibration"},
     "study": {"search", "display", "dashboards"},
     "doctor": {"targets"},
     "cli": {"store", "search", "study", "doctor", "dashboards", "service", "objectives", "targets"},

@@ -1,14 +1,16 @@
 """The evaluator on tiny models: what it measures equals a direct computation, however it remembers."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from autoq import plugins
 from autoq.assignment import Assignment
-from autoq.errors import NotFinite
+from autoq.errors import AutoQError, ModelRefused, NotFinite
 from autoq.evaluation import Evaluator
+from autoq.methods import Method
 from autoq.objectives import Objective, computed
 from autoq.scheme import Keep, parse_scheme
 from autoq.spec import build_spec
@@ -188,3 +190,68 @@ def test_calibration_is_done_once_per_model_and_data(make, monkeypatch):
 
     monkeypatch.setattr("autoq.calibration.curvature.gather", never)
     assert make().calibrate() == first
+
+
+def test_damaged_statistics_are_gathered_again(make):
+    evaluator = make()
+    path = Path(evaluator.calibrate())
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    assert evaluator.calibrate() == str(path)
+    assert path.read_bytes() == whole
+
+
+def test_statistics_depend_on_what_is_no_layer(make):
+    """Two models may share every layer's weight and still differ in a norm or in their config."""
+    evaluator = make()
+    files = {evaluator.calibrate()}
+    evaluator.model.model.model.norm.weight.data.mul_(2)
+    files.add(evaluator.calibrate())
+    evaluator.model.model.config.rms_norm_eps *= 10
+    files.add(evaluator.calibrate())
+    assert len(files) == 3
+
+
+def test_a_model_that_gives_nan_by_itself_is_refused_before_any_trial(make):
+    evaluator = make(dtype="bfloat16")
+    assert evaluator.describe()["window_tokens"] == 64
+    evaluator.model.model.model.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(ModelRefused, match=r"NaN or infinity before anything is quantized.*overflow in bfloat16$"):
+        evaluator.describe()
+    with pytest.raises(NotFinite, match="calibration data"):
+        evaluator.calibrate()
+
+
+@pytest.mark.parametrize(
+    ("problem", "kind", "end"),
+    [
+        (NotFinite("the weight has NaN"), NotFinite, "the weight has NaN"),
+        (ZeroDivisionError("by zero"), AutoQError, "ZeroDivisionError: by zero"),
+        (AutoQError("the bank cannot write"), AutoQError, "the bank cannot write"),
+    ],
+)
+def test_a_method_that_fails_is_told_with_its_layer_and_scheme(make, monkeypatch, problem, kind, end):
+    evaluator = make()
+
+    def fail(*_):
+        raise problem
+
+    monkeypatch.setattr(type(plugins.load("methods", "rtn", Method)), "quantize", fail)
+    name = next(layer.name for layer in evaluator.info.layers if layer.kind == "linear")
+    where = "" if str(problem) == end and kind is AutoQError else f"layer {name} as rtn-int4-g32: "
+    for act in (
+        lambda: evaluator.sensitivities({name: ["rtn-int4-g32"]}),
+        lambda: evaluator.measure(Assignment({name: parse_scheme("rtn-int4-g32")}), "search"),
+    ):
+        with pytest.raises(AutoQError) as caught:
+            act()
+        assert (type(caught.value), str(caught.value)) == (kind, where + end)
+
+
+def test_a_predicted_loss_that_overflows_names_the_layer(make):
+    evaluator = make()
+    name = next(layer.name for layer in evaluator.info.layers if layer.kind == "linear")
+    evaluator.calibrate()
+    evaluator.model.weight(name).mul_(1e38)
+    with pytest.raises(NotFinite, match=rf"^layer {name} as rtn-int2-g32: its predicted loss is (inf|nan); exclude"):
+        evaluator.sensitivities({name: ["rtn-int2-g32"]})

@@ -209,6 +209,8 @@ MISTAKES = [
     (MODEL + "sampler: {seed: -1}", ["sampler.seed: must be at least 0 (got -1)"]),
     (MODEL + "sampler: {options: {a: [1]}}", ["sampler.options: 'a' must be a number, text", "(got [1])"]),
     (MODEL + "sampler: {options: {a: .nan}}", ["sampler.options: 'a' must be finite"]),
+    (MODEL + "target: {threads: 100000}", ["target.threads: must be at most 1024 (got 100000)"]),
+    (MODEL + "workers: {cpus: 100000}", ["workers.cpus: must be at most 1024"]),
     (MODEL + "budget: {trials: 0}", ["budget.trials: must be at least 1 (got 0)"]),
     (MODEL + "budget: {trials: true}", ["budget.trials: must be a whole number (got True)"]),
     (MODEL + "budget: {wall_time: 1h30}", ["budget.wall_time: must be a time such as", "s, m, h, d (got '1h30')"]),

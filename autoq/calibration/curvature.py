@@ -26,17 +26,18 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's own abbreviation
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from autoq.errors import AutoQError, NotFinite
 from autoq.layer import Layer
 from autoq.models.loaded import LoadedModel
 
@@ -122,6 +123,8 @@ def _loss(model: LoadedModel, window: Tensor, generator: torch.Generator) -> Ten
     """A sequence's summed loss, whose output gradients have the Fisher matrix as covariance."""
     output = model.outputs(window).float()
     flat = output.reshape(-1, output.shape[-1])
+    if not torch.isfinite(flat).all():
+        raise NotFinite("the unquantized model's outputs on the calibration data are NaN or infinite")
     if model.info.task == "encoder":
         directions = torch.randn(flat.shape, generator=generator).to(flat.device)
         return (F.normalize(flat, dim=-1) * directions).sum()
@@ -194,12 +197,28 @@ def proxy(statistics: dict[str, Tensor], weight: Tensor, dequantized: Tensor, dy
 
 
 def save(statistics: dict[str, dict[str, Tensor]], path: Path) -> None:
-    """Write statistics to one safetensors file, atomically."""
+    """Write statistics to one safetensors file, atomically. Raises `AutoQError` where it cannot be written."""
     flat = {f"{layer}/{name}": t.contiguous() for layer, own in statistics.items() for name, t in own.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
-    save_file(flat, beside)
-    beside.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(flat, beside)
+        beside.replace(path)
+    except (OSError, SafetensorError) as problem:
+        with suppress(OSError):
+            beside.unlink()
+        raise AutoQError(
+            f"the statistics cannot be written to {str(path.parent)!r}: {problem}; set AUTOQ_CACHE to another folder"
+        ) from problem
+
+
+def is_whole(path: Path) -> bool:
+    """Whether `path` is a file of statistics with all of its bytes: a crash of the machine may leave less."""
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def load(path: Path, layer: str) -> dict[str, Tensor]:

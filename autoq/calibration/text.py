@@ -114,7 +114,7 @@ def load_text(spec: DataSpec) -> str:
         text = _join([path], _read_file)
     elif path.is_dir() and (files := _text_files(path)):
         text = _join(files, _read_file)
-    elif path.is_dir() or _DATASET_NAME.fullmatch(spec.source):
+    elif path.is_dir() or (not path.exists() and _DATASET_NAME.fullmatch(spec.source)):
         text = _join(_rows(spec, path), str)
     else:
         raise DataRefused(

@@ -93,7 +93,7 @@ def print_frontier(
     else:
         from autoq.display import tables
 
-        show(tables.frontier(study, points, uniform, tables.console()))
+        show(tables.frontier(study, points, uniform, tables.console(), bool(maximum or minimum)))
 
 
 def _print_csv(study: StudyRecord, trials: Sequence[TrialRecord]) -> None:

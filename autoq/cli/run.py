@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import signal
 import sys
@@ -46,6 +47,7 @@ def _terminable() -> Iterator[None]:
 
 
 def _run(store: Store, study_id: int, db: str, quiet: bool, as_json: bool) -> None:
+    gc.enable()
     from autoq.display.progress import default_observer
     from autoq.search.controller import run_study
     from autoq.search.observer import Observer
@@ -67,8 +69,8 @@ def _run(store: Store, study_id: int, db: str, quiet: bool, as_json: bool) -> No
     epilog=examples(
         "autoq search demo",
         "autoq search studies/my.yaml --trials 200 --name second-try",
-        "autoq search demo --set space.bits=[4,8] --set constraints.size_bytes.max=100MB",
-        "autoq search cluster --executor ray --workers 8 --db postgresql+psycopg://host/autoq",
+        "autoq search demo --set space.bits=[4,8] --set budget.wall_time=10m",
+        "autoq search cluster --workers 8 --db postgresql+psycopg://host/autoq",
     )
 )
 def search(

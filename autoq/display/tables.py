@@ -121,15 +121,20 @@ def _fitting(
 
 
 def frontier(
-    study: StudyRecord, points: Sequence[TrialRecord], baselines: Sequence[TrialRecord], out: Console
+    study: StudyRecord,
+    points: Sequence[TrialRecord],
+    baselines: Sequence[TrialRecord],
+    out: Console,
+    limited: bool = False,
 ) -> list[RenderableType]:
     """The frontier and, beside it, every baseline, with a legend and what the search gained.
 
-    `points` are the frontier's trials to show. Sorted by the first objective that is a size, else by the
-    last one.
+    `points` are the frontier's trials to show, `limited` to those within somebody's limits. Sorted by
+    the first objective that is a size, else by the last one.
     """
+    nothing = Text(f"study {study.name}: no feasible trial is {'within the limits' if limited else 'complete yet'}")
     if not points and not baselines:
-        return [Text(f"study {study.name}: no feasible trial is complete yet")]
+        return [nothing]
     shown = {trial.number: trial for trial in [*baselines, *points]}
     key = sort_objective(study.objectives).name
     rows = sorted(shown.values(), key=lambda trial: (trial.best_measurements()[key].value, trial.number))
@@ -141,6 +146,8 @@ def frontier(
     parts: list[RenderableType] = [table]
     if legend := _legend(rows, marks, names, errors):
         parts += [Text(), *(Text(line, style="dim") for line in legend)]
+    if not points:
+        parts += [Text(), nothing]
     if found := gains(points, baselines, study.objectives):
         parts += [Text(), *(Text(str(gain)) for gain in found)]
     return parts

@@ -59,7 +59,7 @@ def read_config(spec: ModelSpec, folder: Path) -> Any:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as problem:
         # transformers raises whatever its own parsing runs into; for the user it is one thing.
-        raise ModelRefused(f"model {spec.id!r}: config.json is not usable: {_line(problem)}") from problem
+        raise ModelRefused(f"model {spec.id!r}: config.json is not usable: {first_line(problem)}") from problem
 
 
 def architecture(spec: ModelSpec, config: Any) -> tuple[Any, Task]:
@@ -96,7 +96,9 @@ def build(spec: ModelSpec, folder: Path, config: Any) -> tuple[nn.Module, Task]:
             )
         model.tie_weights()
     except Exception as problem:
-        raise ModelRefused(f"model {spec.id!r}: {model_class.__name__} cannot be built: {_line(problem)}") from problem
+        raise ModelRefused(
+            f"model {spec.id!r}: {model_class.__name__} cannot be built: {first_line(problem)}"
+        ) from problem
     if task == "seq2seq" and getattr(config, "decoder_start_token_id", None) is None:
         raise ModelRefused(f"model {spec.id!r}: config.json has no decoder_start_token_id")
     _untie(spec, model, folder)
@@ -218,7 +220,7 @@ def _probe(spec: ModelSpec, model: nn.Module, names: Iterable[str], task: Task) 
             model(**arguments)
     except Exception as problem:
         raise ModelRefused(
-            f"model {spec.id!r}: {type(model).__name__} does not run on token ids alone: {_line(problem)}"
+            f"model {spec.id!r}: {type(model).__name__} does not run on token ids alone: {first_line(problem)}"
         ) from problem
     return inputs
 
@@ -300,5 +302,9 @@ def _nbytes(spec: ModelSpec, model: nn.Module, name: str, tensor: Tensor) -> int
     return tensor.numel() * (4 if _kept_in_float32(model, spec.dtype, name) else getattr(torch, spec.dtype).itemsize)
 
 
-def _line(problem: BaseException) -> str:
-    return str(problem).partition("\n")[0] or type(problem).__name__
+def first_line(problem: BaseException) -> str:
+    """The first line of what a library says; where that only announces the next one, both."""
+    lines = [" ".join(line.split()) for line in str(problem).splitlines() if line.strip()]
+    if not lines:
+        return type(problem).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

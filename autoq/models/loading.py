@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from autoq.errors import ModelRefused
 from autoq.layer import ModelInfo
 from autoq.models import conversion
-from autoq.models.inspection import architecture, attention, build, float32_patterns, read_config, skeleton
+from autoq.models.inspection import architecture, attention, build, first_line, float32_patterns, read_config, skeleton
 from autoq.models.loaded import LoadedModel
 from autoq.models.quiet import quiet
 from autoq.spec import ModelSpec
@@ -58,8 +58,7 @@ def _read_weights(spec: ModelSpec, folder: Path, config: Any) -> Any:
             output_loading_info=True,
         )
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as problem:
-        line = str(problem).partition("\n")[0] or type(problem).__name__
-        raise ModelRefused(f"model {spec.id!r}: its weights cannot be read: {line}") from problem
+        raise ModelRefused(f"model {spec.id!r}: its weights cannot be read: {first_line(problem)}") from problem
     for what in ("missing_keys", "mismatched_keys"):
         if found := sorted(key if isinstance(key, str) else key[0] for key in report[what]):
             fault = "lacks" if what == "missing_keys" else "has another shape than its config says for"
@@ -84,5 +83,4 @@ def _read_tokenizer(spec: ModelSpec, folder: Path) -> Any:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as problem:
         # tokenizers raises bare exceptions for a file it cannot parse.
-        line = str(problem).partition("\n")[0] or type(problem).__name__
-        raise ModelRefused(f"model {spec.id!r} has no usable tokenizer: {line}") from problem
+        raise ModelRefused(f"model {spec.id!r} has no usable tokenizer: {first_line(problem)}") from problem

@@ -39,6 +39,8 @@ def resolve(spec: ModelSpec) -> Path:
         found = _from_hub(spec)
     else:
         raise ModelRefused(f"model {spec.id!r}: there is no such file or folder, and it is not a hub id or demo:NAME")
+    if spec.revision is not None and (demo.is_demo(spec.id) or path.exists()):
+        raise ModelRefused(f"model.revision {spec.revision!r} is for hub ids, and {spec.id!r} is none; leave it out")
     if found.is_file():
         _check_file(spec.id, found)
     else:

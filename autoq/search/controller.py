@@ -138,6 +138,7 @@ class _Run:
         self.plan, self.costs = make_plan(self.problem, self.store, self.study.id, self.executor, self.observer)
         self._restore()
         self._search()
+        self._refuse_nothing()
         report(self.problem, self.store, self.study.id, self.executor, self.observer)
 
     # -- search -----------------------------------------------------------------------------------
@@ -207,12 +208,21 @@ class _Run:
                     exhausted = True
                     self.observer.note(f"the sampler proposed nothing new {MAX_REPEATS} times in a row; stopping")
             if not self.flying:
+                if not exhausted and self.done < self.spec.budget.trials:
+                    self.observer.note(f"the wall time is over after {self.done} of {self.spec.budget.trials} trials")
                 return
             result = self.executor.next()
             if result is None:
                 raise AutoQError("the workers stopped while trials were running")
             self._receive(result)
             self._tell()
+
+    def _refuse_nothing(self) -> None:
+        """A study in which every trial failed has failed, for what is most likely one reason."""
+        failed = self.store.trials(self.study.id, states=["failed"], limit=1)
+        if failed and failed[0].error is not None and not self.store.trials(self.study.id, ["complete"], limit=1):
+            error = failed[0].error
+            raise AutoQError(f"all {self.done} trials failed, the first with {error.type}: {error.message}")
 
     def _may_ask(self) -> bool:
         budget = self.spec.budget

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from autoq import models, plugins
+from autoq import errors, models, plugins
 from autoq.assignment import Assignment
 from autoq.errors import AutoQError, BadInput, SpecError
 from autoq.layer import ModelInfo
@@ -87,13 +87,34 @@ def pose(spec: StudySpec) -> Problem:
     sampler = plugins.load("search.samplers", spec.sampler.name, Sampler)  # type: ignore[type-abstract]
     rule = sampler.refuses([len(v.choices) for v in space.variables], len(spec.objectives), spec.sampler.options)
     if rule is not None:
-        raise SpecError(f"sampler.name: {spec.sampler.name} cannot search this space: {rule}")
-    return Problem(spec, info, target, space, objectives)
+        raise SpecError(f"sampler: {spec.sampler.name} cannot search this space: {rule}")
+    problem = Problem(spec, info, target, space, objectives)
+    _refuse_out_of_reach(problem)
+    return problem
+
+
+def _refuse_out_of_reach(problem: Problem) -> None:
+    """Refuse a bound on the size that no assignment keeps: every trial would be infeasible."""
+    bound = problem.spec.constraints.get("size_bytes")
+    if bound is None:
+        return
+    choices = [len(variable.choices) for variable in problem.space.variables]
+    # Choices are sorted by bytes.
+    low, high = _size(problem, [0] * len(choices)), _size(problem, [count - 1 for count in choices])
+    where, space = "constraints.size_bytes", "out of reach; the space reaches from"
+    if bound.max is not None and bound.max < low:
+        raise SpecError(f"{where}.max: {bound.max:.0f} bytes are {space} {low:.0f} to {high:.0f}")
+    if bound.min is not None and bound.min > high:
+        raise SpecError(f"{where}.min: {bound.min:.0f} bytes are {space} {low:.0f} to {high:.0f}")
 
 
 def create_study(store: Store, spec: StudySpec) -> StudyRecord:
     """Validate a spec and write a new study. Raises `BadInput` and then has written nothing."""
     problem = pose(spec)
+    if problem.qualities:
+        from autoq.calibration.text import load_text
+
+        load_text(spec.data)
     facts = [(name, problem.objectives[name].unit, problem.objectives[name].direction) for name in spec.objectives]
     study = store.create_study(spec, facts)
     # Readers of the store know no model: this is what a difference of two trials is priced by.
@@ -213,7 +234,11 @@ def run_jobs(executor: Executor, jobs: Sequence[Job]) -> Iterator[Result]:
                 again = result.job
                 executor.submit(Job(again.key, again.action, again.arguments, again.attempt + 1, again.exclusive))
                 continue
-            kind = BadInput if result.failure.error in ("BadInput", "DataRefused", "ModelRefused") else AutoQError
-            raise kind(f"{result.job.action}: {result.failure.message}")
+            # The failure names its type only, as it may come from another process.
+            known = getattr(errors, result.failure.error, None)
+            refused = isinstance(known, type) and issubclass(known, BadInput)
+            if refused:
+                raise BadInput(result.failure.message)
+            raise AutoQError(f"{result.job.action}: {result.failure.message}")
         left -= 1
         yield result

@@ -131,6 +131,9 @@ def build_space(info: ModelInfo, spec: SpaceSpec, target_name: str, target: Targ
         raise SpecError(
             f"space: no layer is left to search; kinds {', '.join(spec.kinds)}, exclude {list(spec.exclude)}"
         )
+    for pattern in spec.exclude:
+        if not any(_matches(layer, [pattern]) for layer in info.layers):
+            raise SpecError(f"space.exclude: {pattern!r} matches no layer of the model")
     for index, override in enumerate(spec.overrides):
         if not any(fnmatch.fnmatchcase(layer.name, override.match) for layer in layers):
             raise SpecError(f"space.overrides.{index}.match: {override.match!r} matches no searched layer")
@@ -220,7 +223,10 @@ def _refuse_unusable(layers: Sequence[Layer], spec: SpaceSpec, default: Grid, re
                 continue
             scheme = next((scheme for scheme in candidates if asks(scheme)), None)
             layer = own[0]
-            rule = refuses(layer, scheme) if scheme is not None else "no method makes such a scheme"
+            if scheme is None:
+                names = ", ".join((section.methods or default.methods) if section.schemes is None else ())
+                raise SchemeRefused(f"space.{what} gives no scheme with the methods {names}")
+            rule = refuses(layer, scheme)
             raise SchemeRefused(
                 f"space.{what} runs on no layer; for instance {layer.name} of shape "
                 f"({layer.out_features}, {layer.in_features}) as {scheme}: {rule}"

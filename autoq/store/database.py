@@ -185,7 +185,7 @@ def _check_file(url: sa.URL, create: bool) -> None:
     if url.database in (None, "", ":memory:") or str(url.database).startswith("file:"):
         raise BadInput(f"the database {_name(url)!r} is not a file on disk; give a path such as autoq.db")
     path = Path(str(url.database))
-    if not path.is_file() and not create:
+    if not path.exists() and not create:
         raise NotFound(f"no database at {str(path)!r}; run `autoq search` first or name another one with --db")
     if path.is_dir() or not path.parent.is_dir():
         what = "is a folder" if path.is_dir() else f"cannot be made: there is no folder {str(path.parent)!r}"

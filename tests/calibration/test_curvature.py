@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from autoq.calibration.curvature import proxy
+from autoq.calibration.curvature import is_whole, proxy, save
+from autoq.errors import AutoQError
 
 
 def test_linear_layer_by_hand():
@@ -39,3 +40,18 @@ def test_embedding_rows_count_as_often_as_they_are_read():
 
 def test_a_layer_that_is_never_used_costs_nothing():
     assert proxy({}, torch.ones(2, 2), torch.zeros(2, 2), False) == 0
+
+
+def test_statistics_that_lost_bytes_are_not_whole(tmp_path):
+    file = tmp_path / "statistics" / "one.safetensors"
+    assert not is_whole(file)
+    save({"layer": {"grad_square": torch.ones(64)}}, file)
+    assert is_whole(file)
+    file.write_bytes(file.read_bytes()[:-1])
+    assert not is_whole(file)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "statistics").touch()
+    with pytest.raises(AutoQError, match=r"^the statistics cannot be written to .*AUTOQ_CACHE"):
+        save({"layer": {"grad_square": torch.ones(2)}}, tmp_path / "statistics" / "one.safetensors")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -193,3 +194,10 @@ class TestDatasets:
             importlib.util, "find_spec", lambda name, *a: None if name == "datasets" else real(name, *a)
         )
         assert "pip install 'autoq[datasets]'" in refusal(spec(saved / "single"))
+
+
+def test_what_is_neither_a_file_nor_a_folder_is_not_looked_up_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    with pytest.raises(DataRefused, match="there is no such file or folder"):
+        load_text(DataSpec(source="pipe"))

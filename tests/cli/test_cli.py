@@ -10,6 +10,12 @@ import sys
 import pytest
 import yaml
 
+from autoq.measurement import Measurement
+from autoq.spec import parse_spec
+from autoq.store import Store
+
+from .conftest import OBJECTIVES, mixed
+
 FRONTIER = """\
                                kl_nats_                 latency_
 trial      origin             per_token  size_bytes    decode_ms
@@ -267,6 +273,7 @@ def test_every_command_has_help_with_examples(autoq, command):
     result = autoq(command, "--help")
     assert result.exit_code == 0
     assert f"    autoq {command}" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
 
 
 def test_help_lists_every_command_and_nothing_else(autoq):
@@ -327,3 +334,21 @@ def test_a_reader_that_has_enough_is_no_error(database, tmp_path):
     )
     assert done.stdout == "{"
     assert done.stderr == ""
+
+
+def test_limits_that_nothing_keeps_are_told_apart_from_a_study_without_results(autoq):
+    assert (
+        autoq("frontier", "demo", "--max", "size_bytes=1").stdout
+        == "study demo: no feasible trial is within the limits\n"
+    )
+
+
+def test_infeasible_baselines_stand_with_a_word(autoq, database):
+    with Store.open(database) as store:
+        study = store.create_study(parse_spec("name: bare\nmodel: {id: some/model}"), OBJECTIVES)
+        trial = store.start_trial(study.id, 0, mixed("keep", "keep", "keep"), "baseline", "unquantized")
+        values = [Measurement(name, 1.5, unit, "measured", "search", 0.1) for name, unit, _ in OBJECTIVES]
+        assert store.finish_trial(trial.id, 1, values, {"size_bytes.max": 0.5}, 0.1, "local")
+    lines = autoq("frontier", "bare").stdout.splitlines()
+    assert "unquantized" in lines[2]
+    assert lines[-1] == "study bare: no feasible trial is complete yet"

@@ -109,6 +109,8 @@ def test_an_unknown_study_or_trial_is_named_with_what_there_is(store):
         store.trial(study.id, 3)
     finished(store, study, 0, (1.0, 1.0))
     finished(store, study, 1, (1.0, 1.0))
+    with pytest.raises(NotFound, match=rf"^study 'demo' has no trial {10**30}; its trials are 0 to 1$"):
+        store.trial(study.id, 10**30)
     with pytest.raises(NotFound, match=r"^study 'demo' has no trial 3; its trials are 0 to 1$"):
         store.trial(study.id, 3)
     for ask in (store.trials, store.frontier, store.study, store.recompute_frontier):

@@ -96,6 +96,16 @@ def test_configs_that_cannot_be_used(folder, change, line):
     assert line in refusal(folder)
 
 
+def test_a_reason_on_two_lines_is_told_whole(folder):
+    edit(folder, "config.json", num_attention_heads="many")
+    assert "'num_attention_heads': TypeError: Field 'num_attention_heads' expected int" in refusal(folder)
+
+
+def test_a_revision_is_for_the_hub(folder):
+    with pytest.raises(ModelRefused, match=r"^model\.revision 'main' is for hub ids"):
+        inspect(ModelSpec(id=str(folder), revision="main"))
+
+
 def test_configs_that_are_not_json(folder):
     (folder / "config.json").write_text("{")
     assert "config.json cannot be read" in refusal(folder)

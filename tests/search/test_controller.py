@@ -2,7 +2,7 @@
 
 import pytest
 
-from autoq.errors import AutoQError, BadInput, WorkerLost
+from autoq.errors import AutoQError, BadInput, SpecError, WorkerLost
 from autoq.measurement import Measurement
 from autoq.scheme import code_bits
 from autoq.search.controller import create_study, run_study
@@ -212,6 +212,35 @@ def test_a_nan_is_a_failure_with_its_reason(store, spec):
     assert {t.error.type for t in failed} == {"NotFinite"}
 
 
+def test_a_study_of_failures_alone_has_failed(store, spec):
+    class Hopeless(Evaluator):
+        def measure(self, assignment, part):
+            raise MemoryError("no room")
+
+    said = "all 24 trials failed, the first with MemoryError: no room"
+    with pytest.raises(AutoQError, match=f"^{said}$"):
+        search(store, spec(), make=local(Hopeless))
+    (study,) = store.studies()
+    assert (study.state, study.message, study.failed) == ("failed", said, 24)
+
+
+@pytest.mark.parametrize(
+    ("problem", "kind", "line"),
+    [
+        (SpecError("target.prompt_tokens: too long"), BadInput, "target.prompt_tokens: too long"),
+        (ValueError("odd"), AutoQError, "describe: odd"),
+    ],
+)
+def test_what_a_stage_refuses_is_bad_input_and_what_breaks_it_is_not(store, spec, problem, kind, line):
+    class Refusing(Evaluator):
+        def describe(self):
+            raise problem
+
+    with pytest.raises(AutoQError) as caught:
+        search(store, spec(), make=local(Refusing))
+    assert (type(caught.value), str(caught.value)) == (kind, line)
+
+
 class Crashing(Executor):
     """Reports a dead worker for some trials, as often as told."""
 
@@ -310,9 +339,11 @@ def test_report_points_bound_the_report(store, spec):
 
 
 def test_wall_time_ends_the_search_and_still_reports(store, spec):
-    study, _ = search(store, spec(budget={"trials": 1000, "wall_time": 0.5}))
+    study, observer = search(store, spec(budget={"trials": 1000, "wall_time": 0.5}))
     assert store.study(study.id).state == "finished"
-    assert 1 <= len(store.trials(study.id, states=["complete"])) < 1000
+    done = len(store.trials(study.id, states=["complete"]))
+    assert 1 <= done < 1000
+    assert observer.notes == [f"the wall time is over after {done} of 1000 trials"]
     assert all(("kl_nats_per_token", "report") in t.measurements for t in store.frontier(study.id))
 
 
@@ -325,6 +356,9 @@ def test_wall_time_ends_the_search_and_still_reports(store, spec):
         ({"sampler": {"name": "exhaustive"}}, "exhaustive"),
         ({"space": {"schemes": ["rtn-int4-g48"]}}, "g48"),
         ({"model": {"id": "/no/such/folder"}}, "/no/such/folder"),
+        ({"data": {"source": "/no/such/text"}}, "/no/such/text"),
+        ({"constraints": {"size_bytes": {"max": 1000}}}, "constraints.size_bytes.max: 1000 bytes are out of reach"),
+        ({"constraints": {"size_bytes": {"min": "1GB"}}}, "constraints.size_bytes.min: 1000000000 bytes are out"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_nothing_is_written(store, spec, more, fragment):

@@ -108,6 +108,7 @@ def test_uniform_takes_the_first_scheme_that_runs():
         ({"bits": [3, 8]}, ["bits: 3", "h.0.q", "only 4 and 8 bits"]),
         ({"bits": [4], "methods": ["rtn"]}, ["h.0.thin", "(64, 16)", "4 bits need at least 32 inputs", "exclude it"]),
         ({"group_size": [48, "channel"], "bits": [8]}, ["group_size: 48", "(64, 64)", "48"]),
+        ({"methods": ["keep"], "bits": [4]}, ["space.bits: 4 gives no scheme with the methods keep"]),
         ({"kinds": ["embedding"], "schemes": ["rtn-int8-channel"]}, ["embed", "(100, 64)", "embeddings stay"]),
     ],
 )
@@ -125,3 +126,9 @@ def test_nothing_left_to_search_is_refused():
         space(exclude=["*"])
     with pytest.raises(SpecError, match="matches no searched layer"):
         space(overrides=[{"match": "nothing", "bits": [8]}])
+
+
+def test_an_exclusion_of_nothing_is_a_mistake_and_one_of_what_is_kept_anyway_is_not():
+    with pytest.raises(SpecError, match=r"^space\.exclude: 'lm_heed' matches no layer of the model$"):
+        space(exclude=["h.1.*", "lm_heed"])
+    assert space(exclude=["embed"]).variables == space().variables

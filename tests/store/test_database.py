@@ -66,8 +66,9 @@ def test_an_empty_file_is_a_new_database(path):
 
 
 def test_a_folder_is_not_a_database(tmp_path):
-    with pytest.raises(StoreError, match=r"is a folder$"):
-        Store.open(str(tmp_path))
+    for create in (True, False):
+        with pytest.raises(StoreError, match=r"is a folder$"):
+            Store.open(str(tmp_path), create=create)
     with pytest.raises(StoreError, match=r"there is no folder '[^']*absent'$"):
         Store.open(str(tmp_path / "absent" / "autoq.db"))
     assert list(tmp_path.iterdir()) == []

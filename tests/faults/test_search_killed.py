@@ -1,0 +1,113 @@
+"""A real study on a real model, killed again and again: nothing is lost and nothing comes out otherwise."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+AUTOQ = [sys.executable, "-c", "from autoq.cli import main; main()"]
+SPEC = """
+name: tiny
+model: {{id: {model}}}
+data: {{calibration_tokens: 128, search_tokens: 128, report_tokens: 128, window_tokens: 64}}
+target: {{name: generic}}
+space: {{methods: [rtn], bits: [2, 3, 4, 8], group_size: [32]}}
+objectives: [kl_nats_per_token, size_bytes]
+budget: {{trials: 30}}
+"""
+# The study's state by what it has stored: from its first row, over tables and trials, to the report.
+PROGRESS = (
+    "select (select count(*) from studies) + (select count(*) from tables)"
+    " + (select count(*) from trials) + (select count(*) from measurements)"
+)
+
+
+def rows(database: Path, query: str) -> list[Any]:
+    """What a query finds, nothing while the database is not there or has no tables."""
+    try:
+        connection = sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=10)
+        try:
+            return connection.execute(query).fetchall()
+        finally:
+            connection.close()
+    except sqlite3.OperationalError:
+        return []
+
+
+def outcome(database: Path) -> tuple[list[Any], list[Any], list[Any]]:
+    """Proposals, measurements and states: all of a study that does not depend on the clock."""
+    return (
+        rows(database, "select number, origin, baseline, assignment, state, duplicate_of from trials order by number"),
+        rows(
+            database,
+            "select number, objective, part, value, stderr from measurements join trials on trial_id = trials.id"
+            " order by number, objective, part",
+        ),
+        rows(database, "select name, state, message from studies"),
+    )
+
+
+@pytest.fixture
+def start(tiny_model_dir: Callable[[str], Path], tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+    """Start a command line with a cache of its own, one thread, and `spec.yaml` in the current folder."""
+    (tmp_path / "spec.yaml").write_text(SPEC.format(model=tiny_model_dir("llama")))
+    environment = {**os.environ, "AUTOQ_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+
+    def run(*arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*AUTOQ, *arguments],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return run
+
+
+def stop_after(process: subprocess.Popen[str], database: Path, progress: int, how: signal.Signals) -> str:
+    """Send `how` once so many rows are stored, or let the process end; what it said on standard error."""
+    while process.poll() is None:
+        if (found := rows(database, PROGRESS)) and found[0][0] >= progress:
+            process.send_signal(how)
+            break
+        time.sleep(0.002)
+    return process.communicate(timeout=60)[1]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_study_that_is_stopped_at_every_stage_ends_as_if_it_had_not_been(start, tmp_path, how):
+    whole, broken = tmp_path / "whole.db", tmp_path / "broken.db"
+    reference = start("search", "spec.yaml", "--db", str(whole), "--quiet")
+    assert reference.communicate(timeout=120)[1] == ""
+    (total,) = rows(whole, PROGRESS)[0]
+
+    command = ("search", "spec.yaml")
+    codes = []
+    # Before the first trial, at two moments of the search, and in the report.
+    for part in (0.02, 0.35, 0.7, 0.95):
+        process = start(*command, "--db", str(broken))
+        said = stop_after(process, broken, max(1, round(part * total)), how)
+        codes.append(process.returncode)
+        assert "Traceback" not in said
+        if how is not signal.SIGKILL:
+            assert f"interrupted; go on with: autoq resume tiny --db {broken}\n" in said
+        command = ("resume", "tiny")
+    assert set(codes) == {-signal.SIGKILL if how is signal.SIGKILL else 130}
+
+    last = start(*command, "--db", str(broken), "--quiet", "--json")
+    assert last.wait(timeout=120) == 0
+    assert outcome(broken) == outcome(whole)
+    assert outcome(broken)[2] == [("tiny", "finished", None)]
