@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import gc
 import json
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from enum import StrEnum
 from types import FrameType
@@ -33,16 +35,28 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only th
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """Let SIGTERM do what Ctrl-C does: the study is left resumable. A second one ends at once."""
+    """Let SIGTERM do what Ctrl-C does: the study is left resumable. A second one ends at once.
+
+    Python drops an interrupt that arrives in a destructor or in a callback of the garbage collector:
+    it is raised again once that is over.
+    """
 
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, former)
         raise KeyboardInterrupt
 
-    former = signal.signal(signal.SIGTERM, interrupt)
+    def again(dropped: sys.UnraisableHookArgs) -> None:
+        if isinstance(dropped.exc_value, KeyboardInterrupt):
+            threading.Timer(0.02, _thread.interrupt_main).start()
+        else:
+            hook(dropped)
+
+    former, hook = signal.signal(signal.SIGTERM, interrupt), sys.unraisablehook
+    sys.unraisablehook = again
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         signal.signal(signal.SIGTERM, former)
 
 
@@ -55,7 +69,7 @@ def _run(store: Store, study_id: int, db: str, quiet: bool, as_json: bool) -> No
     study = store.study(study_id)
     maximize = frozenset(o.name for o in study.objectives if o.direction == "maximize")
     try:
-        with _terminable(), contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
             observer = Observer() if quiet else stack.enter_context(default_observer(maximize))
             run_study(store, study_id, observer)
     except KeyboardInterrupt:
@@ -104,7 +118,7 @@ def search(
     from autoq.search.controller import create_study
     from autoq.store import Store
 
-    with Store.open(db) as store:
+    with _terminable(), Store.open(db) as store:
         study = create_study(store, wanted)
         if study.name != wanted.name and not quiet:
             sys.stderr.write(f"the name {wanted.name} is taken; this study is {study.name}\n")
@@ -117,7 +131,7 @@ def resume(study: StudyArgument, db: Db = DEFAULT_DB, quiet: Quiet = False, as_j
 
     Nothing that was measured is measured again, and the proposals are those of a run without a break.
     """
-    with open_store(db) as store:
+    with _terminable(), open_store(db) as store:
         record = store.study(study)
         if record.state == "finished":
             sys.stderr.write(f"study {record.name} is finished\n")

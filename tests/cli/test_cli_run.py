@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import time
 import types
 
 import pytest
@@ -106,6 +107,29 @@ def test_sigterm_is_ctrl_c(autoq, controller):
     controller.act = terminated
     assert autoq("search", "demo", "--name", "fresh").exit_code == 130
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+class Dropping:
+    """An object whose destructor is interrupted, which Python reports and forgets."""
+
+    def __del__(self):
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_that_python_drops_is_not_lost(autoq, controller):
+    before = sys.unraisablehook
+
+    def interrupted(store, study_id, observer):
+        Dropping()
+        until = time.monotonic() + 10
+        while time.monotonic() < until:
+            time.sleep(0.01)
+
+    controller.act = interrupted
+    result = autoq("search", "demo", "--name", "fresh")
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == "autoq: interrupted; go on with: autoq resume fresh"
+    assert sys.unraisablehook is before
 
 
 def test_a_failed_study_ends_with_its_reason(autoq, controller):
