@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -104,5 +105,9 @@ def examples(*lines: str) -> str:
 
 def main() -> NoReturn:
     """The entry point of the `autoq` command."""
-    app()
+    try:
+        app()
+    finally:
+        # All is said and stored; what is left is Python's own end, seconds with torch, free to be cut short.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     raise AssertionError("the group exits by itself")

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 import types
@@ -130,6 +131,17 @@ def test_an_interrupt_that_python_drops_is_not_lost(autoq, controller):
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1] == "autoq: interrupted; go on with: autoq resume fresh"
     assert sys.unraisablehook is before
+
+
+def test_ctrl_c_after_the_result_is_no_error(database):
+    """Python's own end calls what libraries registered, where an interrupt would show a traceback."""
+    script = (
+        "import atexit, os, signal, sys; from autoq.cli import main;"
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT)); sys.argv = ['autoq', 'studies']; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+    assert "demo" in done.stdout
 
 
 def test_a_failed_study_ends_with_its_reason(autoq, controller):
