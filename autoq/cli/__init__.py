@@ -7,13 +7,7 @@ Commands import what they need when they run, so that help and queries answer at
 
 from __future__ import annotations
 
-import gc
-
-# A query is over before collecting garbage pays: without it, its imports take a seventh less time.
-# What runs for longer than a moment switches it on again.
-gc.disable()
-
-from autoq.cli import run, stored  # noqa: E402 - registers the commands, in this order
-from autoq.cli.app import app, main  # noqa: E402
+from autoq.cli import run, stored  # registers the commands, in this order
+from autoq.cli.app import app, main
 
 __all__ = ["app", "main", "run", "stored"]
