@@ -95,7 +95,8 @@ def solve(
     """The cheapest choices whose weights sum to at most `budget`, or None if there are none.
 
     `cost[i]` and `weight[i]` have one entry per choice of variable i, in any units and of any sign;
-    an infinite cost forbids a choice. Raises `BadInput` for NaN, an infinite weight, a variable
+    an infinite cost forbids a choice. A difference of weights that the rounding of a total swallows may
+    be taken for none. Raises `BadInput` for NaN, an infinite weight, a variable
     without choices or arrays whose shapes differ.
     """
     return frontier(cost, weight, [budget], state_limit=state_limit)[0]
