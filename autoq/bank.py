@@ -85,7 +85,7 @@ class Bank:
 
         Raises what the method raises: `UnknownName`, `SchemeRefused`, `NotFinite`.
         """
-        method = plugins.load("methods", scheme.method, Method)  # type: ignore[type-abstract]
+        method = plugins.load("methods", scheme.method, Method)
         if isinstance(scheme, Keep):
             return method.quantize(weight, scheme)  # the model has it; a copy would cost and save nothing
         path = self._path(self.key(weight_hash, scheme, "", method.version))
@@ -106,7 +106,7 @@ class Bank:
         """
         if isinstance(scheme, Keep):
             return self.quantized(weight, weight_hash, scheme).dequantize(dtype).to(weight.device)
-        version = plugins.load("methods", scheme.method, Method).version  # type: ignore[type-abstract]
+        version = plugins.load("methods", scheme.method, Method).version
         name = (self.key(weight_hash, scheme, "", version), dtype, weight.device)
         if (kept := self._memory.get(name)) is not None:
             self._memory.move_to_end(name)

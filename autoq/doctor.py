@@ -79,7 +79,7 @@ def _targets() -> Iterator[Finding]:
     for name in plugins.names("targets"):
         shown = name.replace("_", "-")
         try:
-            missing = plugins.load("targets", name, Target).unavailable()  # type: ignore[type-abstract]
+            missing = plugins.load("targets", name, Target).unavailable()
         except (AutoQError, ImportError) as problem:
             missing = str(problem)
         yield Finding("targets", shown, missing or "ready", None if missing else True)

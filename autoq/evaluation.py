@@ -120,7 +120,7 @@ class Evaluator:
         self.model: LoadedModel = load(spec.model, self.device)
         self.info = self.model.info
         self.parts = windows(spec.data, self.model.tokenizer, self.info.max_positions)
-        self.target = plugins.load("targets", spec.target.plugin, Target)  # type: ignore[type-abstract]
+        self.target = plugins.load("targets", spec.target.plugin, Target)
         share = psutil.virtual_memory().available // (4 * spec.workers.count)
         self._share_bytes = share if spec.bank.memory is None else spec.bank.memory
         self.bank = Bank(cache_dir() / "bank", spec.bank.disk, self._share_bytes)

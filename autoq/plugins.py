@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -30,14 +31,16 @@ def names(folder: Folder) -> tuple[str, ...]:
     return tuple(sorted(module.name for module in found if not module.name.startswith("_")))
 
 
-def load(folder: Folder, name: str, base: type[P]) -> P:
+def load(folder: Folder, name: str, base: Callable[..., P]) -> P:
     """An instance of the plugin `name`, which must be the one concrete subclass of `base` in its file.
 
-    Raises `UnknownName` with the choices.
+    `base` is the folder's abstract class (typed as a callable, for a type checker takes `type[P]` to mean
+    one that can be instantiated). Raises `UnknownName` with the choices.
     """
     if name not in names(folder):
         raise UnknownName(folder.rsplit(".", 1)[-1].removesuffix("s"), name, names(folder))
     if (folder, name) not in _loaded:
+        assert isinstance(base, type), base
         _loaded[folder, name] = _instance(folder, name, base)
     plugin: P = _loaded[folder, name]
     return plugin
@@ -46,7 +49,7 @@ def load(folder: Folder, name: str, base: type[P]) -> P:
 _loaded: dict[tuple[str, str], Any] = {}
 
 
-def _instance(folder: Folder, name: str, base: type[P]) -> P:
+def _instance(folder: Folder, name: str, base: type) -> Any:
     module = importlib.import_module(f"autoq.{folder}.{name}")
     own = [
         value

@@ -88,9 +88,11 @@ def pick(
 ) -> TrialRecord:
     """The frontier trial that keeps all limits and is best in one objective (default: the study's first).
 
-    Equal ones are decided by the study's other objectives in their order, then by number. Values are
-    the reported ones where there are any. Raises `UnknownName` for objectives that were not measured,
-    and `AutoQError` naming the closest trial where none fits.
+    Trials are ranked by the search part: each of them has it, and what is reported of the one that is
+    picked stays untouched by the picking. Limits are held against reported values where there are any.
+    Equal ones are decided by the study's other objectives in their order, then by number. Raises
+    `UnknownName` for objectives that were not measured, and `AutoQError` naming the closest trial where
+    none fits.
     """
     if not frontier:
         raise AutoQError(f"study {study.name!r} has no frontier yet: no feasible trial is complete")
@@ -105,9 +107,8 @@ def pick(
     order = [best or study.objectives[0].name, *directions]
 
     def rank(trial: TrialRecord) -> tuple[float, ...]:
-        values = trial.best_measurements()
-        signed = (values[name].value * (1 if directions[name] == "minimize" else -1) for name in order)
-        return (*signed, trial.number)
+        values = zip(order, trial.values(order), strict=True)
+        return (*(value if directions[name] == "minimize" else -value for name, value in values), trial.number)
 
     return min(fitting, key=rank)
 

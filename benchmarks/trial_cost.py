@@ -72,7 +72,7 @@ def main() -> None:
         weights = {}
         for name, scheme in next(chosen).items():
             if not isinstance(scheme, Keep):
-                method = plugins.load("methods", scheme.method, Method)  # type: ignore[type-abstract]
+                method = plugins.load("methods", scheme.method, Method)
                 weight = model.weight(name)
                 weights[name] = method.quantize(weight, scheme).dequantize(weight.dtype)
         model.swap(weights)

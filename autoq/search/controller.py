@@ -17,10 +17,10 @@ from autoq.assignment import Assignment
 from autoq.errors import AutoQError, NotFinite
 from autoq.measurement import Measurement
 from autoq.objectives import computed
-from autoq.search.executors import Executor, Failure, Job, Result, make_executor
+from autoq.search.executors import MAX_ATTEMPTS, Executor, Failure, Job, Result, make_executor
 from autoq.search.observer import Observer
 from autoq.search.optuna_study import AskTell, Row, State
-from autoq.search.reporting import MAX_ATTEMPTS, is_finite, report
+from autoq.search.reporting import is_finite, report
 from autoq.search.setup import Problem, Proposal, create_study, make_plan, pose, run_job
 from autoq.spec import Bound, StudySpec
 from autoq.store import Store, StudyRecord, TrialRecord
@@ -29,6 +29,7 @@ from autoq.targets import CostTable
 
 __all__ = ["create_study", "run_study"]
 
+MAX_KILLED = 3  # dispatches that ended with the whole process; more than chance, less than patience
 MAX_REPEATS = 200  # consecutive duplicates after which a sampler is taken to have nothing new
 
 
@@ -110,7 +111,9 @@ class _Run:
         self.asked = 0  # trials with a number, the next number
         self.told = 0  # trials told to the sampler, in order
         self.done = 0  # trials that count against the budget
-        self.outcomes: dict[int, _Outcome | int] = {}  # a number stands for "as that trial came out"
+        # What is known and not told yet; a number stands for "as that trial came out".
+        self.outcomes: dict[int, _Outcome | int] = {}
+        self.told_outcomes: dict[int, _Outcome] = {}
         self.flying: dict[str, TrialRecord] = {}
         self.by_hash: dict[str, int] = {}
         # A baseline outside of the space is a trial that the sampler never hears of, so it counts its own.
@@ -155,41 +158,50 @@ class _Run:
             n_constraints=sum((b.min is not None) + (b.max is not None) for b in self.spec.constraints.values()),
         )
         trials = self.store.trials(self.study.id, with_assignments=True)
-        outcome_of: dict[int, _Outcome] = {}
-        rows: list[Row] = []
         for trial in trials:
             assert trial.number == self.asked, "trial numbers have a gap"
             self.asked += 1
             assert trial.assignment is not None
-            if trial.state != "duplicate":
-                self.by_hash[trial.hash] = trial.number
-            if trial.state == "running":
-                attempt = self.store.retry_trial(trial.id)
-                self._dispatch(trial, trial.assignment, attempt)
-            elif trial.state == "duplicate":
+            if trial.state == "duplicate":
                 assert trial.duplicate_of is not None
                 self.outcomes[trial.number] = trial.duplicate_of
+                continue
+            self.by_hash[trial.hash] = trial.number
+            if trial.state == "running":
+                self._take_up(trial, trial.assignment)
             else:
                 self.done += 1
-                outcome_of[trial.number] = self._outcome(trial)
-                self.outcomes[trial.number] = outcome_of[trial.number]
+                self.outcomes[trial.number] = self._outcome(trial)
         # The sampler had been told, in order, of all trials before the first that is still out.
-        while isinstance(found := self.outcomes.get(self.told), _Outcome | int):
-            outcome_of[self.told] = outcome_of[found] if isinstance(found, int) else found
-            del self.outcomes[self.told]
-            self.told += 1
+        while self._settle() is not None:
+            pass
+        rows = []
         for trial in trials:
             assert trial.assignment is not None
             indices = self.problem.space.indices(trial.assignment)
             if indices is None:
                 continue
-            told = outcome_of[trial.number] if trial.number < self.told else None
+            told = self.told_outcomes.get(trial.number)
             state: State = "running" if told is None else "failed" if told.values is None else "complete"
             number = self.sampler_numbers[trial.number] = len(self.sampler_numbers)
             values, excess = (told.values, told.violations) if told else (None, [])
             rows.append(Row(number, indices, state, values, excess, dict(trial.sampler_attrs)))
-        self._told_outcomes = outcome_of
         self.asktell.restore(rows, self.study.sampler_attrs)
+
+    def _take_up(self, trial: TrialRecord, assignment: Assignment) -> None:
+        """Dispatch a trial again that was running when the study ended, unless it is what ended it.
+
+        A candidate that takes this whole process down leaves no failure behind, only a study that is
+        still `running`. It would do so at every resume.
+        """
+        if self.study.state == "running" and trial.attempt >= MAX_KILLED:
+            reason = f"quarantined: the study's process ended {trial.attempt} times while it ran"
+            self.store.fail_trial(trial.id, trial.attempt, "WorkerLost", reason, "", 0.0, "")
+            self.observer.note(f"trial {trial.number}: {reason}")
+            self.done += 1
+            self.outcomes[trial.number] = _Outcome(None)
+        else:
+            self._dispatch(trial, assignment, self.store.retry_trial(trial.id))
 
     def _search(self) -> None:
         self.observer.stage("search", self.spec.budget.trials)
@@ -325,12 +337,18 @@ class _Run:
             list(trial.values(self.spec.objectives)), [trial.violations[k] for k in sorted(trial.violations)]
         )
 
+    def _settle(self) -> int | None:
+        """Take the outcome that is next in order, if it is known, and return its trial's number."""
+        if (found := self.outcomes.pop(self.told, None)) is None:
+            return None
+        # A duplicate repeats an earlier number, which has been settled already.
+        self.told_outcomes[self.told] = self.told_outcomes[found] if isinstance(found, int) else found
+        self.told += 1
+        return self.told - 1
+
     def _tell(self) -> None:
         """Tell the sampler of every outcome that is next in order."""
-        while (found := self.outcomes.pop(self.told, None)) is not None:
-            # A duplicate repeats an earlier number, which has been told already.
-            outcome = self._told_outcomes[found] if isinstance(found, int) else found
-            self._told_outcomes[self.told] = outcome
-            if (known_as := self.sampler_numbers.get(self.told)) is not None:
+        while (number := self._settle()) is not None:
+            if (known_as := self.sampler_numbers.get(number)) is not None:
+                outcome = self.told_outcomes[number]
                 self.asktell.tell(known_as, outcome.values, outcome.violations)
-            self.told += 1

@@ -9,11 +9,12 @@ from __future__ import annotations
 import abc
 import collections
 import contextlib
+import dataclasses
 import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,9 @@ from autoq.spec import StudySpec
 
 if TYPE_CHECKING:
     from autoq.evaluation import Evaluator
+
+
+MAX_ATTEMPTS = 2  # what took two workers down is not tried again
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,27 @@ class Executor(abc.ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def completed(executor: Executor, jobs: Iterable[Job]) -> Iterator[Result]:
+    """Run jobs to their end; yields one result each, as they come, failures included.
+
+    A job whose worker died is tried again, `MAX_ATTEMPTS` times in all. Raises `AutoQError` where the
+    executor has nothing more to give.
+    """
+    left = 0
+    for job in jobs:
+        executor.submit(job)
+        left += 1
+    while left:
+        result = executor.next()
+        if result is None:
+            raise AutoQError("the workers stopped before their jobs were done")
+        if result.failure is not None and result.failure.crashed and result.job.attempt < MAX_ATTEMPTS:
+            executor.submit(dataclasses.replace(result.job, attempt=result.job.attempt + 1))
+            continue
+        left -= 1
+        yield result
 
 
 def run(evaluator: Evaluator, job: Job, worker: str) -> Result:

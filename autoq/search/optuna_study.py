@@ -79,7 +79,7 @@ class AskTell:
         Raises `UnknownName` for a sampler that does not exist and `BadInput` where it refuses the
         space or the options.
         """
-        plugin = plugins.load("search.samplers", sampler, Sampler)  # type: ignore[type-abstract]
+        plugin = plugins.load("search.samplers", sampler, Sampler)
         options = dict(options or {})
         assert all(n >= 1 for _, n in parameters), parameters
         assert len({name for name, _ in parameters}) == len(parameters), "a parameter is named twice"

@@ -14,14 +14,12 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from autoq.errors import AutoQError
 from autoq.measurement import Measurement
-from autoq.search.executors import Executor, Job
+from autoq.search.executors import Executor, Job, completed
 from autoq.search.observer import Observer
 from autoq.search.setup import Problem
 from autoq.store import Store, TrialRecord
 
-MAX_ATTEMPTS = 2  # an assignment that took two workers down is not tried again
 SWEEPS = 2
 
 
@@ -104,24 +102,14 @@ class _Stage:
         self._run(jobs)
 
     def _run(self, jobs: Mapping[str, tuple[Job, TrialRecord]]) -> None:
-        for job, _ in jobs.values():
-            self.executor.submit(job)
-        left = len(jobs)
-        while left:
-            result = self.executor.next()
-            if result is None:
-                raise AutoQError("the workers stopped while the frontier was reported")
+        for result in completed(self.executor, [job for job, _ in jobs.values()]):
             job, trial = result.job, jobs[result.job.key][1]
-            if result.failure is not None and result.failure.crashed and job.attempt < MAX_ATTEMPTS:
-                self.executor.submit(dataclasses.replace(job, attempt=job.attempt + 1))
-                continue
             if result.failure is not None:
                 self._note(trial, f"{job.action} for the report failed: {result.failure.message}")
             elif not all(map(is_finite, result.value)):
                 self._note(trial, f"{job.action} for the report is not finite")
             else:
                 self._store(trial, job.action, result.value)
-            left -= 1
             self.observer.advance()
 
     def _note(self, trial: TrialRecord, text: str) -> None:

@@ -18,7 +18,7 @@ from autoq.errors import AutoQError, BadInput, SpecError
 from autoq.layer import ModelInfo
 from autoq.objectives import LatencyObjective, Objective, TableObjective, TokenObjective
 from autoq.search import seeds
-from autoq.search.executors import Executor, Job, Result
+from autoq.search.executors import Executor, Job, Result, completed
 from autoq.search.observer import Observer
 from autoq.search.samplers import Sampler
 from autoq.search.space import SearchSpace, build_space, refusal
@@ -73,7 +73,7 @@ def pose(spec: StudySpec) -> Problem:
     Reads no weights. Raises `BadInput` with one line for whatever does not fit.
     """
     info = models.inspect(spec.model)
-    target = plugins.load("targets", spec.target.plugin, Target)  # type: ignore[type-abstract]
+    target = plugins.load("targets", spec.target.plugin, Target)
     objectives = {name: plugins.load("objectives", name, Objective) for name in spec.measured}
     for name, objective in objectives.items():
         if (rule := objective.refuses(info)) is not None:
@@ -84,7 +84,7 @@ def pose(spec: StudySpec) -> Problem:
     if any(isinstance(o, LatencyObjective) for o in objectives.values()) and (missing := target.unavailable()):
         raise SpecError(f"target.name: {spec.target.name} cannot measure on this machine: {missing}")
     space = build_space(info, spec.space, spec.target.name, target)
-    sampler = plugins.load("search.samplers", spec.sampler.name, Sampler)  # type: ignore[type-abstract]
+    sampler = plugins.load("search.samplers", spec.sampler.name, Sampler)
     rule = sampler.refuses([len(v.choices) for v in space.variables], len(spec.objectives), spec.sampler.options)
     if rule is not None:
         raise SpecError(f"sampler: {spec.sampler.name} cannot search this space: {rule}")
@@ -214,31 +214,22 @@ def _costs(problem: Problem, store: Store, study_id: int, executor: Executor, ob
 
 
 def run_job(executor: Executor, job: Job) -> Result:
-    """Run one job of a stage to its end. Raises `AutoQError` with its reason if it fails twice by
-    crashing, or once otherwise: no study can do without its stages."""
+    """Run one job of a stage. Raises as `run_jobs` does."""
     (result,) = run_jobs(executor, [job])
     return result
 
 
 def run_jobs(executor: Executor, jobs: Sequence[Job]) -> Iterator[Result]:
-    """Run jobs of a stage; yields their results as they come. Raises as `run_job` does."""
-    for job in jobs:
-        executor.submit(job)
-    left = len(jobs)
-    while left:
-        result = executor.next()
-        if result is None:
-            raise AutoQError("the workers stopped before the stage was done")
-        if result.failure is not None:
-            if result.failure.crashed and result.job.attempt < 2:
-                again = result.job
-                executor.submit(Job(again.key, again.action, again.arguments, again.attempt + 1, again.exclusive))
-                continue
+    """Run jobs of a stage; yields their results as they come.
+
+    No study can do without its stages: raises `AutoQError` with the reason of the first failure, and
+    `BadInput` where it was that.
+    """
+    for result in completed(executor, jobs):
+        if (failure := result.failure) is not None:
             # The failure names its type only, as it may come from another process.
-            known = getattr(errors, result.failure.error, None)
-            refused = isinstance(known, type) and issubclass(known, BadInput)
-            if refused:
-                raise BadInput(result.failure.message)
-            raise AutoQError(f"{result.job.action}: {result.failure.message}")
-        left -= 1
+            known = getattr(errors, failure.error, None)
+            if isinstance(known, type) and issubclass(known, BadInput):
+                raise BadInput(failure.message)
+            raise AutoQError(f"{result.job.action}: {failure.message}")
         yield result

@@ -102,7 +102,7 @@ def refusal(target_name: str, target: Target) -> Refusal:
     """Why a scheme cannot be made or run for a layer, asked of the method, then of the target."""
 
     def refuses(layer: Layer, scheme: Scheme) -> str | None:
-        method = plugins.load("methods", scheme.method, Method)  # type: ignore[type-abstract]
+        method = plugins.load("methods", scheme.method, Method)
         if (rule := method.refuses(layer, scheme)) is not None:
             return f"{scheme.method}: {rule}"
         if (rule := target.refuses(layer, scheme)) is not None:
@@ -182,7 +182,7 @@ def _candidates(section: SpaceSpec | OverrideSpec, default: Grid) -> list[Scheme
     grid = _grid(section, default)
     found: dict[Scheme, None] = {}
     for name in grid.methods:
-        method = plugins.load("methods", name, Method)  # type: ignore[type-abstract]
+        method = plugins.load("methods", name, Method)
         found |= dict.fromkeys(method.schemes(name, grid))
     return list(found)
 

@@ -7,10 +7,13 @@ import pytest
 
 import autoq as package
 from autoq.errors import AutoQError, BadInput, NotFound, UnknownName
+from autoq.measurement import Measurement
 from autoq.search.observer import Observer
+from autoq.spec import build_spec
 from autoq.store import Store
+from autoq.study import pick
 
-from .conftest import OBJECTIVES
+from .conftest import OBJECTIVES, mixed
 
 
 @pytest.fixture
@@ -95,3 +98,24 @@ def test_search_is_a_function_and_a_package(database, monkeypatch):
         assert study.record.name.startswith("encoder")
     assert package.search.observer.Observer is Observer
     assert study.resume(Observer()) is study
+
+
+def test_picking_compares_no_reported_value_with_one_that_is_not(database):
+    """Trial 1 is the worse one on the search part; easier report text must not make it the choice."""
+    kl, size, _ = OBJECTIVES
+    with Store.open(database) as store:
+        study = store.create_study(build_spec({"model": {"id": "some/model"}, "name": "easier"}), [kl, size])
+        for number, value in enumerate((0.10, 0.11)):
+            trial = store.start_trial(study.id, number, mixed("keep", "keep", f"rtn-int{number + 2}-g64"), "sampler")
+            found = [
+                Measurement("kl_nats_per_token", value, "nats/token", "measured", "search"),
+                Measurement("size_bytes", 100.0 - number, "bytes", "computed", "search"),
+            ]
+            assert store.finish_trial(trial.id, 1, found, {}, 1.0, "local")
+        easier = Measurement("kl_nats_per_token", 0.05, "nats/token", "measured", "report")
+        store.add_measurements(trial.id, [easier])
+        frontier = store.frontier(study.id)
+        assert [trial.number for trial in frontier] == [0, 1]
+        assert pick(study, frontier, {}, {}, None).number == 0
+        # A limit is held against what was reported.
+        assert pick(study, frontier, {"kl_nats_per_token": 0.07}, {}, None).number == 1

@@ -272,6 +272,44 @@ def test_a_crash_is_retried_once_and_then_quarantined(store, spec):
     assert sum("trying once more" in note for note in observer.notes) == 2
 
 
+def test_a_candidate_that_ends_the_whole_process_is_given_up_in_the_end(store, spec):
+    """As a kill by the system's memory guard does: nothing is told to anybody, and every resume dies."""
+
+    class Killed(BaseException):
+        pass
+
+    class Deadly(Evaluator):
+        def measure(self, assignment, part):
+            if any(trial.number == 4 and trial.hash == assignment.hash for trial in store.trials(study.id)):
+                raise Killed
+            return super().measure(assignment, part)
+
+    study = create_study(store, spec())
+    for _ in range(3):
+        with pytest.raises(Killed):
+            run_study(store, study.id, None, local(Deadly))
+        assert store.study(study.id).state == "running"
+    run_study(store, study.id, None, local(Deadly))
+    trial = store.trial(study.id, 4)
+    assert (trial.state, trial.attempt) == ("failed", 3)
+    assert trial.error.message == "quarantined: the study's process ended 3 times while it ran"
+    assert store.study(study.id).state == "finished"
+
+
+def test_interrupts_quarantine_nothing(store, spec):
+    class Interrupted(Evaluator):
+        def measure(self, assignment, part):
+            raise KeyboardInterrupt
+
+    study = create_study(store, spec())
+    for _ in range(5):
+        with pytest.raises(KeyboardInterrupt):
+            run_study(store, study.id, None, local(Interrupted))
+    run_study(store, study.id, None, local())
+    assert not store.trials(study.id, states=["failed"])
+    assert store.trial(study.id, 0).attempt == 6
+
+
 def test_workers_that_cannot_start_end_the_study_with_the_reason(store, spec):
     def make(spec):
         def build(spec):

@@ -142,7 +142,7 @@ def quantize() -> Callable[[torch.Tensor, str], QuantizedWeight]:
 
     def run(weight: torch.Tensor, text: str) -> QuantizedWeight:
         scheme = parse_scheme(text)
-        method = plugins.load("methods", scheme.method, Method)  # type: ignore[type-abstract]
+        method = plugins.load("methods", scheme.method, Method)
         return method.quantize(weight, scheme)
 
     return run
