@@ -11,6 +11,7 @@ What comes back is what is stored; nothing here measures.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 from collections.abc import Mapping, Sequence
@@ -276,7 +277,8 @@ def search(
         wanted = specs.load_spec(spec, overrides)
     store = Store.open(db or default_db())
     study = create_study(store, wanted)
-    run_study(store, study.id, observer or default_observer())
+    with contextlib.ExitStack() as stack:
+        run_study(store, study.id, observer or stack.enter_context(default_observer(study.objectives)))
     return Study(store, study.id)
 
 

@@ -67,10 +67,9 @@ def _run(store: Store, study_id: int, db: str, quiet: bool, as_json: bool) -> No
     from autoq.search.observer import Observer
 
     study = store.study(study_id)
-    maximize = frozenset(o.name for o in study.objectives if o.direction == "maximize")
     try:
         with contextlib.ExitStack() as stack:
-            observer = Observer() if quiet else stack.enter_context(default_observer(maximize))
+            observer = Observer() if quiet else stack.enter_context(default_observer(study.objectives))
             run_study(store, study_id, observer)
     except KeyboardInterrupt:
         where = "" if db == DEFAULT_DB else f" --db {store.url}"

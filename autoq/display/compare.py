@@ -97,40 +97,43 @@ def gains(
 ) -> list[Gain]:
     """For each quantized uniform baseline the best searched point of its size, where that is better.
 
-    Empty where quality or size is no objective. Best first.
+    The point is chosen by the search part and then shown with what was reported of it. A baseline that
+    another one beats in size and quality is no yardstick. Empty where quality or size is no objective.
+    Best first.
     """
     quality = quality_objective(objectives)
     cost = next((o for o in objectives if o.unit == "bytes"), None)
     if quality is None or cost is None or quality.direction != "minimize":
         return []
-    searched = [trial for trial in frontier if trial.baseline is None]
+    keys = (cost.name, quality.name)
+    yardsticks = [trial for trial in baselines if trial.values([quality.name])[0] > 0]
+    yardsticks = [t for t in yardsticks if not any(_beats(other, t, keys) for other in yardsticks)]
     found = []
-    for baseline in baselines:
+    for baseline in yardsticks:
         theirs = baseline.best_measurements()
-        if quality.name not in theirs or cost.name not in theirs or theirs[quality.name].value <= 0:
+        fitting = [
+            trial
+            for trial in frontier
+            if trial.baseline is None
+            and trial.values([cost.name])[0] <= SIZE_SLACK * theirs[cost.name].value
+            and comparable(trial.best_measurements()[quality.name], theirs[quality.name])
+        ]
+        if not fitting:
             continue
-        best: TrialRecord | None = None
-        for trial in searched:
-            ours = trial.best_measurements()
-            if ours[cost.name].value > SIZE_SLACK * theirs[cost.name].value:
-                continue
-            if not comparable(ours[quality.name], theirs[quality.name]):
-                continue
-            if best is None or ours[quality.name].value < best.best_measurements()[quality.name].value:
-                best = trial
-        if best is None:
-            continue
+        best = min(fitting, key=lambda trial: trial.values([quality.name]))
         ours = best.best_measurements()
         margin = 2 * _error(ours[quality.name], theirs[quality.name])
         if ours[quality.name].value + margin < theirs[quality.name].value:
             ratios = {
                 o.name: ours[o.name].value / theirs[o.name].value
                 for o in objectives
-                if o.name in ours
-                and o.name in theirs
-                and theirs[o.name].value
-                and comparable(ours[o.name], theirs[o.name])
+                if theirs[o.name].value and comparable(ours[o.name], theirs[o.name])
             }
             found.append(Gain(best, baseline, quality.name, ratios))
     found.sort(key=lambda gain: gain.ratios[gain.quality])
     return found[:MAX_GAINS]
+
+
+def _beats(a: TrialRecord, b: TrialRecord, keys: Sequence[str]) -> bool:
+    x, y = a.values(keys), b.values(keys)
+    return x != y and all(i <= j for i, j in zip(x, y, strict=True))

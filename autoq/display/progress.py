@@ -6,7 +6,7 @@ Both write to standard error, so that standard output holds results alone.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,11 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from autoq.display import numbers
+from autoq.display.compare import gains
 from autoq.display.tables import console
 from autoq.search.observer import Observer
 
 if TYPE_CHECKING:
-    from autoq.store import TrialRecord
+    from autoq.store import StudyObjective, TrialRecord
 
 PLAIN_INTERVAL_SECONDS = 10.0
 S = TypeVar("S", bound="Tally")
@@ -36,14 +37,16 @@ STAGES = {
 
 
 class Tally(Observer):
-    """Counts what an observer shows. `best` holds the lowest or highest value of each objective so far.
+    """Counts what an observer shows. `best` says in one line what the search has found so far.
 
     Use as a context manager: leaving it ends the display, whatever happened.
     """
 
-    def __init__(self, maximize: frozenset[str] = frozenset()) -> None:
-        self.maximize = maximize
-        self.best: dict[str, tuple[float, str]] = {}
+    def __init__(self, objectives: Sequence[StudyObjective] = ()) -> None:
+        self.objectives = objectives
+        self.best = ""
+        self._frontier: list[TrialRecord] = []
+        self._baselines: list[TrialRecord] = []
         self.failed = 0
         self.done = 0
         self.budget = 0
@@ -69,17 +72,25 @@ class Tally(Observer):
         """Take one finished trial into account."""
         self.done, self.budget = done, budget
         self.failed += trial.state == "failed"
-        if trial.state != "complete" or not trial.feasible:
+        if trial.state != "complete":
             return
-        for (name, part), measurement in trial.measurements.items():
-            if part != "search":
-                continue
-            known = self.best.get(name)
-            better = known is None or (
-                measurement.value > known[0] if name in self.maximize else measurement.value < known[0]
-            )
-            if better:
-                self.best[name] = (measurement.value, measurement.unit)
+        if trial.baseline is not None:
+            self._baselines.append(trial)
+        elif trial.on_frontier:
+            self._frontier.append(trial)
+        else:
+            return
+        found = gains(self._frontier, self._baselines, self.objectives)
+        self.best = f"best so far: {found[0] if found else self._extremes()}"
+
+    def _extremes(self) -> str:
+        """The best of each objective among searched trials, each from a trial of its own."""
+        each = []
+        for objective in self.objectives if self._frontier else ():
+            values = [trial.values([objective.name])[0] for trial in self._frontier]
+            best = min(values) if objective.direction == "minimize" else max(values)
+            each.append(f"{objective.name} {numbers.quantity(best, objective.unit)}")
+        return ", ".join(each) or "uniform baselines only"
 
     def pace(self) -> str:
         """Trials per minute of this run, and the time that the rest will take at that pace."""
@@ -88,11 +99,6 @@ class Tally(Observer):
             return ""
         left = (self.budget - self.done) * seconds / fresh
         return f"{60 * fresh / seconds:.1f} trials/min, {numbers.duration(left)} left"
-
-    def best_line(self) -> str:
-        """The best of each objective, each from a trial of its own."""
-        each = (f"{name} {numbers.quantity(value, unit)}" for name, (value, unit) in self.best.items())
-        return "best so far: " + ", ".join(each) if self.best else ""
 
 
 def _facts(name: str, facts: Mapping[str, Any]) -> str:
@@ -113,8 +119,8 @@ _FACTS = {
 class RichObserver(Tally):
     """A bar for the stage, the pace, and the best so far, redrawn in place."""
 
-    def __init__(self, out: Console, maximize: frozenset[str] = frozenset()) -> None:
-        super().__init__(maximize)
+    def __init__(self, out: Console, objectives: Sequence[StudyObjective] = ()) -> None:
+        super().__init__(objectives)
         self.out = out
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -132,7 +138,7 @@ class RichObserver(Tally):
         lines = []
         if self._stage == "search":
             failed = f", {self.failed} failed" if self.failed else ""
-            lines = [Text((self.pace() + failed).lstrip(", ")), Text(self.best_line(), overflow="fold")]
+            lines = [Text((self.pace() + failed).lstrip(", ")), Text(self.best, overflow="fold")]
         return Group(self._bar, *(line for line in lines if line.plain))
 
     def close(self) -> None:
@@ -167,13 +173,21 @@ class RichObserver(Tally):
 
 
 class PlainObserver(Tally):
-    """One line a stage, and one for the search every ten seconds: for logs and pipes."""
+    """One line a stage, and one every ten seconds within it: for logs and pipes."""
 
-    def __init__(self, out: Console, maximize: frozenset[str] = frozenset()) -> None:
-        super().__init__(maximize)
+    def __init__(self, out: Console, objectives: Sequence[StudyObjective] = ()) -> None:
+        super().__init__(objectives)
         self.out = out
         self._stage = ""
         self._last = time.monotonic()
+        self._steps, self._total = 0, 0
+
+    def _due(self) -> bool:
+        """Whether it is time for another line; if so, the next one is due ten seconds from now."""
+        now = time.monotonic()
+        due = now - self._last >= PLAIN_INTERVAL_SECONDS
+        self._last = now if due else self._last
+        return due
 
     def _say(self, text: str) -> None:
         self.out.print(Text(text), soft_wrap=True)
@@ -185,23 +199,26 @@ class PlainObserver(Tally):
     def stage(self, name: str, total: int | None) -> None:
         """Start over with the next stage."""
         self._stage, self._last = name, time.monotonic()
+        self._steps, self._total = 0, total or 0
         self._say(STAGES.get(name, name) + (f" ({total})" if total is not None and total > 1 else ""))
 
     def advance(self, steps: int = 1) -> None:
         """Count steps; in the search, those of an earlier run."""
         if self._stage == "search":
             self.start_search(steps)
+            return
+        self._steps += steps
+        if self._steps < self._total and self._due():
+            self._say(f"{STAGES.get(self._stage, self._stage)}: {self._steps}/{self._total}")
 
     def trial(self, trial: TrialRecord, done: int, budget: int) -> None:
         """Count one more trial."""
         self.count(trial, done, budget)
         if trial.error is not None:
             self._say(f"trial {trial.number} failed: {trial.error.type}: {trial.error.message}")
-        now = time.monotonic()
-        if now - self._last >= PLAIN_INTERVAL_SECONDS or done == budget:
-            self._last = now
+        if self._due() or done == budget:
             failed = f"{self.failed} failed" if self.failed else ""
-            parts = [f"{done}/{budget} trials", failed, self.pace() if done < budget else "", self.best_line()]
+            parts = [f"{done}/{budget} trials", failed, self.pace() if done < budget else "", self.best]
             self._say("; ".join(part for part in parts if part))
 
     def note(self, text: str) -> None:
@@ -209,7 +226,7 @@ class PlainObserver(Tally):
         self._say(text)
 
 
-def default_observer(maximize: frozenset[str] = frozenset()) -> Tally:
+def default_observer(objectives: Sequence[StudyObjective] = ()) -> Tally:
     """What fits standard error: the live display on a terminal, else plain lines."""
     out = console(stderr=True)
-    return RichObserver(out, maximize) if out.is_terminal else PlainObserver(out, maximize)
+    return RichObserver(out, objectives) if out.is_terminal else PlainObserver(out, objectives)

@@ -1,4 +1,4 @@
-"""The exact multiple-choice knapsack against brute force, its boundsand its refusals."""
+"""The exact multiple-choice knapsack against brute force, its bounds and its refusals."""
 
 import itertools
 import math
