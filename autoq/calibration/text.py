@@ -114,7 +114,7 @@ def load_text(spec: DataSpec) -> str:
         text = _join([path], _read_file)
     elif path.is_dir() and (files := _text_files(path)):
         text = _join(files, _read_file)
-    elif path.is_dir() or (not path.exists() and _DATASET_NAME.fullmatch(spec.source)):
+    elif path.is_dir() or (not path.exists() and _may_be_a_dataset(spec.source)):
         text = _join(_rows(spec, path), str)
     else:
         raise DataRefused(
@@ -124,6 +124,11 @@ def load_text(spec: DataSpec) -> str:
     if not text.strip():
         raise DataRefused(f"data source {spec.source!r} holds no text (0 characters)")
     return text
+
+
+def _may_be_a_dataset(source: str) -> bool:
+    """Whether a source that is not there may be a dataset's name, and not a file's that is mistyped."""
+    return bool(_DATASET_NAME.fullmatch(source)) and not source.endswith(TEXT_SUFFIXES)
 
 
 def _python_docs() -> str:

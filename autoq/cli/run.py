@@ -113,6 +113,9 @@ def search(
     changes += [f"budget.trials={trials}"] if trials is not None else []
     changes += [f"name={json.dumps(name)}"] if name is not None else []
     wanted = load_spec(spec, changes)
+    if not quiet:
+        # What comes next imports the model's library, which takes seconds.
+        sys.stderr.write(f"checking {wanted.name} against {wanted.model.id} and {wanted.target.name}\n")
 
     from autoq.search.controller import create_study
     from autoq.store import Store

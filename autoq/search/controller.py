@@ -50,8 +50,8 @@ def run_study(
     try:
         store.set_state(study_id, "running")
         spec = study.study_spec()
+        observer.stage("load", 1)  # importing and starting workers may take longer than all that follows
         problem = pose(spec)
-        observer.stage("load", 1)  # starting workers may take longer than all that follows
         with make(spec) as executor:
             _Run(store, study, problem, executor, observer).run()
         store.set_state(study_id, "finished")

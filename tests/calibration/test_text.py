@@ -150,7 +150,8 @@ def test_what_is_not_text(tmp_path):
     assert "is not UTF-8 (byte 3 of 12)" in refusal(spec(tmp_path / "latin.txt"))
     (tmp_path / "empty.txt").write_text(" \n")
     assert "holds no text" in refusal(spec(tmp_path / "empty.txt"))
-    assert "there is no such file or folder" in refusal(spec("/no/such.txt"))
+    for missing in ("/no/such.txt", "missing.txt", "notes/missing.md"):
+        assert "there is no such file or folder" in refusal(spec(missing))
 
 
 @pytest.fixture(scope="module")

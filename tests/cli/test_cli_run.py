@@ -62,6 +62,7 @@ def test_options_change_the_spec(autoq, controller):
 def test_progress_goes_to_stderr_and_the_frontier_to_stdout(autoq, controller):
     result = autoq("search", "demo", "--name", "fresh")
     assert result.stderr.splitlines() == [
+        "checking fresh against demo:smollm2 and torch-cpu",
         "study demo of m: 3 layers, 3 searched, 4 choices at most, 1 trials, nsga2 sampler",
         "searching",
         "1/1 trials; best so far: kl_nats_per_token 1.500 nats/token, size_bytes 2 B, latency_decode_ms 1.500 ms",
