@@ -35,7 +35,8 @@ def proposals(
     """Up to `count` different assignments, as choice indices, best predicted quality at their budgets.
 
     `sensitivities` is layer -> scheme text -> predicted loss; `costs` the latency table, needed where
-    `latencies` names phases. `max_bytes` limits the total size of the searched layers.
+    `latencies` names phases. `max_bytes` limits the total size of the searched layers; budgets of size
+    are spread below it, and what other budgets give beyond it is left out.
     """
     quality = [_per_choice(v.choices, [sensitivities[layer.name] for layer in v.layers]) for v in space.variables]
     size = [np.array([v.nbytes(scheme) for scheme in v.choices], dtype=np.float64) for v in space.variables]
@@ -45,9 +46,11 @@ def proposals(
         table = costs.layer_ms[phase]
         latency = [_per_choice(v.choices, [table[layer.name] for layer in v.layers]) for v in space.variables]
         weights += [latency, _mix(size, latency)]
-    # Round robin over the kinds of budget, so that any prefix of the seeds covers all of them.
-    per_kind = -(-count // len(weights))
-    found = [_along(quality, weight, per_kind + 2) for weight in weights]
+    # Round robin over the kinds of budget, so that any prefix of the seeds covers all of them. Under a limit
+    # the other kinds may give little, so sizes alone could fill the count.
+    per_kind = -(-count // len(weights)) + 2
+    found = [_along(quality, size, count + 2 if max_bytes is not None else per_kind, max_bytes)]
+    found += [_along(quality, weight, per_kind, None) for weight in weights[1:]]
     seeds: dict[tuple[int, ...], None] = {}
     for rank in range(max(map(len, found), default=0)):
         for kind in found:
@@ -70,9 +73,9 @@ def _fits(size: Sequence[Vector], indices: Sequence[int], max_bytes: float | Non
     return max_bytes is None or sum(v[i] for v, i in zip(size, indices, strict=True)) <= max_bytes
 
 
-def _along(quality: Sequence[Vector], weight: Sequence[Vector], count: int) -> list[list[int]]:
-    """`count` solutions, evenly spaced along the predicted frontier, in an order that fills it from
-    coarse to fine.
+def _along(quality: Sequence[Vector], weight: Sequence[Vector], count: int, limit: float | None) -> list[list[int]]:
+    """`count` solutions, evenly spaced along the predicted frontier up to `limit`, in an order that fills
+    it from coarse to fine.
 
     Even in what a person sees: the frontier drawn as log loss against weight.
     """
@@ -80,6 +83,8 @@ def _along(quality: Sequence[Vector], weight: Sequence[Vector], count: int) -> l
     # Beyond the weight of the best-quality assignment there is nothing to gain.
     best = [int(np.lexsort((w, q))[0]) for q, w in zip(quality, weight, strict=True)]
     high = sum(float(w[i]) for w, i in zip(weight, best, strict=True))
+    if limit is not None:
+        high = min(high, limit)
     slack = 1e-9 * max(abs(low), abs(high), 1e-30)
     budgets = np.linspace(low, max(high, low), _SCAN) + slack
     scan = _solve(quality, weight, budgets)

@@ -68,9 +68,22 @@ def test_latency_seeds_reach_the_fast_end(setting):
     assert min(size(space, seed) for seed in found) == size(space, [0] * 12)
 
 
-def test_the_size_limit_holds(setting):
+def test_the_size_limit_holds_and_seeds_reach_it(setting):
+    """A tight limit leaves as many seeds as a wide one: they are spread below it, not cut off at it."""
+    space, loss, costs = setting
+    low, high = size(space, [0] * 12), size(space, [4] * 12)
+    for share in (0.1, 0.5):
+        limit = low + share * (high - low)
+        found = proposals(space, loss, None, [], 12, max_bytes=limit)
+        sizes = [size(space, seed) for seed in found]
+        assert len(found) >= 10
+        assert max(sizes) <= limit
+        assert max(sizes) > low + 0.8 * (limit - low)
+    with_latency = proposals(space, loss, costs, ["latency_decode_ms"], 12, max_bytes=limit)
+    assert len(with_latency) >= 10
+    assert all(size(space, seed) <= limit for seed in with_latency)
+
+
+def test_a_limit_that_only_the_lightest_keeps_gives_the_lightest(setting):
     space, loss, _ = setting
-    limit = (size(space, [0] * 12) + size(space, [4] * 12)) / 2
-    found = proposals(space, loss, None, [], 12, max_bytes=limit)
-    assert found
-    assert all(size(space, seed) <= limit for seed in found)
+    assert proposals(space, loss, None, [], 5, max_bytes=size(space, [0] * 12)) == [[0] * 12]
