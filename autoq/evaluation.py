@@ -194,7 +194,11 @@ class Evaluator:
         if not curvature.is_whole(path):
             data = self.parts.calibration
             data = data[: max(1, CURVATURE_TOKENS // data.shape[1])]
-            curvature.save(curvature.gather(self.model, data, self.spec.sampler.seed), path)
+            curvature.save(curvature.gather(self.model, data, self.spec.data.seed), path)
+            curvature.bound(path.parent, self.spec.bank.disk // 4)
+        else:
+            with contextlib.suppress(OSError):  # a cache that can only be read
+                path.touch()
         return str(path)
 
     def sensitivities(self, choices: Mapping[str, Sequence[str]]) -> dict[str, dict[str, float]]:
@@ -281,7 +285,7 @@ class Evaluator:
         told = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
         digest.update(json.dumps(told, sort_keys=True, default=str).encode())
         digest.update(self.parts.calibration.numpy().tobytes())
-        digest.update(f"{self.spec.sampler.seed} {self.info.task} {CURVATURE_TOKENS} 2".encode())
+        digest.update(f"{self.spec.data.seed} {self.info.task} {CURVATURE_TOKENS} 2".encode())
         return cache_dir() / "statistics" / f"{digest.hexdigest()[:32]}.safetensors"
 
     # -- the reference ----------------------------------------------------------------------------

@@ -282,7 +282,10 @@ class WorkersSpec(_Section):
 
 
 class BankSpec(_Section):
-    """The store of quantized layers: bytes on disk, and bytes of dequantized weights in memory."""
+    """The store of quantized layers: bytes on disk, and bytes of dequantized weights in memory.
+
+    Calibration statistics, which lie beside it, take at most a quarter of `disk` more.
+    """
 
     disk: Bytes = 20 * 10**9
     memory: Bytes | None = None

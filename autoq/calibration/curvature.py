@@ -221,6 +221,25 @@ def is_whole(path: Path) -> bool:
         return False
 
 
+def bound(folder: Path, limit_bytes: int) -> None:
+    """Remove files of statistics, those used longest ago first, until they take at most `limit_bytes`.
+
+    The newest stays whatever its size. Whoever has a removed file mapped keeps its content.
+    """
+    files = []
+    for path in folder.glob("*.safetensors"):
+        with suppress(OSError):  # removed by another worker meanwhile
+            status = path.stat()
+            files.append((status.st_mtime_ns, status.st_size, path))
+    total = sum(size for _, size, _ in files)
+    for _, size, path in sorted(files)[:-1]:
+        if total <= limit_bytes:
+            return
+        with suppress(OSError):
+            path.unlink()
+        total -= size
+
+
 def load(path: Path, layer: str) -> dict[str, Tensor]:
     """The statistics of one layer from a file that `save` wrote; memory-mapped."""
     with safe_open(path, framework="pt") as file:

@@ -1,9 +1,11 @@
 """The curvature proxy against what it approximates."""
 
+import os
+
 import pytest
 import torch
 
-from autoq.calibration.curvature import is_whole, proxy, save
+from autoq.calibration.curvature import bound, is_whole, proxy, save
 from autoq.errors import AutoQError
 
 
@@ -55,3 +57,15 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "statistics").touch()
     with pytest.raises(AutoQError, match=r"^the statistics cannot be written to .*AUTOQ_CACHE"):
         save({"layer": {"grad_square": torch.ones(2)}}, tmp_path / "statistics" / "one.safetensors")
+
+
+def test_old_statistics_make_room_and_the_newest_stays(tmp_path):
+    for age, name in enumerate(("new", "used", "old")):
+        file = tmp_path / f"{name}.safetensors"
+        file.write_bytes(bytes(100))
+        os.utime(file, (1000 - age, 1000 - age))
+    (tmp_path / "other.txt").write_text("not ours")
+    bound(tmp_path, 250)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["new.safetensors", "other.txt", "used.safetensors"]
+    bound(tmp_path, 10)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["new.safetensors", "other.txt"]
