@@ -23,7 +23,7 @@ import os
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import safetensors.torch
@@ -33,7 +33,7 @@ from torch import Tensor
 
 from autoq import plugins
 from autoq.errors import AutoQError, SchemeRefused
-from autoq.methods import Method, QuantizedWeight
+from autoq.methods import Method, QuantizedWeight, Statistics
 from autoq.methods._weights import restore
 from autoq.scheme import Keep, Scheme
 
@@ -80,26 +80,43 @@ class Bank:
         except OSError as problem:
             raise AutoQError(f"the bank's folder {str(root)!r} cannot be made: {problem.strerror}") from None
 
-    def quantized(self, weight: Tensor, weight_hash: str, scheme: Scheme) -> QuantizedWeight:
+    def quantized(
+        self,
+        weight: Tensor,
+        weight_hash: str,
+        scheme: Scheme,
+        statistics: Callable[[], Statistics] | None = None,
+        calibration: str = "",
+    ) -> QuantizedWeight:
         """`weight` (out, in) under `scheme`: from disk, or made by the scheme's method and stored.
+
+        `statistics` gives what the method uses beside the weight; `calibration` is what that is known by.
 
         Raises what the method raises: `UnknownName`, `SchemeRefused`, `NotFinite`.
         """
         method = plugins.load("methods", scheme.method, Method)
         if isinstance(scheme, Keep):
             return method.quantize(weight, scheme)  # the model has it; a copy would cost and save nothing
-        path = self._path(self.key(weight_hash, scheme, "", method.version))
+        path = self._path(self.key(weight_hash, scheme, calibration, method.version))
         found = self._read(path, scheme, (weight.shape[0], weight.shape[1]))
         if found is not None:
             self.hits += 1
             return found
         self.misses += 1
-        result = method.quantize(weight, scheme)
+        result = method.quantize(weight, scheme, statistics() if statistics is not None else None)
         self.made += 1
         self._write(path, result)
         return result
 
-    def dequantized(self, weight: Tensor, weight_hash: str, scheme: Scheme, dtype: torch.dtype) -> Tensor:
+    def dequantized(
+        self,
+        weight: Tensor,
+        weight_hash: str,
+        scheme: Scheme,
+        dtype: torch.dtype,
+        statistics: Callable[[], Statistics] | None = None,
+        calibration: str = "",
+    ) -> Tensor:
         """The numbers of `weight` under `scheme`, (out, in), on the weight's device; not to be written to.
 
         The most recent ones, up to `memory_bytes`, are kept: asking again for one of them costs nothing.
@@ -107,11 +124,12 @@ class Bank:
         if isinstance(scheme, Keep):
             return self.quantized(weight, weight_hash, scheme).dequantize(dtype).to(weight.device)
         version = plugins.load("methods", scheme.method, Method).version
-        name = (self.key(weight_hash, scheme, "", version), dtype, weight.device)
+        name = (self.key(weight_hash, scheme, calibration, version), dtype, weight.device)
         if (kept := self._memory.get(name)) is not None:
             self._memory.move_to_end(name)
             return kept
-        values = self.quantized(weight, weight_hash, scheme).dequantize(dtype).to(weight.device)
+        quantized = self.quantized(weight, weight_hash, scheme, statistics, calibration)
+        values = quantized.dequantize(dtype).to(weight.device)
         if values.nbytes <= self._memory_bytes:
             self._memory[name] = values
             self._memory_used += values.nbytes

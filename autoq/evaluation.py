@@ -12,12 +12,13 @@ original head gives the probabilities again, chunk by chunk; else as probabiliti
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,13 @@ from autoq.calibration.text import windows
 from autoq.device import fingerprint, threads
 from autoq.errors import AutoQError, BadInput, ModelRefused, NotFinite, SchemeRefused
 from autoq.measurement import Measurement, Part
-from autoq.methods import QuantizedWeight
+from autoq.methods import Method, QuantizedWeight, Statistics
 from autoq.models import LoadedModel, load
 from autoq.objectives import Objective, TokenChunk, TokenObjective
-from autoq.scheme import Integer, Keep, Scheme, parse_scheme
+from autoq.scheme import Keep, Scheme, parse_scheme
 from autoq.spec import StudySpec
 from autoq.statistics import mean_and_stderr
-from autoq.targets import CostTable, Target
+from autoq.targets import CostTable, load_target
 
 CHUNK_ELEMENTS = 1 << 20  # logits turned to float32 at a time: 4 MB, which stays in the caches
 CURVATURE_TOKENS = 4096  # more of them changed nothing
@@ -120,12 +121,14 @@ class Evaluator:
         self.model: LoadedModel = load(spec.model, self.device)
         self.info = self.model.info
         self.parts = windows(spec.data, self.model.tokenizer, self.info.max_positions)
-        self.target = plugins.load("targets", spec.target.plugin, Target)
+        self.target = load_target(spec.target)
         share = psutil.virtual_memory().available // (4 * spec.workers.count)
         self._share_bytes = share if spec.bank.memory is None else spec.bank.memory
         self.bank = Bank(cache_dir() / "bank", spec.bank.disk, self._share_bytes)
         self.fingerprint = fingerprint()
         self._hashes: dict[str, str] = {}
+        self._path: Path | None = None
+        self._calibrated: dict[tuple[str, Scheme], Callable[[Tensor], Tensor] | None] = {}
         self._reference: tuple[Part, _Reference] | None = None
         self._objectives: dict[str, TokenObjective] = {}
         for name in spec.measured:
@@ -218,7 +221,7 @@ class Evaluator:
                     found[name][text] = 0.0
                     continue
                 dequantized = self._quantized(name, scheme).dequantize()
-                dynamic = isinstance(scheme, Integer) and scheme.activation == "a8dyn"
+                dynamic = getattr(scheme, "activation", None) is not None
                 cost = curvature.proxy(statistics, weight, dequantized, dynamic)
                 if not np.isfinite(cost):
                     raise NotFinite(f"layer {name} as {text}: its predicted loss is {cost}; exclude it from the space")
@@ -256,8 +259,27 @@ class Evaluator:
         return self._hashes[name]
 
     def _quantized(self, name: str, scheme: Scheme) -> QuantizedWeight:
+        statistics, calibration = self._statistics_for(name, scheme)
         with _naming(name, scheme):
-            return self.bank.quantized(self.model.weight(name).cpu(), self._hash(name), scheme)
+            return self.bank.quantized(self.model.weight(name).cpu(), self._hash(name), scheme, statistics, calibration)
+
+    def statistics(self, name: str) -> Statistics:
+        """The layer's calibration statistics, gathered where they are not yet."""
+        return curvature.load(Path(self.calibrate()), name)
+
+    def _statistics_for(self, name: str, scheme: Scheme) -> tuple[Callable[[], Statistics] | None, str]:
+        """How to get a layer's statistics and what they are known by, for a scheme that is made from them."""
+        if not plugins.load("methods", scheme.method, Method).uses_statistics(scheme):
+            return None, ""
+        return functools.partial(self.statistics, name), self._statistics_path().stem
+
+    def _activation(self, name: str, scheme: Scheme) -> Callable[[Tensor], Tensor] | None:
+        """What the target's kernel does to the layer's input."""
+        if getattr(scheme, "activation", None) != "a8static":
+            return self.target.activation(scheme)
+        if (name, scheme) not in self._calibrated:
+            self._calibrated[name, scheme] = self.target.activation(scheme, self.statistics(name))
+        return self._calibrated[name, scheme]
 
     def _swappable(self, assignment: Assignment) -> tuple[dict[str, Tensor], dict[str, Any]]:
         weights, activations = {}, {}
@@ -265,14 +287,22 @@ class Evaluator:
             if isinstance(scheme, Keep):
                 continue
             original = self.model.weight(name)
+            statistics, calibration = self._statistics_for(name, scheme)
             with _naming(name, scheme):
-                dequantized = self.bank.dequantized(original.cpu(), self._hash(name), scheme, original.dtype)
+                dequantized = self.bank.dequantized(
+                    original.cpu(), self._hash(name), scheme, original.dtype, statistics, calibration
+                )
             weights[name] = dequantized.to(original.device)
-            if (function := self.target.activation(scheme)) is not None:
+            if (function := self._activation(name, scheme)) is not None:
                 activations[name] = function
         return weights, activations
 
     def _statistics_path(self) -> Path:
+        if self._path is None:
+            self._path = self._find_statistics_path()
+        return self._path
+
+    def _find_statistics_path(self) -> Path:
         digest = hashlib.sha256()
         for layer in self.info.layers:
             digest.update(f"{layer.name} {self._hash(layer.name)}\n".encode())
@@ -285,7 +315,7 @@ class Evaluator:
         told = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
         digest.update(json.dumps(told, sort_keys=True, default=str).encode())
         digest.update(self.parts.calibration.numpy().tobytes())
-        digest.update(f"{self.spec.data.seed} {self.info.task} {CURVATURE_TOKENS} 2".encode())
+        digest.update(f"{self.spec.data.seed} {self.info.task} {CURVATURE_TOKENS} 3".encode())
         return cache_dir() / "statistics" / f"{digest.hexdigest()[:32]}.safetensors"
 
     # -- the reference ----------------------------------------------------------------------------

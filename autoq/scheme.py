@@ -9,12 +9,16 @@ databases and file names:
     hqq-int3-g64-rz               a real-valued zero point, as HQQ defines it
     rtn-int8-channel-sym          one scale per output row
     rtn-int8-channel-sym-a8dyn    and activations quantized to 8 bits on the fly
+    rtn-int8-channel-sym-a8static and activations quantized to 8 bits by a calibrated range
     kmeans4-channel               16 centroids per output row; kmeans4-tensor shares them
+    rtn-fp8-channel-a8dyn         8-bit floats (E4M3) on both sides
+    rtn-mxfp4-g32, rtn-nvfp4-g16  4-bit floats (E2M1) in blocks that share a scale
+    gguf-q4_k, gguf-q4_k-im       a block format of llama.cpp, without and with an importance matrix
 
 The text form is canonical: `parse_scheme(str(s)) == s`. Sizes are exact: every code, scale, zero
-point and codebook entry that ships. Scales, real zero points and centroids are 16 bits wide
-(bfloat16); codes and integer zero points are packed as a bit stream per row, each row padded to a
-byte. This module knows no torch.
+point and codebook entry that ships. Unless a format says otherwise, scales, real zero points and
+centroids are 16 bits wide (bfloat16); codes and integer zero points are packed as a bit stream per
+row, each row padded to a byte. This module knows no torch.
 """
 
 from __future__ import annotations
@@ -27,7 +31,9 @@ from typing import Literal
 from autoq.errors import BadInput
 
 ZeroPoint = Literal["none", "integer", "real"]
-Activation = Literal["a8dyn"]
+# Inputs in 8 bits too: by a range found while running (whose, the target says), or by a calibrated one.
+Activation = Literal["a8dyn", "a8static"]
+FloatFormat = Literal["fp8", "mxfp4", "nvfp4"]
 
 PARAMETER_BITS = 16  # a scale, a real zero point, a centroid: bfloat16
 MIN_BITS, MAX_BITS = 2, 8
@@ -124,7 +130,7 @@ class Integer:
             "integer": rows * _packed_row_bytes(groups, self.bits),
             "real": rows * groups * PARAMETER_BITS // 8,
         }[self.zero]
-        return codes + scales + zeros
+        return codes + scales + zeros + _static_scale_bytes(self.activation)
 
 
 @dataclass(frozen=True)
@@ -151,15 +157,131 @@ class Codebook:
         return codes + books * (1 << self.bits) * PARAMETER_BITS // 8
 
 
-Scheme = Keep | Integer | Codebook
+@dataclass(frozen=True)
+class Float:
+    """Floating-point levels times a scale: weight = scale * float code.
+
+    fp8     E4M3 codes, a bfloat16 scale per channel or tensor (OCP 8-bit floating point, 2023)
+    mxfp4   E2M1 codes, a power-of-two scale (E8M0, one byte) per 32 inputs (OCP Microscaling v1.0)
+    nvfp4   E2M1 codes, an E4M3 scale per 16 inputs, and one float32 scale for the whole tensor
+    """
+
+    method: str
+    format: FloatFormat
+    granularity: Granularity
+    activation: Activation | None = None
+
+    def __post_init__(self) -> None:
+        own = {"mxfp4": PerGroup(32), "nvfp4": PerGroup(16)}.get(self.format)
+        if own is not None and self.granularity != own:
+            raise BadInput(f"{self.format} has its own granularity, {own}, not {self.granularity}")
+        if own is None and isinstance(self.granularity, PerGroup):
+            raise BadInput(f"{self.format} has a scale per channel or tensor, not per {self.granularity}")
+        if own is not None and self.activation is not None:
+            raise BadInput(f"{self.format} is a weight-only format here; leave {self.activation} out")
+
+    def __str__(self) -> str:
+        text = f"{self.method}-{self.format}-{self.granularity}"
+        return text + (f"-{self.activation}" if self.activation else "")
+
+    @property
+    def bits(self) -> int:
+        """Width of one code."""
+        return 8 if self.format == "fp8" else 4
+
+    def nbytes(self, out_features: int, in_features: int, dtype_bytes: int) -> int:
+        """Bytes that ship for a weight of shape (out, in): codes and scales."""
+        codes = out_features * _packed_row_bytes(in_features, self.bits)
+        if self.format == "fp8":
+            rows = 1 if isinstance(self.granularity, PerTensor) else out_features
+            return codes + rows * PARAMETER_BITS // 8 + _static_scale_bytes(self.activation)
+        scales = out_features * _groups_per_row(self.granularity, in_features)
+        return codes + scales + (4 if self.format == "nvfp4" else 0)
+
+
+def _static_scale_bytes(activation: Activation | None) -> int:
+    """A calibrated range ships as one scale."""
+    return PARAMETER_BITS // 8 if activation == "a8static" else 0
+
+
+# Block formats of llama.cpp: type -> (weights per block, bytes per block), from ggml-common.h.
+GGUF_TYPES: dict[str, tuple[int, int]] = {
+    "f16": (1, 2),
+    "bf16": (1, 2),
+    "q8_0": (32, 34),
+    "q6_k": (256, 210),
+    "q5_k": (256, 176),
+    "q5_1": (32, 24),
+    "q5_0": (32, 22),
+    "q4_k": (256, 144),
+    "q4_1": (32, 20),
+    "q4_0": (32, 18),
+    "iq4_nl": (32, 18),
+    "iq4_xs": (256, 136),
+    "mxfp4": (32, 17),
+    "q3_k": (256, 110),
+    "iq3_s": (256, 110),
+    "iq3_xxs": (256, 98),
+    "q2_k": (256, 84),
+}
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """A tensor type of llama.cpp: blocks of consecutive inputs of a row, each with scales of its own.
+
+    `importance` says that the codes were chosen with an importance matrix: the second moment of each
+    input, by which errors are weighted.
+    """
+
+    type: str
+    importance: bool = False
+    method = "gguf"
+
+    def __post_init__(self) -> None:
+        if self.type not in GGUF_TYPES:
+            raise BadInput(f"no GGUF type {self.type[:40]!r}; choose from {', '.join(sorted(GGUF_TYPES))}")
+
+    def __str__(self) -> str:
+        return f"gguf-{self.type}" + ("-im" if self.importance else "")
+
+    @property
+    def block(self) -> int:
+        """Weights per block; it must divide a row."""
+        return GGUF_TYPES[self.type][0]
+
+    @property
+    def bits(self) -> int:
+        """Nominal width of one code: the digit in the type's name."""
+        found = re.search(r"\d+", self.type)
+        assert found is not None
+        return int(found[0])
+
+    def nbytes(self, out_features: int, in_features: int, dtype_bytes: int) -> int:
+        """Bytes that ship for a weight of shape (out, in)."""
+        block, size = GGUF_TYPES[self.type]
+        assert in_features % block == 0, (self, in_features)
+        return out_features * (in_features // block) * size
+
+
+Scheme = Keep | Integer | Codebook | Float | Gguf
 
 _INTEGER = re.compile(
     r"(?P<method>[a-z][a-z_]*)-int(?P<bits>\d)-(?P<granularity>tensor|channel|g\d{1,6})"
-    r"(?P<zero>-sym|-rz)?(?:-(?P<activation>a8dyn))?",
+    r"(?P<zero>-sym|-rz)?(?:-(?P<activation>a8dyn|a8static))?",
     re.ASCII,
 )
+_FLOAT = re.compile(
+    r"(?P<method>[a-z][a-z_]*)-(?P<format>fp8|mxfp4|nvfp4)-(?P<granularity>tensor|channel|g\d{1,6})"
+    r"(?:-(?P<activation>a8dyn|a8static))?",
+    re.ASCII,
+)
+_GGUF = re.compile(r"gguf-(?P<type>[a-z][a-z0-9_]*)(?P<importance>-im)?", re.ASCII)
 _CODEBOOK = re.compile(r"(?P<method>[a-z][a-z_]*)(?P<bits>\d)-(?P<granularity>tensor|channel|g\d{1,6})", re.ASCII)
-_FORMS = "keep, METHOD-intB-G[-sym|-rz][-a8dyn] or METHODB-G, where G is gSIZE, channel or tensor"
+_FORMS = (
+    "keep, METHOD-intB-G[-sym|-rz][-a8dyn|-a8static], METHODB-G, METHOD-fp8-G[-a8dyn|-a8static], METHOD-mxfp4-g32, "
+    "METHOD-nvfp4-g16 or gguf-TYPE[-im], where G is gSIZE, channel or tensor"
+)
 
 
 def _check_bits(bits: int) -> None:
@@ -188,8 +310,17 @@ def parse_scheme(text: str) -> Scheme:
         return Keep()
     if found := _INTEGER.fullmatch(text):
         zero: ZeroPoint = {"-sym": "none", "-rz": "real"}.get(found["zero"] or "", "integer")  # type: ignore[assignment]
-        activation: Activation | None = "a8dyn" if found["activation"] else None
+        activation: Activation | None = found["activation"]  # type: ignore[assignment]
         return Integer(found["method"], int(found["bits"]), _granularity(found["granularity"]), zero, activation)
+    if found := _FLOAT.fullmatch(text):
+        return Float(
+            found["method"],
+            found["format"],  # type: ignore[arg-type]
+            _granularity(found["granularity"]),
+            found["activation"],  # type: ignore[arg-type]
+        )
+    if found := _GGUF.fullmatch(text):
+        return Gguf(found["type"], found["importance"] is not None)
     if found := _CODEBOOK.fullmatch(text):
         return Codebook(found["method"], int(found["bits"]), _granularity(found["granularity"]))
     raise BadInput(f"scheme {text[:80]!r} is not of a known form: {_FORMS}")

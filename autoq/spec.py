@@ -71,7 +71,7 @@ Threads = Annotated[int, Field(strict=True, ge=1, le=1024)]
 Bits = Annotated[int, Field(strict=True, ge=MIN_BITS, le=MAX_BITS)]
 Number = Annotated[float, BeforeValidator(_no_bool)]
 GroupSize = Annotated[int | str, BeforeValidator(_group_size)]
-ActivationChoice = Literal["none", "a8dyn"]
+ActivationChoice = Literal["none", "a8dyn", "a8static"]
 LayerKindChoice = Literal["linear", "embedding", "head"]
 _GRID_AXES = ("methods", "bits", "group_size", "zero_points", "activations")
 
@@ -114,12 +114,16 @@ class DataSpec(_Section):
 
 
 class TargetSpec(_Section):
-    """The deployment runtime and the workload that latency is measured on."""
+    """The deployment runtime and the workload that latency is measured on.
+
+    `device` names the description that the target `described` predicts for: a file, or a shipped one.
+    """
 
     name: str = "torch-cpu"
     batch_size: Count = 1
     prompt_tokens: Count = 512
     threads: Threads | None = None
+    device: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
 
     @field_validator("name")
     @classmethod
@@ -292,7 +296,11 @@ class BankSpec(_Section):
 
 
 class StudySpec(_Section):
-    """A whole study. Everything but `model` has a default."""
+    """A whole study. Everything but `model` has a default.
+
+    `recipes` are assignments made elsewhere (an export of AutoQ, a GGUF file, a recipe of another tool),
+    by path; each is tried as a baseline of its name and starts the search.
+    """
 
     model: ModelSpec
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = "study"
@@ -305,6 +313,7 @@ class StudySpec(_Section):
     budget: BudgetSpec = Field(default_factory=BudgetSpec)
     workers: WorkersSpec = Field(default_factory=WorkersSpec)
     bank: BankSpec = Field(default_factory=BankSpec)
+    recipes: tuple[Annotated[str, Field(min_length=1, max_length=4096)], ...] = ()
 
     @field_validator("objectives")
     @classmethod

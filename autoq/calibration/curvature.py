@@ -52,6 +52,8 @@ class _Statistics:
     inputs: list[Tensor] | None = None  # [(tokens, in)], where that is smaller than (in, in)
     row_counts: Tensor | None = None  # (rows,) how often an embedding row was read
     step_square: float = 0.0  # sum over passes of the squared 8-bit step of the whole input
+    low: float = 0.0  # the least input
+    high: float = 0.0
     passes: int = 0
 
 
@@ -104,6 +106,7 @@ class _Gatherer:
     def _add_inputs(self, own: _Statistics, x: Tensor) -> None:
         low, high = torch.aminmax(x)
         own.step_square += float((high.clamp(min=0) - low.clamp(max=0)) / 255) ** 2
+        own.low, own.high = min(own.low, float(low)), max(own.high, float(high))
         own.passes += 1
         if self._shared is not None and self._shared[0] is x:
             moment = self._shared[1]
@@ -138,9 +141,10 @@ def gather(
 ) -> dict[str, dict[str, Tensor]]:
     """Statistics of every layer from one forward and one backward pass over `windows` (n, tokens).
 
-    Returns layer name -> tensors: `grad_square`, `input_square` or `inputs`, `step_square`, and for a
-    layer that is read as an embedding `row_frequency` and `row_grad_square`. All are averages over
-    token positions, float32. Deterministic for a seed.
+    Returns layer name -> tensors: `grad_square`, `input_square` or `inputs`, `step_square`, `input_range`
+    (least and greatest input, widened to hold 0), and for a layer that is read as an embedding
+    `row_frequency` and `row_grad_square`. All but ranges are averages over token positions, float32.
+    Deterministic for a seed.
     """
     generator = torch.Generator().manual_seed(seed)
     gatherer = _Gatherer(model, windows.numel())
@@ -166,6 +170,7 @@ def _averages(model: LoadedModel, layer: Layer, by_module: dict[nn.Module, _Stat
             continue
         result["grad_square"] = mean_square
         result["step_square"] = torch.tensor([own.step_square / max(own.passes, 1)])
+        result["input_range"] = torch.tensor([own.low, own.high])
         if own.inputs is not None:
             result["inputs"] = torch.cat(own.inputs).cpu()
         elif own.input_square is not None:

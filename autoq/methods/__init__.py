@@ -53,6 +53,10 @@ class QuantizedWeight(abc.ABC):
         """The weight's values, (out, in): computed in float32, then rounded once to `dtype`."""
 
 
+# Name -> tensor of one layer: second moments of its inputs, ranges, gradients.
+Statistics = Mapping[str, Tensor]
+
+
 class Method(abc.ABC):
     """One quantization method. `version` is part of every cache key: raise it when results change."""
 
@@ -62,9 +66,16 @@ class Method(abc.ABC):
     def refuses(self, layer: Layer, scheme: Scheme) -> str | None:
         """Why this method cannot make `scheme` for `layer` (one clause, naming the rule), or None."""
 
+    def uses_statistics(self, scheme: Scheme) -> bool:
+        """Whether `scheme` is made from the layer's calibration statistics, beside its weight."""
+        return False
+
     @abc.abstractmethod
-    def quantize(self, weight: Tensor, scheme: Scheme) -> QuantizedWeight:
+    def quantize(self, weight: Tensor, scheme: Scheme, statistics: Statistics | None = None) -> QuantizedWeight:
         """Quantize `weight` (out, in), of any float dtype, deterministically.
+
+        `statistics` are the layer's, as `autoq.calibration.curvature.gather` names them; given where
+        `uses_statistics` says so.
 
         Raises `SchemeRefused` for a scheme or shape that `refuses` would refuse and `NotFinite` for a
         weight with NaN or infinity.

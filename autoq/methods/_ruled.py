@@ -9,8 +9,8 @@ from torch import Tensor
 
 from autoq.errors import NotFinite, SchemeRefused
 from autoq.layer import Layer
-from autoq.methods import Method, QuantizedWeight
-from autoq.scheme import Keep, PerGroup, Scheme
+from autoq.methods import Method, QuantizedWeight, Statistics
+from autoq.scheme import Gguf, Keep, PerGroup, Scheme
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -28,26 +28,26 @@ class RuledMethod(Method):
         """Why `scheme`, which is of this method and divides the rows, cannot be made for `shape`, or None."""
 
     @abc.abstractmethod
-    def make(self, weight: Tensor, scheme: Scheme) -> QuantizedWeight:
+    def make(self, weight: Tensor, scheme: Scheme, statistics: Statistics | None) -> QuantizedWeight:
         """Quantize `weight` (out, in), finite, on the CPU, in its own dtype, by a scheme that `rule` allows."""
 
     def refuses(self, layer: Layer, scheme: Scheme) -> str | None:
         return self._refusal(scheme, (layer.out_features, layer.in_features))
 
     @torch.no_grad()
-    def quantize(self, weight: Tensor, scheme: Scheme) -> QuantizedWeight:
+    def quantize(self, weight: Tensor, scheme: Scheme, statistics: Statistics | None = None) -> QuantizedWeight:
         if weight.ndim != 2 or weight.numel() == 0 or weight.dtype not in _FLOATS:
             raise SchemeRefused(f"{scheme} needs a float matrix (out, in), not {weight.dtype} {tuple(weight.shape)}")
         if reason := self._refusal(scheme, (weight.shape[0], weight.shape[1])):
             raise SchemeRefused(f"{scheme} for a weight of shape {tuple(weight.shape)}: {reason}")
         weight = weight.detach().cpu().contiguous()  # sums, too, must not depend on strides
         _check_finite(weight)
-        return self.make(weight, scheme)
+        return self.make(weight, scheme, statistics)
 
     def _refusal(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         if scheme.method != self.name:
             return f"it is a scheme of method {scheme.method}, not of {self.name}"
-        if not isinstance(scheme, Keep) and isinstance(scheme.granularity, PerGroup):
+        if not isinstance(scheme, Keep | Gguf) and isinstance(scheme.granularity, PerGroup):
             size = scheme.granularity.size
             if shape[1] % size:
                 return f"group size {size} does not divide the {shape[1]} inputs of shape {shape}"

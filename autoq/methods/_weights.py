@@ -11,8 +11,10 @@ from torch import Tensor
 
 from autoq.errors import SchemeRefused
 from autoq.methods import QuantizedWeight
+from autoq.methods._float_weight import FloatWeight, float_tensors
+from autoq.methods._gguf_weight import GgufWeight, gguf_tensors
 from autoq.methods._packing import pack_rows, unpack_rows
-from autoq.scheme import Codebook, Granularity, Integer, Keep, PerGroup, PerTensor, Scheme
+from autoq.scheme import Codebook, Float, Gguf, Granularity, Integer, Keep, PerGroup, PerTensor, Scheme
 
 # Elements per block of rows: a block's float32 temporaries stay in a core's cache.
 BLOCK_ELEMENTS = 1 << 18
@@ -179,6 +181,10 @@ def restore(scheme: Scheme, shape: tuple[int, int], tensors: Mapping[str, Tensor
             return IntegerWeight(scheme, shape, tensors)
         case Codebook():
             return CodebookWeight(scheme, shape, tensors)
+        case Float():
+            return FloatWeight(scheme, shape, tensors)
+        case Gguf():
+            return GgufWeight(scheme, shape, tensors)
 
 
 def expected_tensors(
@@ -187,6 +193,10 @@ def expected_tensors(
     """Name -> (shape, dtype) of the tensors that ship for a weight of `shape`; `kept` is `keep`'s dtype."""
     if isinstance(scheme, Keep):
         return {"weight": (shape, kept)}
+    if isinstance(scheme, Float):
+        return float_tensors(scheme, shape)
+    if isinstance(scheme, Gguf):
+        return gguf_tensors(scheme, shape)
     rows, groups = grid_shape(scheme.granularity, shape)
     codes = ((shape[0], math.ceil(shape[1] * scheme.bits / 8)), torch.uint8)
     if isinstance(scheme, Codebook):

@@ -31,7 +31,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from autoq.methods import QuantizedWeight
+from autoq.methods import QuantizedWeight, Statistics
 from autoq.methods._ruled import RuledMethod
 from autoq.methods._uniform import MIN_SCALE, encode, minmax_grid, stored
 from autoq.methods._weights import IntegerWeight, grid_shape, row_blocks
@@ -58,7 +58,7 @@ class HalfQuadratic(RuledMethod):
             return "hqq works per channel or per group, not per tensor"
         return None
 
-    def make(self, weight: Tensor, scheme: Scheme) -> QuantizedWeight:
+    def make(self, weight: Tensor, scheme: Scheme, statistics: Statistics | None) -> QuantizedWeight:
         assert isinstance(scheme, Integer)
         rows, columns = weight.shape
         _, groups = grid_shape(scheme.granularity, (rows, columns))

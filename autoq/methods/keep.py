@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from autoq.methods import Grid, QuantizedWeight
+from autoq.methods import Grid, QuantizedWeight, Statistics
 from autoq.methods._ruled import RuledMethod
 from autoq.methods._weights import KeptWeight
 from autoq.scheme import Keep, Scheme
@@ -22,7 +22,7 @@ class KeepAsIs(RuledMethod):
     def rule(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         return None if isinstance(scheme, Keep) else "keep knows only the scheme keep"
 
-    def make(self, weight: Tensor, scheme: Scheme) -> QuantizedWeight:
+    def make(self, weight: Tensor, scheme: Scheme, statistics: Statistics | None) -> QuantizedWeight:
         return KeptWeight(scheme, (weight.shape[0], weight.shape[1]), {"weight": weight})
 
     def schemes(self, name: str, grid: Grid) -> Iterable[Scheme]:

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoq.methods import Grid, QuantizedWeight
+from autoq.methods import Grid, QuantizedWeight, Statistics
 from autoq.methods._ruled import RuledMethod
 from autoq.methods._uniform import minmax_grid, stored
 from autoq.methods._weights import CodebookWeight, grid_shape, row_blocks
@@ -63,7 +63,7 @@ class KMeans(RuledMethod):
             for granularity in grid.granularities:
                 yield Codebook(name, bits, granularity)
 
-    def make(self, weight: Tensor, scheme: Scheme) -> QuantizedWeight:
+    def make(self, weight: Tensor, scheme: Scheme, statistics: Statistics | None) -> QuantizedWeight:
         assert isinstance(scheme, Codebook)
         rows, columns = weight.shape
         book_rows, groups = grid_shape(scheme.granularity, (rows, columns))

@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from autoq.methods import QuantizedWeight
+from autoq.methods import QuantizedWeight, Statistics
 from autoq.methods._ruled import RuledMethod
 from autoq.methods._uniform import encode, minmax_grid
 from autoq.methods._weights import IntegerWeight, grid_shape, row_blocks
@@ -38,7 +38,7 @@ class RoundToNearest(RuledMethod):
             return "rtn rounds its zero point to a code; choose from none, integer"
         return None
 
-    def make(self, weight: Tensor, scheme: Scheme) -> QuantizedWeight:
+    def make(self, weight: Tensor, scheme: Scheme, statistics: Statistics | None) -> QuantizedWeight:
         assert isinstance(scheme, Integer)
         rows, columns = weight.shape
         per_tensor = isinstance(scheme.granularity, PerTensor)

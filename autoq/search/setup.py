@@ -8,6 +8,7 @@ study goes on with the same numbers.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,7 +25,7 @@ from autoq.search.samplers import Sampler
 from autoq.search.space import SearchSpace, build_space, refusal
 from autoq.spec import StudySpec
 from autoq.store import Store, StudyRecord
-from autoq.targets import CostTable, Target
+from autoq.targets import CostTable, Target, load_target
 
 _LAYERS_PER_JOB = 7  # one block of a Llama: small enough for a smooth progress bar
 
@@ -73,7 +74,10 @@ def pose(spec: StudySpec) -> Problem:
     Reads no weights. Raises `BadInput` with one line for whatever does not fit.
     """
     info = models.inspect(spec.model)
-    target = plugins.load("targets", spec.target.plugin, Target)
+    target = load_target(spec.target)
+    if (rule := target.refuses_model(info)) is not None:
+        raise SpecError(f"target.name: {spec.target.name} cannot run {spec.model.id!r}: {rule}")
+    info = dataclasses.replace(info, other_bytes=target.other_bytes(info, spec.model))
     objectives = {name: plugins.load("objectives", name, Objective) for name in spec.measured}
     for name, objective in objectives.items():
         if (rule := objective.refuses(info)) is not None:

@@ -1,28 +1,36 @@
 """Targets: the deployment runtimes, one file each.
 
 A target says which schemes it runs on which layers, so that the search space holds only what can
-run; it times layers and whole assembled models with the kernels that will run. To add one, write
-`autoq/targets/NAME.py` with one subclass of `Target`. Target files import torch inside functions only:
-`refuses` and `grid` are asked before any model is loaded.
+run; it times layers and whole assembled models with the kernels that will run; it writes the
+checkpoint that its runtime loads, and loads it again to be compared with what was promised. To add
+one, write `autoq/targets/NAME.py` with one subclass of `Target`. Target files import torch inside
+functions only: `refuses` and `grid` are asked before any model is loaded.
 """
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from autoq import plugins
 from autoq.assignment import Assignment
-from autoq.errors import AutoQError
-from autoq.layer import Layer
+from autoq.errors import AutoQError, SpecError
+from autoq.layer import Layer, ModelInfo
 from autoq.measurement import Measurement
 from autoq.scheme import Scheme
-from autoq.spec import TargetSpec
+from autoq.spec import ModelSpec, TargetSpec
 
 if TYPE_CHECKING:
-    from autoq.methods import Grid, QuantizedWeight
+    from torch import Tensor
+
+    from autoq.methods import Grid, QuantizedWeight, Statistics
     from autoq.models import LoadedModel
+
+# The detail of an end-to-end latency: the unquantized model's, timed in turns with it.
+UNQUANTIZED = "unquantized_ms"
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,7 @@ class CostTable:
     `base_ms[phase]` is what the unquantized model costs beside its layers, measured end to end minus
     the table's own entries. `layer_ms[phase][layer][scheme text]` was timed on the target's kernel
     for that shape. Phases are objective names: `latency_decode_ms`, `latency_prefill_ms`.
+    `detail["unquantized_ms"][phase]` is the unquantized model's own latency while the table was timed.
     """
 
     device: str
@@ -46,16 +55,79 @@ class CostTable:
             table[name][str(scheme)] for name, scheme in assignment.items() if name in table
         )
 
+    def covers(self, choices: Mapping[str, Sequence[str]], phases: Sequence[str]) -> bool:
+        """Whether there is an entry for every layer, each of its choices and each phase."""
+        return all(
+            phase in self.layer_ms
+            and all(
+                name in self.layer_ms[phase] and set(texts) <= set(self.layer_ms[phase][name])
+                for name, texts in choices.items()
+            )
+            for phase in phases
+        )
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote.
+
+    `format` names the format in words. `weights` are the files, relative to the folder, whose bytes
+    are the checkpoint's size. `run` holds the lines to paste to run it, `{folder}` standing for where
+    it lies.
+    """
+
+    format: str
+    weights: tuple[str, ...]
+    run: str
+
+
+class Runtime(abc.ABC):
+    """A checkpoint loaded by the real runtime. Use as a context manager."""
+
+    @abc.abstractmethod
+    def differences(self, assignment: Assignment) -> list[str]:
+        """What the files say otherwise than `assignment`, one line a layer, naming both; empty if all is as it
+        should be. Read from the files' own headers and configuration, never from AutoQ's notes."""
+
+    @abc.abstractmethod
+    def outputs(self, tokens: Tensor) -> Tensor:
+        """Logits (tokens, vocabulary) float32 of one window of token ids (tokens,); final hidden states for
+        an encoder without a head."""
+
+    def time(self, workload: TargetSpec) -> list[Measurement]:
+        """End-to-end latency, one measurement (part `report`, kind `measured`) per phase; empty where the
+        target times nothing."""
+        return []
+
+    def close(self) -> None:  # noqa: B027 - most runtimes hold nothing that must be freed
+        """Free what the runtime holds. Can be called again."""
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
 
 class Target(abc.ABC):
     """One deployment runtime.
 
     `fuses` says whether it merges fusion groups, whose layers then must share a scheme.
-    `latencies` are the latency objectives that it can time.
+    `latencies` are the latency objectives that it can time (or predict, if `predicts_only`).
+    `logits_tolerance` is the largest KL, in nats per token, between the searched model and the reloaded
+    export that can be rounding: what the runtime computes otherwise than the evaluation did.
     """
 
     fuses: ClassVar[bool] = False
     latencies: ClassVar[frozenset[str]] = frozenset()
+    predicts_only: ClassVar[bool] = False
+    logits_tolerance: ClassVar[float] = 1e-4
+
+    def configured(self, workload: TargetSpec) -> Target:
+        """This target as the spec's `target` section asks for it. Raises `SpecError` for what it cannot be."""
+        if workload.device is not None:
+            raise SpecError(f"target.device: {workload.name} is a runtime of its own; a description is for described")
+        return self
 
     @abc.abstractmethod
     def grid(self) -> Grid:
@@ -65,14 +137,29 @@ class Target(abc.ABC):
     def refuses(self, layer: Layer, scheme: Scheme) -> str | None:
         """Why this target cannot run `scheme` on `layer` (one clause, naming the rule), or None."""
 
+    def refuses_model(self, info: ModelInfo) -> str | None:
+        """Why this target cannot run such a model at all (one clause), or None."""
+        return None
+
     def baselines(self) -> Mapping[str, Sequence[Scheme]]:
         """Uniform baselines: name -> schemes in order of preference; each layer takes the first that
         its choices hold, else keeps its weights. Always includes the unquantized model."""
         return {}
 
+    def other_bytes(self, info: ModelInfo, model: ModelSpec) -> int:
+        """Bytes that ship beside the layers' weights: norms, biases, and what the format adds.
+
+        Asked before any weight is loaded; may read the model's config and tokenizer.
+        """
+        return info.other_bytes
+
     def unavailable(self) -> str | None:
         """What is missing on this machine for this target to measure, or None. Imports nothing heavy."""
         return None
+
+    def runtime(self) -> str:
+        """The runtime and its version, as it stands beside what it measured: `torch 2.13.0`."""
+        return ""
 
     def cost_table(
         self, model: LoadedModel, choices: Mapping[str, Sequence[QuantizedWeight]], workload: TargetSpec
@@ -85,10 +172,43 @@ class Target(abc.ABC):
     ) -> list[Measurement]:
         """Assemble the model from packed-kernel modules, check that they compute what the dequantized
         weights compute (`KernelMismatch` if not), then time it end to end, one measurement (part
-        `report`, kind `measured`) per latency objective."""
+        `report`, kind `measured`) per latency objective.
+
+        The unquantized model is timed in turns with it: a machine's speed drifts by more than a run
+        varies, and it drifts for both. `detail["unquantized_ms"]` is its latency.
+        """
         raise AutoQError("this target times nothing")
 
-    def activation(self, scheme: Scheme) -> Any:
+    def activation(self, scheme: Scheme, statistics: Statistics | None = None) -> Callable[[Tensor], Tensor] | None:
         """A function Tensor -> Tensor that does to a layer's input what the kernel does to it under
-        `scheme` (activation quantization), or None."""
+        `scheme` (activation quantization), or None. `statistics` are the layer's, given where the
+        scheme is calibrated (`a8static`)."""
         return None
+
+    def exports(self) -> str | None:
+        """What `export` writes, in a few words, or None where this target exports nothing."""
+        return None
+
+    def export(
+        self,
+        model: LoadedModel,
+        weights: Mapping[str, QuantizedWeight],
+        folder: Path,
+        statistics: Callable[[str], Statistics],
+    ) -> Exported:
+        """Write into `folder`, which exists and is empty, the checkpoint that the runtime loads.
+
+        `weights` holds every layer, kept ones too, each of a scheme that `refuses` lets through;
+        `statistics` gives a layer's calibration statistics, for schemes that ship a calibrated range.
+        Raises `AutoQError` for a model that the format cannot hold.
+        """
+        raise AutoQError("this target exports nothing")
+
+    def reload(self, folder: Path, threads: int | None = None) -> Runtime:
+        """Load what `export` wrote with the real runtime. Raises `AutoQError` for files that it refuses."""
+        raise AutoQError("this target exports nothing")
+
+
+def load_target(workload: TargetSpec) -> Target:
+    """The target that a spec's `target` section names and configures. Raises `SpecError`."""
+    return plugins.load("targets", workload.plugin, Target).configured(workload)

@@ -46,9 +46,11 @@ def kernel_for(layer: Layer, scheme: Scheme) -> Kernel | str:
         return Kernel("as-is")
     shape = f"shape ({layer.out_features}, {layer.in_features})"
     if not isinstance(scheme, Integer):
-        return "there is no codebook kernel"
+        return f"there is no kernel for {scheme}"
     if isinstance(scheme.granularity, PerGroup) and layer.in_features % scheme.granularity.size:
         return f"group size {scheme.granularity.size} does not divide the {layer.in_features} inputs of {shape}"
+    if scheme.activation == "a8static":
+        return "the 8-bit kernel finds the range of its input itself (a8dyn)"
     rowwise = scheme.bits == 8 and scheme.zero == "none" and not isinstance(scheme.granularity, PerGroup)
     if layer.kind == "embedding" or layer.tied:
         if not rowwise or scheme.activation is not None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from autoq.layer import Layer
-from autoq.scheme import Integer, Keep, PerChannel, PerGroup, Scheme, ZeroPoint
+from autoq.scheme import Float, Gguf, Integer, Keep, PerChannel, PerGroup, Scheme, ZeroPoint
 from autoq.targets import Target
 
 if TYPE_CHECKING:
@@ -38,13 +38,15 @@ class Generic(Target):
         """See `Target.refuses`."""
         if isinstance(scheme, Keep):
             return None
+        if isinstance(scheme, Gguf):
+            return "a GGUF type belongs to the target llama-cpp"
         granularity = scheme.granularity
         if isinstance(granularity, PerGroup) and layer.in_features % granularity.size:
             return (
                 f"group size {granularity.size} does not divide the {layer.in_features} inputs of shape "
                 f"({layer.out_features}, {layer.in_features})"
             )
-        if isinstance(scheme, Integer) and scheme.activation is not None:
+        if isinstance(scheme, Integer | Float) and scheme.activation is not None:
             return f"{scheme.activation} needs a kernel that quantizes activations, and no runtime is named"
         return None
 

@@ -80,7 +80,7 @@ class TorchCpu(Target):
             return f"PyTorch {torch.__version__} has neither fbgemm nor onednn; both need an x86 CPU with AVX2"
         return None
 
-    def activation(self, scheme: Scheme) -> Any:
+    def activation(self, scheme: Scheme, statistics: Any = None) -> Any:
         """See `Target.activation`: for a8dyn, what `linear_dynamic` does to its input."""
         if not isinstance(scheme, Integer) or scheme.activation is None:
             return None

@@ -61,7 +61,7 @@ def test_what_is_just_allowed_runs(quantize, scheme, shape, kernel):
         ("rtn-int8-g64-sym-a8dyn", layer(16, 64), "int8-channel-sym weights only"),
         ("rtn-int4-channel-sym-a8dyn", layer(16, 64), "int8-channel-sym weights only"),
         ("rtn-int3-g64", layer(16, 64), "no 3-bit kernel"),
-        ("kmeans4-channel", layer(16, 64), "no codebook kernel"),
+        ("kmeans4-channel", layer(16, 64), "no kernel for kmeans4-channel"),
         ("rtn-int4-g64", layer(16, 64, dtype_bytes=4), "bfloat16 model"),
         ("rtn-int8-channel-sym", layer(16, 64, dtype_bytes=4), "bfloat16 model"),
         ("rtn-int8-channel-sym", layer(16, 64, "embedding", dtype_bytes=4), "bfloat16 model"),
