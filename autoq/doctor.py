@@ -16,6 +16,7 @@ from pathlib import Path
 
 from autoq import device, plugins
 from autoq.cache import cache_dir
+from autoq.energy import meters
 from autoq.errors import AutoQError, NotFound
 
 CORE = ("torch", "transformers", "optuna", "sqlalchemy", "alembic", "pydantic", "numpy", "safetensors", "typer", "rich")
@@ -73,6 +74,13 @@ def _machine() -> Iterator[Finding]:
     yield Finding("machine", "memory", f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free")
 
 
+def _meters() -> Iterator[Finding]:
+    for probe in meters.probes():
+        yield Finding("energy", probe.name, probe.problem or "readable", None if probe.problem else True)
+        if probe.meter is not None:
+            probe.meter.close()
+
+
 def _targets() -> Iterator[Finding]:
     from autoq.targets import Target
 
@@ -110,7 +118,7 @@ def _database(db: str) -> Finding:
 
 def examine(db: str) -> list[Finding]:
     """Everything, in the order of the printed page. `db` is a path or a SQLAlchemy URL."""
-    findings = [*_packages(), *_machine()]
+    findings = [*_packages(), *_machine(), *_meters()]
     try:
         findings += _targets()
     except ImportError as problem:

@@ -80,5 +80,9 @@ class KernelMismatch(AutoQError):
     """A kernel does not compute what the dequantized weights compute."""
 
 
+class ExportBroken(AutoQError):
+    """The export is not what was written."""
+
+
 class WorkerLost(AutoQError):
     """A worker died while it evaluated an assignment."""

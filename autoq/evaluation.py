@@ -3,10 +3,6 @@
 An `Evaluator` belongs to a worker. It loads the model once, keeps the unquantized model's answers on
 the data, takes quantized layers from the bank, swaps them in by pointer and runs one forward pass. It
 knows nothing of the database or of Optuna. Its public methods are what an executor's jobs call.
-
-What the unquantized model answered is kept as probabilities in bfloat16 (tokens × vocabulary) where
-they fit in a quarter of the free memory; else as final hidden states (tokens × width), from which the
-original head gives the probabilities again, chunk by chunk; else as probabilities in a file.
 """
 
 from __future__ import annotations
@@ -15,9 +11,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import math
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,61 +29,41 @@ from autoq.cache import cache_dir
 from autoq.calibration import curvature
 from autoq.calibration.text import windows
 from autoq.device import fingerprint, threads
+from autoq.energy.meters import opened
 from autoq.errors import AutoQError, BadInput, ModelRefused, NotFinite, SchemeRefused
 from autoq.measurement import Measurement, Part
 from autoq.methods import Method, QuantizedWeight, Statistics
 from autoq.models import LoadedModel, load
 from autoq.objectives import Objective, TokenChunk, TokenObjective
+from autoq.reference import Reference, make_reference, row_blocks
 from autoq.scheme import Keep, Scheme, parse_scheme
 from autoq.spec import StudySpec
 from autoq.statistics import mean_and_stderr
 from autoq.targets import CostTable, load_target
 
-CHUNK_ELEMENTS = 1 << 20  # logits turned to float32 at a time: 4 MB, which stays in the caches
 CURVATURE_TOKENS = 4096  # more of them changed nothing
 
 
-@dataclass
-class _Reference:
-    """The unquantized model's answers on one part of the data.
+class _Tally:
+    """Objective -> one value per token of some windows (n, tokens), filled in as they are evaluated."""
 
-    `kept` is (windows, tokens, v): probabilities, or inputs of the `head` (v = width) with its original
-    `head_weight`, or an encoder's output. `mass` and `entropy` (windows, tokens) go with probabilities.
+    def __init__(self, objectives: Mapping[str, TokenObjective], data: Tensor) -> None:
+        self.values = {name: torch.full(data.shape, torch.nan, dtype=torch.float64) for name in objectives}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A runtime against the search, on the same `tokens` of the report part.
+
+    `here` is the quality as the search evaluates it, `there` what the runtime's outputs come to.
+    `apart` is the mean KL, in nats per token, of the runtime's distribution from the search's; for an
+    encoder without a head the mean cosine distance.
     """
 
-    kept: Tensor
-    mass: Tensor | None = None
-    entropy: Tensor | None = None
-    head: torch.nn.Module | None = None
-    head_weight: Tensor | None = None
-
-    def rows(self, window: int, rows: slice) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Reference (t, v), mass (t,) and entropy (t,) of some tokens of a window."""
-        kept = self.kept[window, rows]
-        if self.head_weight is not None:
-            bias = getattr(self.head, "bias", None)
-            probabilities = F.linear(kept, self.head_weight, bias).float().softmax(-1)
-            return probabilities, probabilities.sum(-1), _negative_entropy(probabilities)
-        if self.mass is None or self.entropy is None:
-            return kept, None, None
-        return kept, self.mass[window, rows], self.entropy[window, rows]
-
-
-def _negative_entropy(probabilities: Tensor) -> Tensor:
-    """Σ p log p (t,) of probabilities (t, v) that may hold zeros."""
-    entropy: Tensor = torch.special.entr(probabilities).sum(-1)
-    return -entropy
-
-
-def _mapped(shape: tuple[int, ...]) -> Tensor:
-    """An empty bfloat16 tensor whose memory is a file without a name, so the system may page it out."""
-    handle, path = tempfile.mkstemp(prefix="autoq-reference-")
-    os.close(handle)
-    try:
-        storage = torch.UntypedStorage.from_file(path, True, math.prod(shape) * 2)
-    finally:
-        Path(path).unlink()
-    return torch.empty(0, dtype=torch.bfloat16).set_(storage, 0, shape)  # type: ignore[call-overload, no-any-return]
+    here: list[Measurement]
+    there: list[Measurement]
+    apart: float
+    tokens: int
 
 
 @contextlib.contextmanager
@@ -129,7 +102,7 @@ class Evaluator:
         self._hashes: dict[str, str] = {}
         self._path: Path | None = None
         self._calibrated: dict[tuple[str, Scheme], Callable[[Tensor], Tensor] | None] = {}
-        self._reference: tuple[Part, _Reference] | None = None
+        self._reference: tuple[Part, Reference] | None = None
         self._objectives: dict[str, TokenObjective] = {}
         for name in spec.measured:
             objective = plugins.load("objectives", name, Objective)
@@ -171,21 +144,71 @@ class Evaluator:
         """
         if not self._objectives:
             return []
-        weights, activations = self._swappable(assignment)
         reference = self._reference_for(part)
         data = self._part(part)
-        values = {name: torch.full(data.shape, torch.nan, dtype=torch.float64) for name in self._objectives}
-        self.model.swap(weights, activations)
+        tally = _Tally(self._objectives, data)
+        with self._swapped(assignment), torch.inference_mode():
+            for index, window in enumerate(data):
+                self._judge(tally, window, self._outputs(window), reference, index)
+        return self._measurements(tally, part)
+
+    def compare(
+        self, assignment: Assignment, outputs: Callable[[Tensor], Tensor], tokens: int | None = None
+    ) -> Comparison:
+        """Hold a runtime's `outputs`, window (tokens,) -> (tokens, v), against `assignment` in this process.
+
+        Both see the same windows of the report part, `tokens` of them in all (default: every one).
+        Raises `NotFinite` where either gives NaN or infinity.
+        """
+        data = self.parts.report
+        if tokens is not None:
+            data = data[: max(1, -(-tokens // data.shape[1]))]
+        with torch.inference_mode():
+            reference = make_reference(self.model, data, self._share_bytes)
+        here, there = _Tally(self._objectives, data), _Tally(self._objectives, data)
+        apart = 0.0
+        with self._swapped(assignment), torch.inference_mode():
+            for index, window in enumerate(data):
+                expected = self._outputs(window)
+                found = outputs(window).to(expected.device)
+                self._judge(here, window, expected, reference, index)
+                self._judge(there, window, found, reference, index)
+                apart += self._apart(expected, found)
+        return Comparison(
+            self._measurements(here, "report"), self._measurements(there, "report"), apart / len(data), data.numel()
+        )
+
+    def _apart(self, expected: Tensor, found: Tensor) -> float:
+        """Mean over tokens of the KL of `found` from `expected` in nats; of an encoder without a head, of
+        the cosine distance."""
+        total = 0.0
+        for rows in row_blocks(expected):
+            one, two = expected[rows].float(), found[rows].float()
+            if self.info.task == "encoder":
+                total += float((1 - F.cosine_similarity(one.double(), two.double(), dim=-1)).sum())
+            else:
+                total += float(F.kl_div(two.log_softmax(-1), one.log_softmax(-1), log_target=True, reduction="sum"))
+        return total / len(expected)
+
+    @contextlib.contextmanager
+    def _swapped(self, assignment: Assignment) -> Iterator[None]:
+        """The model under `assignment`, then as it was."""
+        self.model.swap(*self._swappable(assignment))
         try:
-            with torch.inference_mode():
-                for index, window in enumerate(data):
-                    output = self.model.outputs(window.unsqueeze(0).to(self.model.device))[0]
-                    for rows, chunk in self._chunks(window, output, reference, index):
-                        for name, objective in self._objectives.items():
-                            values[name][index, rows] = objective.per_token(chunk).double().cpu()
+            yield
         finally:
             self.model.restore()
-        return [self._measurement(name, values[name].numpy(), part) for name in self._objectives]
+
+    def _outputs(self, window: Tensor) -> Tensor:
+        return self.model.outputs(window.unsqueeze(0).to(self.model.device))[0]
+
+    def _judge(self, tally: _Tally, window: Tensor, output: Tensor, reference: Reference, index: int) -> None:
+        for rows, chunk in self._chunks(window, output, reference, index):
+            for name, objective in self._objectives.items():
+                tally.values[name][index, rows] = objective.per_token(chunk).double().cpu()
+
+    def _measurements(self, tally: _Tally, part: Part) -> list[Measurement]:
+        return [self._measurement(name, values.numpy(), part) for name, values in tally.values.items()]
 
     def calibrate(self) -> str:
         """Gather the statistics of the curvature proxy into this node's cache; returns the file.
@@ -220,7 +243,7 @@ class Evaluator:
                 if isinstance(scheme, Keep):
                     found[name][text] = 0.0
                     continue
-                dequantized = self._quantized(name, scheme).dequantize()
+                dequantized = self.quantized(name, scheme).dequantize()
                 dynamic = getattr(scheme, "activation", None) is not None
                 cost = curvature.proxy(statistics, weight, dequantized, dynamic)
                 if not np.isfinite(cost):
@@ -238,7 +261,7 @@ class Evaluator:
             same = (layer.kind, layer.out_features, layer.in_features, layer.has_bias, tuple(texts))
             first = representative.setdefault(same, name)
             if first == name:
-                weights[name] = [self._quantized(name, parse_scheme(text)) for text in texts]
+                weights[name] = [self.quantized(name, parse_scheme(text)) for text in texts]
             else:
                 weights[name] = weights[first]
         return self.target.cost_table(self.model, weights, self.spec.target)
@@ -246,10 +269,23 @@ class Evaluator:
     def time(self, assignment: Assignment) -> list[Measurement]:
         """Latency of the assembled model, end to end on the target."""
         weights = {
-            name: self._quantized(name, scheme) for name, scheme in assignment.items() if not isinstance(scheme, Keep)
+            name: self.quantized(name, scheme) for name, scheme in assignment.items() if not isinstance(scheme, Keep)
         }
         wanted = set(self.spec.measured)
         return [m for m in self.target.time(self.model, weights, self.spec.target) if m.objective in wanted]
+
+    def meter(self, assignment: Assignment) -> list[Measurement]:
+        """Energy of the assembled model by this machine's meters; empty where there are none."""
+        assert self.target.runs_on is not None
+        with opened(self.target.runs_on) as meters:
+            if not meters:
+                return []
+            weights = {
+                name: self.quantized(name, scheme)
+                for name, scheme in assignment.items()
+                if not isinstance(scheme, Keep)
+            }
+            return self.target.meter(self.model, weights, self.spec.target, meters)
 
     # -- the bank ---------------------------------------------------------------------------------
 
@@ -258,7 +294,8 @@ class Evaluator:
             self._hashes[name] = self.bank.weight_hash(self.model.weight(name))
         return self._hashes[name]
 
-    def _quantized(self, name: str, scheme: Scheme) -> QuantizedWeight:
+    def quantized(self, name: str, scheme: Scheme) -> QuantizedWeight:
+        """A layer under `scheme`, from the bank or made now."""
         statistics, calibration = self._statistics_for(name, scheme)
         with _naming(name, scheme):
             return self.bank.quantized(self.model.weight(name).cpu(), self._hash(name), scheme, statistics, calibration)
@@ -323,65 +360,15 @@ class Evaluator:
     def _part(self, part: Part) -> Tensor:
         return self.parts.search if part == "search" else self.parts.report
 
-    def _reference_for(self, part: Part) -> _Reference:
+    def _reference_for(self, part: Part) -> Reference:
         """The reference of a part; only one part's is in memory at a time."""
         if self._reference is None or self._reference[0] != part:
             self._reference = None
             with torch.inference_mode():
-                self._reference = (part, self._make_reference(self._part(part)))
+                self._reference = (part, make_reference(self.model, self._part(part), self._share_bytes))
         return self._reference[1]
 
-    def _make_reference(self, data: Tensor) -> _Reference:
-        if self.info.task == "encoder":
-            states = [self.model.outputs(window.unsqueeze(0).to(self.model.device)) for window in data]
-            return _Reference(torch.cat(states))
-        needed = data.numel() * self.info.vocab_size * 2
-        if needed > self._share_bytes and (kept := self._hidden_states(data)) is not None:
-            return kept
-        shape = (*data.shape, self.info.vocab_size)
-        if needed > self._share_bytes and self.device == "cpu":
-            probabilities = _mapped(shape)
-        else:
-            probabilities = torch.empty(shape, dtype=torch.bfloat16, device=self.model.device)
-        mass, entropy = torch.empty(2, *data.shape, device=self.model.device)
-        for index, window in enumerate(data):
-            output = self.model.outputs(window.unsqueeze(0).to(self.model.device))[0]
-            for rows in self._row_blocks(output):
-                rounded = output[rows].float().softmax(-1).to(torch.bfloat16)
-                probabilities[index, rows] = rounded
-                exact = rounded.float()
-                mass[index, rows] = exact.sum(-1)
-                entropy[index, rows] = _negative_entropy(exact / mass[index, rows].unsqueeze(-1))
-        return _Reference(probabilities, mass, entropy)
-
-    def _hidden_states(self, data: Tensor) -> _Reference | None:
-        """The reference as inputs of the head, or None where logits are more than the head's product
-        (a soft cap, a scale), which is tried out on the first window."""
-        head = self.model.model.get_output_embeddings()  # type: ignore[operator]
-        if not isinstance(head, torch.nn.Module):
-            return None
-        states: list[Tensor] = []
-        handle = head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0][0]))
-        weight = head.weight.data
-        assert isinstance(weight, Tensor)
-        try:
-            for index, window in enumerate(data):
-                logits = self.model.outputs(window.unsqueeze(0).to(self.model.device))[0]
-                if index == 0:
-                    again = F.linear(states[0], weight, getattr(head, "bias", None))
-                    if again.shape != logits.shape or not torch.allclose(again, logits, rtol=1e-2, atol=1e-2):
-                        return None
-        finally:
-            handle.remove()
-        return _Reference(torch.stack(states), head=head, head_weight=weight)
-
     # -- tokens -----------------------------------------------------------------------------------
-
-    @staticmethod
-    def _row_blocks(output: Tensor) -> Iterator[slice]:
-        step = max(1, CHUNK_ELEMENTS // output.shape[-1])
-        for start in range(0, output.shape[0], step):
-            yield slice(start, min(start + step, output.shape[0]))
 
     def _next_tokens(self, window: Tensor) -> Tensor:
         """What each position is to predict; a sequence-to-sequence decoder's input is already shifted."""
@@ -393,10 +380,10 @@ class Evaluator:
         return nothing.expand_as(window)
 
     def _chunks(
-        self, window: Tensor, output: Tensor, reference: _Reference, index: int
+        self, window: Tensor, output: Tensor, reference: Reference, index: int
     ) -> Iterator[tuple[slice, TokenChunk]]:
         next_tokens = self._next_tokens(window).to(output.device)
-        for rows in self._row_blocks(output):
+        for rows in row_blocks(output):
             values = output[rows].float()
             normalizer = None if self.info.task == "encoder" else values.logsumexp(-1)
             if not torch.isfinite(values if normalizer is None else normalizer).all():

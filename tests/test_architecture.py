@@ -21,9 +21,20 @@ MAPPED = {"workers": "autoq.workers", "studies": "autoq.studies", "dashboards": 
 
 VOCABULARY = {
     *("errors", "scheme", "layer", "assignment", "measurement", "statistics", "plugins"),
-    *("spec", "spec_errors", "strict_yaml", "cache", "device"),
+    *("spec", "spec_errors", "strict_yaml", "cache", "device", "energy"),
 }
-NUMBERS = {"methods", "targets", "kernels", "models", "calibration", "objectives", "bank", "evaluation", "workers"}
+NUMBERS = {
+    "methods",
+    "targets",
+    "kernels",
+    "models",
+    "calibration",
+    "objectives",
+    "bank",
+    "evaluation",
+    "reference",
+    "workers",
+}
 
 # room -> what its modules may import at any time, besides the vocabulary and themselves
 IMPORTS: dict[str, set[str]] = {
@@ -36,9 +47,12 @@ IMPORTS: dict[str, set[str]] = {
     "calibration": {"models"},
     "objectives": {"targets"},
     "bank": {"methods"},
-    "evaluation": {"methods", "models", "targets", "calibration", "objectives", "bank"},
+    "reference": {"models"},
+    "evaluation": {"methods", "models", "targets", "calibration", "objectives", "bank", "reference"},
     "workers": {"search.executors"},
-    "search": {"store", "objectives", "targets", "methods", "models", "evaluation"},
+    "recipes": {"methods", "targets", "kernels", "shipping.manifest"},
+    "search": {"recipes", "store", "objectives", "targets", "methods", "models", "evaluation"},
+    "shipping": {"targets", "display"},
     "study": {"store"},
     "display": {"store", "search.observer"},
     "doctor": {"store"},
@@ -54,16 +68,18 @@ LAZY: dict[str, set[str]] = {
     "targets": {"methods", "models"},
     "workers": {"evaluation"},
     "search": {"calibration"},
-    "study": {"search", "display", "dashboards"},
+    "shipping": {"evaluation", "models"},
+    "study": {"search", "display", "dashboards", "shipping"},
     "doctor": {"targets"},
-    "cli": {"store", "search", "study", "doctor", "dashboards", "service", "objectives", "targets"},
+    "cli": {"store", "search", "study", "doctor", "dashboards", "service", "objectives", "targets", "shipping"},
     "service": {"search", "dashboards"},
 }
 
 # room -> what its modules may import besides, under `if TYPE_CHECKING:` only
 TYPING: dict[str, set[str]] = {
     "cli": {"store", "search", "study"},
-    "display": {"search"},
+    "display": {"search", "shipping"},
+    "shipping": {"store", "evaluation", "methods"},
 }
 
 # package -> the rooms that may import it at any time; elsewhere it must not be imported at all
@@ -92,7 +108,19 @@ PACKAGES: dict[str, set[str]] = {
 }
 
 # modules whose start-up everyone pays for: these packages only inside their functions
-LEAN = {"cli", "display", "doctor", "study", "store", "search", "service", "targets", "vocabulary"}
+LEAN = {
+    "cli",
+    "recipes",
+    "shipping",
+    "display",
+    "doctor",
+    "study",
+    "store",
+    "search",
+    "service",
+    "targets",
+    "vocabulary",
+}
 HEAVY = {"torch", "transformers", "optuna", "pandas", "plotly", "alembic", "ray"}
 # Optuna lives in two places of search, which the controller imports when a study runs.
 HEAVY_ALLOWED = ("autoq.search.samplers", "autoq.search.optuna_study", "autoq.store.migrations")

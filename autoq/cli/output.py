@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from autoq.errors import BadInput
+from autoq.errors import BadInput, NotFound
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -66,6 +66,19 @@ def baselines(store: Store, study: StudyRecord) -> list[TrialRecord]:
     """The complete uniform baselines of a study."""
     first = store.trials(study.id, states=("complete",), limit=PLANNED)
     return [trial for trial in first if trial.baseline is not None]
+
+
+def named_trial(store: Store, study: StudyRecord, text: str) -> TrialRecord:
+    """A trial by its number or by its baseline's name; a duplicate gives the trial that has its values."""
+    if text.isdecimal():
+        trial = store.trial(study.id, int(text))
+    else:
+        named = {trial.baseline: trial.number for trial in baselines(store, study) if trial.baseline}
+        if text not in named:
+            known = ", ".join(sorted(named)) or "(there are none)"
+            raise NotFound(f"study {study.name!r} has no trial {text!r}; give a number, or a baseline: {known}")
+        trial = store.trial(study.id, named[text])
+    return trial if trial.duplicate_of is None else store.trial(study.id, trial.duplicate_of)
 
 
 def print_frontier(

@@ -83,6 +83,7 @@ def _run(store: Store, study_id: int, db: str, quiet: bool, as_json: bool) -> No
         "autoq search demo",
         "autoq search studies/my.yaml --trials 200 --name second-try",
         "autoq search demo --set space.bits=[4,8] --set budget.wall_time=10m",
+        "autoq search demo --seed-from ./exported --seed-from quantize_config.json",
         "autoq search cluster --workers 8 --db postgresql+psycopg://host/autoq",
     )
 )
@@ -96,6 +97,13 @@ def search(
     assign: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change a field of the spec; may be repeated."),
+    ] = None,
+    seed_from: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH",
+            help="Try an assignment made elsewhere first: an export, a GGUF file, a tool's recipe; may be repeated.",
+        ),
     ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -113,6 +121,7 @@ def search(
     changes += [f"budget.trials={trials}"] if trials is not None else []
     changes += [f"name={json.dumps(name)}"] if name is not None else []
     wanted = load_spec(spec, changes)
+    wanted = wanted.model_copy(update={"recipes": (*wanted.recipes, *(seed_from or ()))})
     if not quiet:
         # What comes next imports the model's library, which takes seconds.
         sys.stderr.write(f"checking {wanted.name} against {wanted.model.id} and {wanted.target.name}\n")

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from autoq.cli.app import DEFAULT_DB, Db, Json, StudyArgument, app, examples
-from autoq.cli.output import baselines, document, open_store, pairs, print_frontier, print_json, show
-from autoq.errors import BadInput, NotFound
+from autoq.cli.output import document, named_trial, open_store, pairs, print_frontier, print_json, show
+from autoq.errors import BadInput
 
 if TYPE_CHECKING:
     from autoq.layer import Layer
-    from autoq.store import Store, StudyRecord, TrialRecord
+    from autoq.store import Store, StudyRecord
 
 Maximum = Annotated[
     list[str] | None, typer.Option("--max", metavar="OBJECTIVE=VALUE", help="Upper limit; may be repeated.")
@@ -133,19 +133,6 @@ def pick(
     sys.stdout.write(yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=1000))
 
 
-def _named_trial(store: Store, study: StudyRecord, text: str) -> TrialRecord:
-    """A trial by its number or by its baseline's name; a duplicate gives the trial that has its values."""
-    if text.isdecimal():
-        trial = store.trial(study.id, int(text))
-    else:
-        named = {trial.baseline: trial.number for trial in baselines(store, study) if trial.baseline}
-        if text not in named:
-            known = ", ".join(sorted(named)) or "(there are none)"
-            raise NotFound(f"study {study.name!r} has no trial {text!r}; give a number, or a baseline: {known}")
-        trial = store.trial(study.id, named[text])
-    return trial if trial.duplicate_of is None else store.trial(study.id, trial.duplicate_of)
-
-
 def _layers(store: Store, study: StudyRecord) -> dict[str, Layer] | None:
     """The layers' shapes as the study's creation stored them; None for a study without them."""
     from autoq.layer import Layer
@@ -172,7 +159,7 @@ def diff(
 
     with open_store(db) as store:
         record = store.study(study)
-        left, right = _named_trial(store, record, a), _named_trial(store, record, b)
+        left, right = named_trial(store, record, a), named_trial(store, record, b)
         found = display.document(record, left, right, _layers(store, record))
     if as_json:
         print_json(found)

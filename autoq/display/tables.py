@@ -15,6 +15,7 @@ from autoq.display import numbers
 from autoq.display.compare import gains, sort_objective, twins
 
 if TYPE_CHECKING:
+    from autoq.shipping.verify import Check
     from autoq.store import StudyRecord, StudySummary, TrialRecord
 
 _SPLIT_ABOVE = 11  # longer headers are set in two lines
@@ -223,3 +224,11 @@ def _moment(moment: datetime) -> str:
 def choices(rows: Sequence[tuple[str, str]], what: str) -> list[RenderableType]:
     """Names with one line each."""
     return [plain([what, ""], rows)]
+
+
+def verification(checks: Sequence[Check]) -> list[RenderableType]:
+    """What was promised beside what was found, and what each comparison rests on."""
+    signs = {True: "ok", False: "DIFFERS", None: "--"}
+    rows = [(check.name, check.promised, check.found, signs[check.ok]) for check in checks]
+    notes = [f"{check.name}: {check.note}" for check in checks if check.note]
+    return [plain(["", "promised", "found", ""], rows), *(Text(note, style="dim") for note in notes)]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from autoq.layer import Layer
-from autoq.scheme import Activation, Granularity, Integer, Scheme, ZeroPoint
+from autoq.scheme import Activation, FloatFormat, Granularity, Integer, Scheme, ZeroPoint
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Grid:
     granularities: tuple[Granularity, ...]
     zero_points: tuple[ZeroPoint, ...]
     activations: tuple[Activation | None, ...] = (None,)
+    formats: tuple[FloatFormat, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from autoq.scheme import Float, PerTensor
 
 # E2M1 has one sign, two exponent and one mantissa bit: code & 7 is the magnitude, code & 8 the sign.
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-E8M0_BIAS = 127
+_MANTISSA_BITS = 23  # of float32
 
 
 def float_tensors(scheme: Float, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -29,6 +29,12 @@ def float_tensors(scheme: Float, shape: tuple[int, int]) -> dict[str, tuple[tupl
         "scales": ((rows, columns // 16), torch.float8_e4m3fn),
         "global_scale": ((1,), torch.float32),
     }
+
+
+def power_of_two(exponents: Tensor) -> Tensor:
+    """E8M0 codes as float32: 2^(code - 127). By bits, for the least of them is subnormal."""
+    codes = exponents.to(torch.int32)
+    return torch.where(codes > 0, codes << _MANTISSA_BITS, 1 << (_MANTISSA_BITS - 1)).view(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class FloatWeight(QuantizedWeight):
     def scales(self) -> Tensor:
         """What each group's codes are multiplied by, (out, groups) float32."""
         stored = self.tensors["scales"]
-        scales = torch.exp2(stored.float() - E8M0_BIAS) if self._float.format == "mxfp4" else stored.float()
+        scales = power_of_two(stored) if self._float.format == "mxfp4" else stored.float()
         if "global_scale" in self.tensors:
             scales = scales * self.tensors["global_scale"]
         return scales.expand(self.shape[0], scales.shape[1])

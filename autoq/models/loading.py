@@ -36,7 +36,7 @@ def load(spec: ModelSpec, device: str = "cpu") -> LoadedModel:
         if not float32_patterns(build(spec, folder, config)[0], spec.dtype):
             folder = conversion.recast(spec.id, folder, spec.dtype)
         model = _read_weights(spec, folder, config)
-        tokenizer = _read_tokenizer(spec, folder)
+        tokenizer = read_tokenizer(spec, folder)
     _check_ties(spec, model, info)
     model.requires_grad_(False)
     return LoadedModel(model.to(device), tokenizer, info)
@@ -78,7 +78,8 @@ def _check_ties(spec: ModelSpec, model: Any, info: ModelInfo) -> None:
             raise ModelRefused(f"model {spec.id!r} ties {', '.join(layer.tied)} to {layer.name} but stores two weights")
 
 
-def _read_tokenizer(spec: ModelSpec, folder: Path) -> Any:
+def read_tokenizer(spec: ModelSpec, folder: Path) -> Any:
+    """The tokenizer in a checked folder. Raises `ModelRefused`."""
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as problem:

@@ -1,8 +1,9 @@
 """Objectives: one measured quantity each, with unit and direction, one file each.
 
-Three kinds. A `TokenObjective` maps the model's outputs to one value per token. A `TableObjective` is
+Four kinds. A `TokenObjective` maps the model's outputs to one value per token. A `TableObjective` is
 computed exactly from the assignment. A `LatencyObjective` is predicted from the target's table while
-searching and timed end to end for reporting. To add one, write `autoq/objectives/NAME.py` with one
+searching and timed end to end for reporting. An `EnergyObjective` is estimated for the target while
+searching and metered for reporting, where there are meters. To add one, write `autoq/objectives/NAME.py` with one
 concrete subclass; the file's name is the objective's name.
 """
 
@@ -14,9 +15,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from autoq.assignment import Assignment
+from autoq.energy.estimate import Estimate
 from autoq.layer import ModelInfo, Task
 from autoq.measurement import Measurement
-from autoq.targets import CostTable
+from autoq.spec import TargetSpec
+from autoq.targets import CostTable, Target
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,10 +103,23 @@ class LatencyObjective(Objective):
         return _wrong_task(self.tasks, info)
 
 
+class EnergyObjective(Objective):
+    """Joules on the target: estimated from the work of a token, then metered end to end."""
+
+    @abc.abstractmethod
+    def estimate(self, info: ModelInfo, assignment: Assignment, workload: TargetSpec, target: Target) -> Estimate:
+        """The value for `assignment`, and what it was estimated for; layers it does not name keep their weights."""
+
+
 def computed(
-    objectives: Mapping[str, Objective], info: ModelInfo, assignment: Assignment, costs: CostTable | None
+    objectives: Mapping[str, Objective],
+    info: ModelInfo,
+    assignment: Assignment,
+    costs: CostTable | None,
+    workload: TargetSpec,
+    target: Target,
 ) -> list[Measurement]:
-    """Measurements that need no model: sizes exactly, latencies as predicted by `costs`."""
+    """Measurements that need no model: sizes exactly, latencies as predicted by `costs`, energy as estimated."""
     found = []
     for name, objective in objectives.items():
         if isinstance(objective, TableObjective):
@@ -113,4 +129,11 @@ def computed(
             assert costs is not None, name
             value = costs.predict(name, assignment)
             found.append(Measurement(name, value, objective.unit, "predicted", "search", device=costs.device))
+        elif isinstance(objective, EnergyObjective):
+            found.append(_estimated(name, objective, objective.estimate(info, assignment, workload, target)))
     return found
+
+
+def _estimated(name: str, objective: Objective, estimate: Estimate) -> Measurement:
+    device, detail = estimate.device, estimate.detail
+    return Measurement(name, estimate.joules, objective.unit, "computed", "search", device=device, detail=detail)

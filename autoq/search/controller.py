@@ -138,7 +138,8 @@ class _Run:
                 "trials": self.spec.budget.trials,
             },
         )
-        self.plan, self.costs = make_plan(self.problem, self.store, self.study.id, self.executor, self.observer)
+        device = f"{facts['device']}, {facts['threads']} threads"
+        self.plan, self.costs = make_plan(self.problem, self.store, self.study.id, self.executor, self.observer, device)
         self._restore()
         self._search()
         self._refuse_nothing()
@@ -318,7 +319,8 @@ class _Run:
         self.observer.trial(stored, self.done, self.spec.budget.trials)
 
     def _complete(self, quality: Sequence[Measurement], assignment: Assignment) -> list[Measurement]:
-        tables = computed(self.problem.objectives, self.problem.info, assignment, self.costs)
+        problem = self.problem
+        tables = computed(problem.objectives, problem.info, assignment, self.costs, self.spec.target, problem.target)
         by_name = {m.objective: m for m in [*quality, *tables]}
         return [by_name[name] for name in self.spec.measured]
 

@@ -2,7 +2,9 @@
 
 Nothing is selected again by these values; they say what the selection is worth.
 
-A machine's speed drifts over minutes by more than it varies within a run, so every point is timed in
+A machine's speed drifts over minutes by more than it varies within a run. So a target times every point
+in turns with the unquantized model, and what is stored is their ratio times the unquantized model's
+latency in the study's table: all points of a study at one speed of the machine. Every point is timed in
 `SWEEPS` sweeps over all points, every other one in reverse order. The value is the mean of the sweeps,
 and how far they disagree is part of its standard error.
 """
@@ -13,12 +15,14 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from autoq.measurement import Measurement
 from autoq.search.executors import Executor, Job, completed
 from autoq.search.observer import Observer
 from autoq.search.setup import Problem
 from autoq.store import Store, TrialRecord
+from autoq.targets import UNQUANTIZED
 
 SWEEPS = 2
 
@@ -35,13 +39,16 @@ def report(problem: Problem, store: Store, study_id: int, executor: Executor, ob
     left with its search values.
     """
     points = _points(problem, store, study_id)
-    sweeps = SWEEPS if problem.latencies else 0
-    observer.stage("report", len(points) * (bool(problem.qualities) + sweeps))
+    sweeps = SWEEPS if problem.timed else 0
+    metered = bool(problem.energies) and problem.target.runs_on is not None
+    observer.stage("report", len(points) * (bool(problem.qualities) + sweeps + metered))
     stage = _Stage(store, study_id, executor, observer)
     if problem.qualities:
         stage.measure(points, problem.qualities)
     for sweep in range(sweeps):
-        stage.time(points if sweep % 2 == 0 else points[::-1], problem.latencies, sweep)
+        stage.time(points if sweep % 2 == 0 else points[::-1], problem.timed, sweep)
+    if metered:
+        stage.meter(points, problem.energies)
 
 
 def _points(problem: Problem, store: Store, study_id: int) -> list[TrialRecord]:
@@ -58,6 +65,22 @@ def _points(problem: Problem, store: Store, study_id: int) -> list[TrialRecord]:
     return [trial for trial in complete if trial.number in numbers or trial.baseline]
 
 
+def at_table_speed(measured: Measurement, costs: Mapping[str, Any] | None) -> Measurement:
+    """A latency as it would be at the machine's speed when the study's table was timed.
+
+    `costs` is the stored table. What the clock said stays in the detail as `clock_ms`. A measurement
+    without the unquantized model beside it is given back as it is.
+    """
+    reference = ((costs or {}).get("detail", {}).get(UNQUANTIZED) or {}).get(measured.objective)
+    beside = measured.detail.get(UNQUANTIZED)
+    if not reference or not beside:
+        return measured
+    speed = reference / beside
+    detail = {**measured.detail, UNQUANTIZED: reference, "clock_ms": measured.value}
+    stderr = None if measured.stderr is None else measured.stderr * speed
+    return dataclasses.replace(measured, value=measured.value * speed, stderr=stderr, detail=detail)
+
+
 def combined(sweeps: Sequence[float], latest: Measurement) -> Measurement:
     """One latency from the values of its sweeps, the last of which is `latest`.
 
@@ -70,12 +93,21 @@ def combined(sweeps: Sequence[float], latest: Measurement) -> Measurement:
     return dataclasses.replace(latest, value=value, stderr=math.hypot(within, between), detail=detail)
 
 
+def _beside_prediction(measured: Measurement, trial: TrialRecord) -> Measurement:
+    """A latency with what the study's table had predicted for it in its detail."""
+    predicted = trial.measurements.get((measured.objective, "search"))
+    if predicted is None or predicted.kind != "predicted":
+        return measured
+    return dataclasses.replace(measured, detail={**measured.detail, "predicted_ms": predicted.value})
+
+
 class _Stage:
     """Runs the report's jobs and stores what comes back."""
 
     def __init__(self, store: Store, study_id: int, executor: Executor, observer: Observer) -> None:
         self.store, self.study_id = store, study_id
         self.executor, self.observer = executor, observer
+        self.costs: Mapping[str, Any] | None = store.table(study_id, "costs")
 
     def measure(self, points: Sequence[TrialRecord], objectives: Sequence[str]) -> None:
         """Quality of `points` on the report part."""
@@ -101,6 +133,17 @@ class _Stage:
                 jobs[job.key] = (job, trial)
         self._run(jobs)
 
+    def meter(self, points: Sequence[TrialRecord], objectives: Sequence[str]) -> None:
+        """Energy of `points`, one assignment at a time, where the workers' machine has meters."""
+        jobs = {}
+        for trial in points:
+            if all((name, "report") in trial.measurements for name in objectives):
+                self.observer.advance()
+            else:
+                job = Job(f"meter-{trial.number}", "meter", {"assignment": trial.assignment}, exclusive=True)
+                jobs[job.key] = (job, trial)
+        self._run(jobs)
+
     def _run(self, jobs: Mapping[str, tuple[Job, TrialRecord]]) -> None:
         for result in completed(self.executor, [job for job, _ in jobs.values()]):
             job, trial = result.job, jobs[result.job.key][1]
@@ -108,7 +151,7 @@ class _Stage:
                 self._note(trial, f"{job.action} for the report failed: {result.failure.message}")
             elif not all(map(is_finite, result.value)):
                 self._note(trial, f"{job.action} for the report is not finite")
-            else:
+            elif result.value:  # a machine without meters has nothing to say
                 self._store(trial, job.action, result.value)
             self.observer.advance()
 
@@ -119,6 +162,9 @@ class _Stage:
         if action == "time":
             stored = self.store.trial(self.study_id, trial.number).measurements
             past = {name: m.detail.get("sweeps", []) for (name, part), m in stored.items() if part == "report"}
-            measurements = [combined([*past.get(m.objective, []), m.value], m) for m in measurements]
+            steady = [at_table_speed(m, self.costs) for m in measurements]
+            measurements = [
+                _beside_prediction(combined([*past.get(m.objective, []), m.value], m), trial) for m in steady
+            ]
         self.store.add_measurements(trial.id, measurements)
         self.observer.reported(self.store.trial(self.study_id, trial.number))

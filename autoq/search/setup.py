@@ -2,22 +2,25 @@
 
 `create_study` checks a spec against the model's skeleton and the target, before any weight is loaded
 and before anything is written. `make_plan` has the workers gather sensitivities and latency costs and
-turns them into the plan: baselines and seeds. Both tables and the plan are stored, so that a resumed
+turns them into the plan: baselines, recipes and seeds. Both tables and the plan are stored, so that a resumed
 study goes on with the same numbers.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import itertools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from autoq import errors, models, plugins
+from autoq import errors, models, plugins, recipes
 from autoq.assignment import Assignment
 from autoq.errors import AutoQError, BadInput, SpecError
 from autoq.layer import ModelInfo
-from autoq.objectives import LatencyObjective, Objective, TableObjective, TokenObjective
+from autoq.objectives import EnergyObjective, LatencyObjective, Objective, TableObjective, TokenObjective
 from autoq.search import seeds
 from autoq.search.executors import Executor, Job, Result, completed
 from autoq.search.observer import Observer
@@ -61,6 +64,16 @@ class Problem:
     def latencies(self) -> list[str]:
         """The latency objectives that the study measures."""
         return [name for name, objective in self.objectives.items() if isinstance(objective, LatencyObjective)]
+
+    @property
+    def timed(self) -> list[str]:
+        """Those of them that the target can time here, and does not only predict."""
+        return [] if self.target.predicts_only else self.latencies
+
+    @property
+    def energies(self) -> list[str]:
+        """The energy objectives that the study measures."""
+        return [name for name, objective in self.objectives.items() if isinstance(objective, EnergyObjective)]
 
     @property
     def qualities(self) -> list[str]:
@@ -119,25 +132,29 @@ def create_study(store: Store, spec: StudySpec) -> StudyRecord:
         from autoq.calibration.text import load_text
 
         load_text(spec.data)
+    proposals = _read_recipes(problem)
     facts = [(name, problem.objectives[name].unit, problem.objectives[name].direction) for name in spec.objectives]
     study = store.create_study(spec, facts)
+    _save_recipes(store, study.id, proposals)
     # Readers of the store know no model: this is what a difference of two trials is priced by.
     store.put_table(study.id, "layers", {layer.name: asdict(layer) for layer in problem.info.layers})
     return study
 
 
 def make_plan(
-    problem: Problem, store: Store, study_id: int, executor: Executor, observer: Observer
+    problem: Problem, store: Store, study_id: int, executor: Executor, observer: Observer, device: str
 ) -> tuple[list[Proposal], CostTable | None]:
-    """Baselines and seeds, and the latency table if the study needs one; all stored.
+    """Baselines, recipes and seeds, and the latency table if the study needs one; all stored.
 
-    Stages that a former, interrupted run of the study finished are read from the store.
+    `device` is what the workers say of the machine that they time on. Stages that a former, interrupted
+    run of the study finished are read from the store.
     """
-    costs = _costs(problem, store, study_id, executor, observer)
+    made_elsewhere = _recipes(problem, store, study_id)
+    costs = _costs(problem, store, study_id, executor, observer, made_elsewhere, device)
     stored = store.study(study_id).plan
     if stored:
         return [Proposal.from_json(entry) for entry in stored["proposals"]], costs
-    plan = _baselines(problem)
+    plan = [*_baselines(problem), *made_elsewhere]
     wanted = problem.spec.sampler.seeds
     if wanted is None:
         wanted = max(0, problem.spec.budget.trials - len(plan)) // 2
@@ -147,12 +164,12 @@ def make_plan(
         fixed = sum(v.nbytes(v.choices[0]) for v in problem.space.variables)
         others = _size(problem, [0] * len(problem.space.variables)) - fixed
         limit = bound.max - others if bound is not None and bound.max is not None else None
-        for indices in seeds.proposals(problem.space, sensitivities, costs, problem.latencies, wanted, limit):
-            plan.append(Proposal(problem.space.assignment(indices)))
-    found: dict[str, Proposal] = {}
+        found = seeds.proposals(problem.space, sensitivities, costs, problem.latencies, wanted, limit)
+        plan += [Proposal(problem.space.assignment(indices)) for indices in found]
+    first: dict[str, Proposal] = {}
     for proposal in plan:
-        found.setdefault(proposal.assignment.hash, proposal)
-    unique = list(found.values())
+        first.setdefault(proposal.assignment.hash, proposal)
+    unique = list(first.values())
     store.save_plan(study_id, {"proposals": [proposal.to_json() for proposal in unique]})
     return unique, costs
 
@@ -170,7 +187,38 @@ def _baselines(problem: Problem) -> list[Proposal]:
         assignment = problem.space.uniform(preference, refuses)
         # A baseline that nothing can run is the unquantized model again: its first name stays.
         found.setdefault(assignment.hash, Proposal(assignment, name))
+    for name, schemes in problem.target.presets(problem.info).items():
+        assignment = problem.space.assignment_of(schemes)
+        found.setdefault(assignment.hash, Proposal(assignment, name))
     return list(found.values())
+
+
+def _read_recipes(problem: Problem) -> list[Proposal]:
+    """The spec's recipes as baselines, each of its own name. Raises `RecipeRefused`."""
+    found: dict[str, Proposal] = {}
+    for path in problem.spec.recipes:
+        recipe = recipes.read(path, problem.info, problem.target)
+        names = (f"recipe:{recipe.name}" + (f"-{i}" if i > 1 else "") for i in itertools.count(1))
+        name = next(name for name in names if name not in found)
+        found[name] = Proposal(recipe.assignment, name)
+    return list(found.values())
+
+
+def _save_recipes(store: Store, study_id: int, proposals: Sequence[Proposal]) -> None:
+    if proposals:
+        store.put_table(study_id, "recipes", [proposal.to_json() for proposal in proposals])
+
+
+def _recipes(problem: Problem, store: Store, study_id: int) -> list[Proposal]:
+    """The recipes as they were when the study was created: their files may be gone or changed by now."""
+    if not problem.spec.recipes:
+        return []
+    if (stored := store.table(study_id, "recipes")) is not None:
+        return [Proposal.from_json(entry) for entry in stored]
+    # The process that created the study ended between two writes.
+    proposals = _read_recipes(problem)
+    _save_recipes(store, study_id, proposals)
+    return proposals
 
 
 def _sensitivities(
@@ -197,24 +245,65 @@ def _sensitivities(
     return table
 
 
-def _costs(problem: Problem, store: Store, study_id: int, executor: Executor, observer: Observer) -> CostTable | None:
+def _costs(
+    problem: Problem,
+    store: Store,
+    study_id: int,
+    executor: Executor,
+    observer: Observer,
+    made_elsewhere: Sequence[Proposal],
+    device: str,
+) -> CostTable | None:
     if not problem.latencies:
         return None
     if (stored := store.table(study_id, "costs")) is not None:
         return CostTable(**stored)
     observer.stage("time", 1)
+    choices = _timed_choices(problem, made_elsewhere)
+    table: CostTable
+    if problem.target.predicts_only:
+        table = problem.target.predicted_costs(problem.info, choices, problem.spec.target)
+    elif (shared := _shared_costs(problem, store, choices, device)) is not None:
+        table = shared
+    else:
+        table = run_job(executor, Job("costs", "cost_table", {"choices": choices}, exclusive=True)).value
+        store.put_costs(_costs_key(problem, device), device, asdict(table))
+    store.put_table(study_id, "costs", asdict(table))
+    observer.advance()
+    return table
+
+
+def _costs_key(problem: Problem, device: str) -> str:
+    """What a latency table depends on beside the choices that it covers."""
+    layers = [asdict(layer) for layer in problem.info.layers]
+    workload = problem.spec.target.model_dump()
+    told = [device, problem.target.runtime(), problem.info.architecture, problem.info.dtype, workload, layers]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _shared_costs(
+    problem: Problem, store: Store, choices: Mapping[str, Sequence[str]], device: str
+) -> CostTable | None:
+    """The table that an earlier study timed on this device, if it covers all choices."""
+    stored = store.costs(_costs_key(problem, device))
+    table = None if stored is None else CostTable(**stored)
+    return table if table is not None and table.covers(choices, problem.latencies) else None
+
+
+def _timed_choices(problem: Problem, made_elsewhere: Sequence[Proposal]) -> dict[str, list[str]]:
+    """Layer -> the schemes that the study may need the latency of."""
     refuses = refusal(problem.spec.target.name, problem.target)
     choices = {}
     baselines = [scheme for preference in problem.target.baselines().values() for scheme in preference]
+    presets = list(problem.target.presets(problem.info).values())
     for layer in problem.info.layers:
         searched = problem.space.choices.get(layer.name)
         # A baseline may use schemes that the study does not search, and any layer may be kept.
         more = ["keep", *(str(s) for s in baselines if refuses(layer, s) is None)] if searched else ["keep"]
+        more += [str(schemes[layer.name]) for schemes in presets if searched]
+        more += [str(proposal.assignment[layer.name]) for proposal in made_elsewhere]
         choices[layer.name] = list(dict.fromkeys([*(str(s) for s in searched or ()), *more]))
-    table: CostTable = run_job(executor, Job("costs", "cost_table", {"choices": choices}, exclusive=True)).value
-    store.put_table(study_id, "costs", asdict(table))
-    observer.advance()
-    return table
+    return choices
 
 
 def run_job(executor: Executor, job: Job) -> Result:

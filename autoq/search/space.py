@@ -71,6 +71,10 @@ class SearchSpace:
             schemes |= {layer.name: variable.choices[index] for layer in variable.layers}
         return Assignment(schemes)
 
+    def assignment_of(self, schemes: Mapping[str, Scheme]) -> Assignment:
+        """`schemes` (layer -> scheme, of every layer) on the layers that are searched; all others are kept."""
+        return Assignment({**self._kept, **{name: schemes[name] for name in self.choices}})
+
     def indices(self, assignment: Assignment) -> list[int] | None:
         """The choice indices of an assignment, or None if it lies outside of the space."""
         found = []
@@ -172,6 +176,7 @@ def _grid(section: SpaceSpec | OverrideSpec, default: Grid) -> Grid:
         else default.granularities,
         zero_points=section.zero_points or default.zero_points,
         activations=activations or default.activations,
+        formats=default.formats,
     )
 
 

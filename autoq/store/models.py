@@ -15,7 +15,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.types import TypeDecorator
 
-SCHEMA = "0001"  # the newest revision in migrations/versions
+SCHEMA = "0002"  # the newest revision in migrations/versions
 VERSION_TABLE = "autoq_schema"  # not Alembic's default name, which other tools' databases have too
 
 
@@ -152,4 +152,14 @@ tables = sa.Table(
     sa.Column("study_id", sa.ForeignKey("studies.id", ondelete="CASCADE"), primary_key=True),
     sa.Column("name", sa.String(64), primary_key=True),
     sa.Column("body", Json, nullable=False),
+)
+
+# Latency tables that studies share: a machine times a model's layers once.
+costs = sa.Table(
+    "costs",
+    metadata,
+    sa.Column("key", sa.String(64), primary_key=True),
+    sa.Column("device", sa.Text, nullable=False),
+    sa.Column("body", Json, nullable=False),
+    sa.Column("created_at", Moment, nullable=False),
 )

@@ -125,6 +125,16 @@ class Store:
             t = m.tables.c
             return connection.execute(sa.select(t.body).where(t.study_id == study_id, t.name == name)).scalar()
 
+    def put_costs(self, key: str, device: str, body: Any) -> None:
+        """Store or replace the latency table that `key` stands for: device, runtime, workload and layers."""
+        with self._database.writing() as connection:
+            writing.put_costs(connection, key, device, body)
+
+    def costs(self, key: str) -> Any:
+        """The latency table of `key` as `put_costs` got it, None if there is none."""
+        with self._database.reading() as connection:
+            return connection.execute(sa.select(m.costs.c.body).where(m.costs.c.key == key)).scalar()
+
     # Trials: written by the study's controller
 
     def start_trial(

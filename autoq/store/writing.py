@@ -318,3 +318,16 @@ def _update_frontier(connection: sa.Connection, study: _Locked, trial_id: int, p
         connection.execute(sa.update(t).where(t.c.id.in_(removed)).values(changed=study.change))
     if added:
         connection.execute(sa.insert(f).values(study_id=study.id, trial_id=trial_id, point=list(point)))
+
+
+def put_costs(connection: sa.Connection, key: str, device: str, body: Any) -> None:
+    """Store or replace a latency table. Of two studies that time the same at once, either may win."""
+    c = m.costs
+    values = {"device": device, "body": body, "created_at": _now()}
+    if connection.execute(sa.update(c).where(c.c.key == key).values(**values)).rowcount:
+        return
+    try:
+        with connection.begin_nested():
+            connection.execute(sa.insert(c).values(key=key, **values))
+    except exc.IntegrityError:
+        pass  # Another study stored its own since.

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from autoq import plugins
 from autoq.assignment import Assignment
+from autoq.energy.estimate import HOST, Estimate, per_token
+from autoq.energy.meters import Meter, Part
 from autoq.errors import AutoQError, SpecError
 from autoq.layer import Layer, ModelInfo
 from autoq.measurement import Measurement
@@ -116,12 +118,14 @@ class Target(abc.ABC):
     `latencies` are the latency objectives that it can time (or predict, if `predicts_only`).
     `logits_tolerance` is the largest KL, in nats per token, between the searched model and the reloaded
     export that can be rounding: what the runtime computes otherwise than the evaluation did.
+    `runs_on` is the part of this machine whose meters tell the target's energy, if `meter` asks them.
     """
 
     fuses: ClassVar[bool] = False
     latencies: ClassVar[frozenset[str]] = frozenset()
     predicts_only: ClassVar[bool] = False
     logits_tolerance: ClassVar[float] = 1e-4
+    runs_on: ClassVar[Part | None] = None
 
     def configured(self, workload: TargetSpec) -> Target:
         """This target as the spec's `target` section asks for it. Raises `SpecError` for what it cannot be."""
@@ -146,6 +150,11 @@ class Target(abc.ABC):
         its choices hold, else keeps its weights. Always includes the unquantized model."""
         return {}
 
+    def presets(self, info: ModelInfo) -> Mapping[str, Mapping[str, Scheme]]:
+        """The runtime's own mixes for such a model, tried as baselines: name -> layer -> scheme, each of
+        them one that `refuses` lets through."""
+        return {}
+
     def other_bytes(self, info: ModelInfo, model: ModelSpec) -> int:
         """Bytes that ship beside the layers' weights: norms, biases, and what the format adds.
 
@@ -166,6 +175,28 @@ class Target(abc.ABC):
     ) -> CostTable:
         """Time every layer under each of its choices. Layers of equal shape are timed once."""
         raise AutoQError("this target times nothing")
+
+    def predicted_costs(self, info: ModelInfo, choices: Mapping[str, Sequence[str]], workload: TargetSpec) -> CostTable:
+        """The table of a target that `predicts_only`, from the model's skeleton: layer -> scheme texts."""
+        raise AutoQError("this target predicts nothing")
+
+    def estimated_energy(self, info: ModelInfo, assignment: Assignment, workload: TargetSpec) -> Estimate:
+        """Joules per token from the work of `assignment` and published constants of what this target runs on."""
+        return per_token(HOST, info, assignment, workload)
+
+    def meter(
+        self,
+        model: LoadedModel,
+        weights: Mapping[str, QuantizedWeight],
+        workload: TargetSpec,
+        meters: Sequence[Meter],
+    ) -> list[Measurement]:
+        """Energy of the assembled model: one measurement (part `report`, kind `measured`) of
+        `energy_joule_per_token` by those of `meters` that meter what it ran on; empty where none does.
+
+        Called only where `runs_on` names a part of this machine and it has meters.
+        """
+        return []
 
     def time(
         self, model: LoadedModel, weights: Mapping[str, QuantizedWeight], workload: TargetSpec

@@ -30,11 +30,11 @@ from autoq.layer import Layer
 from autoq.methods import QuantizedWeight
 from autoq.models.loaded import LoadedModel
 from autoq.spec import TargetSpec
-from autoq.targets import CostTable
+from autoq.targets import UNQUANTIZED, CostTable
 from autoq.targets._torch_cpu_assembly import Chooser, Forward, kernel_of, packed_modules
 from autoq.targets._torch_cpu_kernels import DynamicLinear, engines
 from autoq.targets._torch_cpu_rules import Kernel
-from autoq.targets._torch_cpu_timing import Session, time_layers, time_rounds
+from autoq.targets._torch_cpu_timing import Session, time_in_turns, time_layers
 
 KEEP = Kernel("as-is")
 _LEAST_MODELS = 2
@@ -118,17 +118,24 @@ def cost_table(
     rounds = math.ceil(_LEAST_ROUNDS / len(deals))
     samples: dict[str, dict[tuple[int, Kernel], list[float]]] = {phase: {} for phase in session.phases}
     kind_of = {layer.name: index for index, kind in enumerate(kinds) for layer in kind.layers}
+    alone = time_in_turns(session, ())
+    unquantized = {phase: alone.candidate[phase].median_ms for phase in session.phases}
+    speeds: dict[str, list[float]] = {phase: [] for phase in session.phases}
     for deal in deals:
-        for phase, spent in time_layers(session, _forwards(model, deal, engine), rounds).items():
-            for name, milliseconds in spent.items():
-                samples[phase].setdefault((kind_of[name], deal[name][0]), []).extend(milliseconds)
-    unquantized = time_rounds(session, patience=2)
+        spent, beside = time_layers(session, _forwards(model, deal, engine), rounds)
+        for phase in session.phases:
+            # What the machine is slower now, it is for both.
+            speed = unquantized[phase] / float(np.median(beside[phase]))
+            speeds[phase].append(speed)
+            for name, milliseconds in spent[phase].items():
+                found = samples[phase].setdefault((kind_of[name], deal[name][0]), [])
+                found.extend(value * speed for value in milliseconds)
     base_ms, layer_ms = {}, {}
     for phase in session.phases:
         # Whatever else the machine does only adds time, and the head has few samples per run: the lower
         # quartile stands where a median of them would not.
         table = {key: float(np.percentile(values, 25)) for key, values in samples[phase].items()}
-        base_ms[phase] = unquantized[phase].median_ms - sum(table[index, KEEP] for index in kind_of.values())
+        base_ms[phase] = unquantized[phase] - sum(table[index, KEEP] for index in kind_of.values())
         layer_ms[phase] = {
             name: {
                 "keep": table[kind_of[name], KEEP],
@@ -140,10 +147,24 @@ def cost_table(
         "threads": torch.get_num_threads(),
         "models": len(deals),
         "rounds": rounds,
-        "unquantized_ms": {phase: unquantized[phase].median_ms for phase in session.phases},
-        "unquantized_stderr_ms": {phase: unquantized[phase].stderr_ms for phase in session.phases},
+        UNQUANTIZED: unquantized,
+        # How far the machine's own speed moved while the table was timed: its noise.
+        "drift": {phase: max(speeds[phase]) / min(speeds[phase]) - 1 for phase in session.phases},
+        "noise": {phase: alone.relative_error(phase) for phase in session.phases},
     }
     return CostTable(fingerprint(), base_ms, layer_ms, detail)
+
+
+def engine_for(workload: TargetSpec) -> Chooser:
+    """Which engine of `linear_dynamic` runs a layer fastest on a workload, on PyTorch's present threads."""
+
+    def engine(layer: Layer) -> str:
+        # A head computes the last position only, whatever the prompt's length.
+        prefill = () if layer.kind == "head" else (workload.batch_size * workload.prompt_tokens,)
+        rows = (workload.batch_size, *prefill)
+        return fastest_engine(layer.out_features, layer.in_features, rows, torch.get_num_threads())
+
+    return engine
 
 
 @functools.cache

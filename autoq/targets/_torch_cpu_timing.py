@@ -20,13 +20,16 @@ from torch import Tensor, nn
 
 from autoq import device
 from autoq.errors import ModelRefused, SpecError
+from autoq.measurement import Measurement
 from autoq.models.loaded import LoadedModel
 from autoq.spec import TargetSpec
+from autoq.targets import UNQUANTIZED
 from autoq.targets._torch_cpu_assembly import Forward, installed
 
 PREFILL, DECODE = "latency_prefill_ms", "latency_decode_ms"
 STEPS = 16
-MIN_ROUNDS, MAX_ROUNDS = 3, 12
+BASE_STEPS = 8  # of the unquantized model, which only has to tell how fast the machine is now
+MIN_ROUNDS, MAX_ROUNDS = 2, 12
 ROUNDS_SECONDS = 1.5  # rounds go on beyond the least until they have taken this long
 
 
@@ -64,7 +67,7 @@ class Session:
         self._model = model.model
         generator = torch.Generator().manual_seed(0)
         shape = (workload.batch_size, workload.prompt_tokens)
-        self._prompt = torch.randint(info.vocab_size, shape, generator=generator)
+        self._prompt = torch.randint(info.vocab_size, shape, generator=generator).to(model.device)
         self._token = self._prompt[:, -1:].clone()
         parameters = inspect.signature(self._model.forward).parameters
         self._extra: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
@@ -130,37 +133,87 @@ def _sampled(samples: Samples) -> Iterator[None]:
     samples.cpu_ms.append((time.process_time_ns() - cpu) / 1e6)
 
 
-@torch.no_grad()
-def time_rounds(session: Session, patience: int = 1) -> dict[str, Samples]:
-    """Phase -> samples of whole runs, after one round that warms up. `patience` multiplies the time.
+@dataclass
+class Turns:
+    """Runs of a candidate and of the unquantized model in turns, phase -> samples.
 
-    No gradients but no inference mode either: what a model caches in there could not be used for a
-    backward pass later.
+    `ratios` has one number per round and phase: the candidate's median over the unquantized model's.
     """
-    samples = {phase: Samples() for phase in session.phases}
-    _run_round(session, {phase: Samples() for phase in session.phases}, 4)
+
+    candidate: dict[str, Samples]
+    unquantized: dict[str, Samples]
+    ratios: dict[str, list[float]]
+
+    def relative_error(self, phase: str) -> float:
+        """Relative standard error of the candidate's latency at a steady speed of the machine: that of the
+        mean ratio, or of the median of its runs where that is larger (one round tells nothing of drift)."""
+        ratios = self.ratios[phase]
+        spread = float(np.std(ratios, ddof=1) / np.mean(ratios) / np.sqrt(len(ratios))) if len(ratios) > 1 else 0.0
+        samples = self.candidate[phase]
+        return max(spread, samples.stderr_ms / samples.median_ms if len(samples.wall_ms) > 2 else 0.0)
+
+    def measurements(self, detail: Mapping[str, Any]) -> list[Measurement]:
+        """One end-to-end latency per phase, with `detail` beside its spread."""
+        return [
+            Measurement(
+                phase,
+                samples.median_ms,
+                "ms",
+                "measured",
+                "report",
+                stderr=samples.median_ms * self.relative_error(phase),
+                n=len(samples.wall_ms),
+                device=device.fingerprint(),
+                detail={**detail, **samples.spread(), UNQUANTIZED: self.unquantized[phase].median_ms},
+            )
+            for phase, samples in self.candidate.items()
+        ]
+
+
+@torch.no_grad()
+def time_in_turns(session: Session, forwards: Sequence[tuple[nn.Module, Forward]], patience: int = 1) -> Turns:
+    """Time whole runs of the model with `forwards` installed and without, round by round in turns, after
+    one round each that warms up. `patience` multiplies the time.
+
+    A machine's speed drifts over minutes by more than its runs vary, and it drifts for both: their ratio
+    stays. No gradients but no inference mode either: what a model caches in there could not be used for
+    a backward pass later.
+    """
+    phases = session.phases
+    turns = Turns({p: Samples() for p in phases}, {p: Samples() for p in phases}, {p: [] for p in phases})
+    for packed in (forwards, ()):
+        with installed(packed):
+            _run_round(session, {phase: Samples() for phase in session.phases}, 4)
     start = time.perf_counter()
     for number in range(MAX_ROUNDS * patience):
-        if number >= MIN_ROUNDS and time.perf_counter() - start > ROUNDS_SECONDS * patience:
+        if number >= MIN_ROUNDS * patience and time.perf_counter() - start > ROUNDS_SECONDS * patience:
             break
-        _run_round(session, samples, STEPS)
-    return samples
+        with installed(forwards):
+            own = _run_round(session, turns.candidate, STEPS)
+        base = _run_round(session, turns.unquantized, BASE_STEPS)
+        for phase in session.phases:
+            turns.ratios[phase].append(own[phase] / base[phase])
+    return turns
 
 
-def _run_round(session: Session, samples: Mapping[str, Samples], steps: int) -> None:
+def _run_round(session: Session, samples: Mapping[str, Samples], steps: int) -> dict[str, float]:
+    """One round; adds to `samples` and gives back the round's own medians in milliseconds."""
     with _sampled(samples[PREFILL]):
         state = session.prefill()
     if DECODE in session.phases:
         for _ in range(steps):
             with _sampled(samples[DECODE]):
                 state = session.step(state)
+    count = {PREFILL: 1, DECODE: steps}
+    return {phase: float(np.median(samples[phase].wall_ms[-count[phase] :])) for phase in session.phases}
 
 
 @torch.no_grad()
 def time_layers(
     session: Session, forwards: Mapping[str, Sequence[tuple[nn.Module, Forward]]], rounds: int
-) -> dict[str, dict[str, list[float]]]:
-    """Phase -> layer -> milliseconds per run that the layer's forwards took, summed over its modules.
+) -> tuple[dict[str, dict[str, list[float]]], dict[str, list[float]]]:
+    """Phase -> layer -> milliseconds per run that the layer's forwards took, summed over its modules; and
+    phase -> milliseconds of the unquantized model, which was run in turns, one median per round.
 
     Every layer runs where it always runs: with the caches as its neighbours left them and between
     the other operations of the model. A layer that a phase does not call takes 0.
@@ -174,17 +227,21 @@ def time_layers(
             spent[name] = 0
 
     wrapped = [(module, _clocked(run, spent, name)) for name, pairs in forwards.items() for module, run in pairs]
+    unquantized: dict[str, list[float]] = {phase: [] for phase in session.phases}
     with installed(wrapped):
         _run_round(session, {phase: Samples() for phase in session.phases}, 2)
         spent.update(dict.fromkeys(forwards, 0))
-        for _ in range(rounds):
+    for _ in range(rounds):
+        with installed(wrapped):
             state = session.prefill()
             collect(PREFILL)
             if DECODE in session.phases:
                 for _ in range(STEPS):
                     state = session.step(state)
                     collect(DECODE)
-    return found
+        for phase, median in _run_round(session, {p: Samples() for p in session.phases}, BASE_STEPS).items():
+            unquantized[phase].append(median)
+    return found, unquantized
 
 
 def _clocked(run: Forward, spent: dict[str, int], name: str) -> Forward:

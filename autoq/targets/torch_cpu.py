@@ -8,20 +8,21 @@ the best mix depends on which of them matters. Which kernel runs which shape: `_
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autoq.energy.meters import Meter
 from autoq.layer import Layer
 from autoq.measurement import Measurement
 from autoq.scheme import Integer, Keep, PerChannel, PerGroup, Scheme, ZeroPoint
 from autoq.spec import TargetSpec
-from autoq.targets import CostTable, Target
+from autoq.targets import CostTable, Exported, Runtime, Target
 from autoq.targets._torch_cpu_rules import kernel_for
 
 if TYPE_CHECKING:
-    from autoq.methods import Grid, QuantizedWeight
+    from autoq.methods import Grid, QuantizedWeight, Statistics
     from autoq.models import LoadedModel
-    from autoq.targets._torch_cpu_assembly import Chooser
 
 _OPERATIONS = ("_weight_int8pack_mm", "_weight_int4pack_mm_for_cpu", "_convert_weight_to_int4pack_for_cpu")
 
@@ -30,6 +31,7 @@ class TorchCpu(Target):
     """PyTorch's CPU kernels."""
 
     latencies = frozenset({"latency_decode_ms", "latency_prefill_ms"})
+    runs_on = "cpu"
 
     def grid(self) -> Grid:
         """What the kernels run well. `refuses` lets more through for who names it: other groups, methods,
@@ -103,7 +105,7 @@ class TorchCpu(Target):
         assembly.check_model(model)
         model.restore()
         with timing.threads(workload.threads):
-            return costs.cost_table(model, choices, workload, _engine_for(workload))
+            return costs.cost_table(model, choices, workload, costs.engine_for(workload))
 
     def time(
         self, model: LoadedModel, weights: Mapping[str, QuantizedWeight], workload: TargetSpec
@@ -112,49 +114,79 @@ class TorchCpu(Target):
 
         Raises as `cost_table` does, and `KernelMismatch`.
         """
-        from autoq.device import fingerprint, instruction_sets
+        from autoq.device import instruction_sets
         from autoq.targets import _torch_cpu_assembly as assembly
+        from autoq.targets import _torch_cpu_costs as costs
         from autoq.targets import _torch_cpu_timing as timing
 
         assembly.check_model(model)
         model.restore()
         with timing.threads(workload.threads) as threads:
             session = timing.Session(model, workload)
-            forwards, kernels = assembly.assemble(model, weights, _engine_for(workload))
-            with assembly.installed(forwards):
-                phases = timing.time_rounds(session)
+            forwards, kernels = assembly.assemble(model, weights, costs.engine_for(workload))
+            turns = timing.time_in_turns(session, forwards)
         detail = {
             "kernels": {str(weights[name].scheme): str(kernel) for name, kernel in sorted(kernels.items())},
             "threads": threads,
             "isa": " ".join(instruction_sets()),
+            "runtime": self.runtime(),
             "batch_size": workload.batch_size,
             "prompt_tokens": workload.prompt_tokens,
         }
-        return [
-            Measurement(
-                phase,
-                samples.median_ms,
-                "ms",
-                "measured",
-                "report",
-                stderr=samples.stderr_ms,
-                n=len(samples.wall_ms),
-                device=fingerprint(),
-                detail=detail | samples.spread(),
-            )
-            for phase, samples in phases.items()
-        ]
+        return turns.measurements(detail)
 
+    def meter(
+        self,
+        model: LoadedModel,
+        weights: Mapping[str, QuantizedWeight],
+        workload: TargetSpec,
+        meters: Sequence[Meter],
+    ) -> list[Measurement]:
+        """See `Target.meter`. Raises as `time` does, and `OSError`."""
+        from autoq.device import fingerprint
+        from autoq.targets import _torch_cpu_assembly as assembly
+        from autoq.targets import _torch_cpu_costs as costs
+        from autoq.targets import _torch_cpu_timing as timing
+        from autoq.targets._torch_metering import metered
 
-def _engine_for(workload: TargetSpec) -> Chooser:
-    import torch
+        assembly.check_model(model)
+        model.restore()
+        with timing.threads(workload.threads) as threads:
+            session = timing.Session(model, workload)
+            forwards, _ = assembly.assemble(model, weights, costs.engine_for(workload))
+            with assembly.installed(forwards):
+                detail = {"threads": threads, "runtime": self.runtime()}
+                return [metered(session, model.info, workload, meter, fingerprint(), detail) for meter in meters]
 
-    from autoq.targets._torch_cpu_costs import fastest_engine
+    def runtime(self) -> str:
+        """See `Target.runtime`."""
+        from importlib.metadata import version
 
-    def engine(layer: Layer) -> str:
-        # A head computes the last position only, whatever the prompt's length.
-        prefill = () if layer.kind == "head" else (workload.batch_size * workload.prompt_tokens,)
-        rows = (workload.batch_size, *prefill)
-        return fastest_engine(layer.out_features, layer.in_features, rows, torch.get_num_threads())
+        return f"torch {version('torch')}"
 
-    return engine
+    def exports(self) -> str:
+        """See `Target.exports`."""
+        return "safetensors that autoq.load runs"
+
+    def export(
+        self,
+        model: LoadedModel,
+        weights: Mapping[str, QuantizedWeight],
+        folder: Path,
+        statistics: Callable[[str], Statistics],
+    ) -> Exported:
+        """See `Target.export`: `_torch_cpu_checkpoint` says what is in the file."""
+        from autoq.targets import _torch_cpu_checkpoint as checkpoint
+
+        checkpoint.write(model, weights, folder)
+        run = "import autoq\n\nmodel, tokenizer = autoq.load({folder!r})\n"
+        run += 'ids = tokenizer("The quick brown fox", return_tensors="pt")\n'
+        run += "print(tokenizer.decode(model.generate(**ids, max_new_tokens=20)[0]))"
+        return Exported("safetensors for PyTorch's CPU kernels", (checkpoint.WEIGHTS,), run)
+
+    def reload(self, folder: Path, threads: int | None = None) -> Runtime:
+        """See `Target.reload`."""
+        from autoq.targets._torch_cpu_checkpoint import TorchCpuRuntime
+        from autoq.targets._torch_cpu_costs import engine_for
+
+        return TorchCpuRuntime(folder, threads, engine_for(TargetSpec()))

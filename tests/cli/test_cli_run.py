@@ -59,6 +59,12 @@ def test_options_change_the_spec(autoq, controller):
         assert store.study("no").state == "finished"
 
 
+def test_recipes_of_the_line_come_after_those_of_the_spec(autoq, controller):
+    line = ["search", "demo", "--name", "fresh", "--set", "recipes=[a.json]", "--seed-from", "out", "--seed-from", "b"]
+    assert autoq(*line).exit_code == 0
+    assert controller.specs[0].recipes == ("a.json", "out", "b")
+
+
 def test_progress_goes_to_stderr_and_the_frontier_to_stdout(autoq, controller):
     result = autoq("search", "demo", "--name", "fresh")
     assert result.stderr.splitlines() == [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 
 import pytest
@@ -15,17 +16,19 @@ from autoq.bank import Bank
 from autoq.errors import NotFinite, SchemeRefused
 from autoq.layer import Layer
 from autoq.methods import Grid, Method
+from autoq.methods._float_weight import E2M1
 from autoq.methods._weights import restore
-from autoq.scheme import Codebook, Integer, Keep, PerChannel, PerGroup, PerTensor, parse_scheme
+from autoq.scheme import Codebook, Float, Gguf, Integer, Keep, PerChannel, PerGroup, PerTensor, parse_scheme
 
 GRID = Grid(
     methods=plugins.names("methods"),
     bits=(2, 3, 4, 5, 6, 7, 8),
-    granularities=(PerTensor(), PerChannel(), PerGroup(3), PerGroup(6), PerGroup(12)),
+    granularities=(PerTensor(), PerChannel(), PerGroup(3), PerGroup(6), PerGroup(12), PerGroup(16), PerGroup(32)),
     zero_points=("none", "integer", "real"),
     activations=(None, "a8dyn"),
+    formats=("fp8", "mxfp4", "nvfp4"),
 )
-SHAPES = ((5, 12), (1, 36), (7, 1), (3, 7), (40, 300))
+SHAPES = ((5, 12), (1, 36), (7, 1), (3, 7), (6, 96), (3, 256), (40, 300))
 
 
 @functools.cache
@@ -41,9 +44,36 @@ def weight(shape, seed: int = 0) -> torch.Tensor:
     return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.03).to(torch.bfloat16)
 
 
+def schemes(name: str):
+    """The schemes of a method within the grid; only GGUF types are as wide as 16 bits."""
+    grid = dataclasses.replace(GRID, bits=(*GRID.bits, 16)) if name == "gguf" else GRID
+    return list(method(name).schemes(name, grid))
+
+
 def made(name: str, shape):
     """The schemes of a method within the grid that it makes for `shape`."""
-    return [scheme for scheme in method(name).schemes(name, GRID) if method(name).refuses(layer(shape), scheme) is None]
+    return [scheme for scheme in schemes(name) if method(name).refuses(layer(shape), scheme) is None]
+
+
+def statistics(name: str, scheme, columns: int):
+    """How to get calibration statistics of a layer with so many inputs, where the scheme is made from them."""
+    if not method(name).uses_statistics(scheme):
+        return None
+    inputs = torch.randn(64, columns, generator=torch.Generator().manual_seed(7))
+    return lambda: {"inputs": inputs}
+
+
+def quantize(name: str, w: torch.Tensor, scheme):
+    given = statistics(name, scheme, w.shape[-1])
+    return method(name).quantize(w, scheme, given() if given else None)
+
+
+def float_levels(scheme: Float) -> torch.Tensor:
+    """The numbers of the format's codes, ascending."""
+    if scheme.format == "fp8":
+        every = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float()
+        return every[every.isfinite()].sort().values
+    return torch.cat([-E2M1.flip(0), E2M1])
 
 
 CASES = [(name, shape) for name in plugins.names("methods") for shape in SHAPES]
@@ -51,10 +81,10 @@ CASES = [(name, shape) for name in plugins.names("methods") for shape in SHAPES]
 
 @pytest.mark.parametrize("name", plugins.names("methods"))
 def test_schemes_are_its_own_and_canonical(name):
-    schemes = list(method(name).schemes(name, GRID))
-    assert schemes
-    assert len(set(schemes)) == len(schemes)
-    for scheme in schemes:
+    own = schemes(name)
+    assert own
+    assert len(set(own)) == len(own)
+    for scheme in own:
         assert scheme.method == name
         assert parse_scheme(str(scheme)) == scheme
     assert made(name, (40, 300))
@@ -63,7 +93,7 @@ def test_schemes_are_its_own_and_canonical(name):
 @pytest.mark.parametrize(("name", "shape"), CASES)
 def test_what_ships_is_exactly_what_the_scheme_says(name, shape):
     for scheme in made(name, shape):
-        quantized = method(name).quantize(weight(shape), scheme)
+        quantized = quantize(name, weight(shape), scheme)
         assert quantized.scheme == scheme
         assert quantized.shape == shape
         assert quantized.nbytes == scheme.nbytes(*shape, dtype_bytes=2), scheme
@@ -73,7 +103,7 @@ def test_what_ships_is_exactly_what_the_scheme_says(name, shape):
 @pytest.mark.parametrize(("name", "shape"), CASES)
 def test_numbers_come_back_finite_rounded_once_and_the_same_each_time(name, shape):
     for scheme in made(name, shape):
-        one, two = (method(name).quantize(weight(shape), scheme) for _ in range(2))
+        one, two = (quantize(name, weight(shape), scheme) for _ in range(2))
         assert all(torch.equal(tensor, two.tensors[key]) for key, tensor in one.tensors.items()), scheme
         exact = one.dequantize()
         assert exact.shape == shape
@@ -87,8 +117,16 @@ def test_numbers_come_back_finite_rounded_once_and_the_same_each_time(name, shap
 def test_codes_and_parameters_explain_the_numbers(name, shape):
     """Kernels and exports read codes, scales, zeros and codebooks; these must mean the same weight."""
     for scheme in made(name, shape):
-        quantized = method(name).quantize(weight(shape), scheme)
-        if isinstance(scheme, Keep):
+        quantized = quantize(name, weight(shape), scheme)
+        if isinstance(scheme, Keep | Gguf):
+            continue  # nobody but ggml reads its blocks
+        if isinstance(scheme, Float):
+            scales = quantized.scales()
+            assert scales.shape == (shape[0], scales.shape[1])
+            assert (scales > 0).all()
+            grouped = quantized.values().view(shape[0], scales.shape[1], -1)
+            assert set(grouped.unique().tolist()) <= set(float_levels(scheme).tolist())
+            assert torch.equal((grouped * scales[..., None]).view(shape), quantized.dequantize()), scheme
             continue
         codes = quantized.codes()
         assert codes.shape == shape
@@ -114,17 +152,20 @@ def test_codes_and_parameters_explain_the_numbers(name, shape):
 
 
 @pytest.mark.parametrize("name", plugins.names("methods"))
-def test_every_code_is_the_nearest_level_that_ships(name):
-    w = weight((6, 36))
-    for scheme in made(name, (6, 36)):
-        if isinstance(scheme, Keep):
+@pytest.mark.parametrize("columns", [36, 96])
+def test_every_code_is_the_nearest_level_that_ships(name, columns):
+    w = weight((6, columns))
+    for scheme in made(name, (6, columns)):
+        if isinstance(scheme, Keep | Gguf):
             continue
-        quantized = method(name).quantize(w, scheme)
-        if isinstance(scheme, Integer):
+        quantized = quantize(name, w, scheme)
+        if isinstance(scheme, Float):
+            levels = float_levels(scheme) * quantized.scales()[..., None]
+        elif isinstance(scheme, Integer):
             levels = (torch.arange(2**scheme.bits) - quantized.zeros()[..., None]) * quantized.scales()[..., None]
         else:
             levels = quantized.codebook()
-        each = levels.repeat_interleave(36 // levels.shape[1], dim=1)  # (out, in, levels)
+        each = levels.repeat_interleave(columns // levels.shape[1], dim=1)  # (out, in, levels)
         nearest = (each - w.float()[..., None]).abs().amin(-1)
         error = (quantized.dequantize() - w.float()).abs()
         assert torch.allclose(error, nearest, rtol=1e-4, atol=1e-8), scheme
@@ -132,14 +173,15 @@ def test_every_code_is_the_nearest_level_that_ships(name):
 
 @pytest.mark.parametrize("name", plugins.names("methods"))
 def test_error_does_not_grow_with_bits(name):
-    w = weight((16, 300), seed=1)
+    w = weight((16, 768), seed=1)
     errors = collections.defaultdict(list)
-    for scheme in made(name, (16, 300)):
+    for scheme in made(name, (16, 768)):
         if not isinstance(scheme, Keep):
-            error = (method(name).quantize(w, scheme).dequantize() - w.float()).square().mean().item()
-            rest = (scheme.granularity, scheme.zero, scheme.activation) if isinstance(scheme, Integer) else (
-                scheme.granularity,
-            )  # fmt: skip
+            error = (quantize(name, w, scheme).dequantize() - w.float()).square().mean().item()
+            axes = ("granularity", "format", "zero", "activation", "importance")
+            # Q4_0 and Q5_0 are one family, Q4_K and Q5_K another.
+            kind = getattr(scheme, "type", "")
+            rest = (kind.partition("_")[2] or kind, *(getattr(scheme, axis, None) for axis in axes))
             errors[rest].append((scheme.bits, error))
     for rest, found in errors.items():
         sizes = [error for _, error in sorted(found)]
@@ -149,18 +191,18 @@ def test_error_does_not_grow_with_bits(name):
 @pytest.mark.parametrize("name", plugins.names("methods"))
 def test_refuses_and_quantize_agree(name):
     other = next(o for o in plugins.names("methods") if o != name)
-    own = list(method(name).schemes(name, GRID))
-    foreign = [s for o in plugins.names("methods") for s in method(o).schemes(o, GRID) if o == other]
+    own = schemes(name)
+    foreign = schemes(other)
     odd = [Integer(name, 4, PerGroup(5)), Codebook(name, 2, PerGroup(5)), Integer(name, 4, PerTensor(), "real")]
     for shape in ((5, 12), (3, 7), (1, 36)):
         for scheme in [*own, *foreign, *odd]:
             reason = method(name).refuses(layer(shape), scheme)
             if reason is None:
-                method(name).quantize(weight(shape), scheme)
+                quantize(name, weight(shape), scheme)
                 continue
             assert "\n" not in reason
             with pytest.raises(SchemeRefused) as refusal:
-                method(name).quantize(weight(shape), scheme)
+                quantize(name, weight(shape), scheme)
             assert reason in str(refusal.value)
     assert method(name).refuses(layer((5, 12)), foreign[0]) is not None
 
@@ -178,25 +220,25 @@ def test_numbers_that_are_not_finite_are_counted(name, bad):
     w = weight((4, 36)).clone()
     w[1, 3] = w[2, 5] = bad
     with pytest.raises(NotFinite, match=r"^2 of the 144 numbers of the weight \(4, 36\) are NaN or infinite$"):
-        method(name).quantize(w, made(name, (4, 36))[0])
+        quantize(name, w, made(name, (4, 36))[0])
 
 
 @pytest.mark.parametrize("name", plugins.names("methods"))
 @pytest.mark.parametrize("w", [torch.zeros(3), torch.zeros(0, 4), torch.zeros(2, 4, dtype=torch.int8)])
 def test_what_is_not_a_float_matrix_is_refused(name, w):
     with pytest.raises(SchemeRefused, match="float matrix"):
-        method(name).quantize(w, made(name, (5, 12))[0])
+        quantize(name, w, made(name, (5, 12))[0])
 
 
 @pytest.mark.parametrize("name", plugins.names("methods"))
 def test_strides_and_the_source_dtype_do_not_matter(name):
     w = weight((12, 36))
     for scheme in made(name, (12, 36)):
-        straight = method(name).quantize(w, scheme).dequantize()
+        straight = quantize(name, w, scheme).dequantize()
         turned = w.t().contiguous().t()
         sliced = torch.stack([w, w], -1)[..., 0]
         for same in (turned, sliced, w.float(), w.double()):
-            assert torch.equal(method(name).quantize(same, scheme).dequantize(), straight), scheme
+            assert torch.equal(quantize(name, same, scheme).dequantize(), straight), scheme
         assert torch.equal(w, weight((12, 36)))
 
 
@@ -216,7 +258,11 @@ def test_no_weight_is_too_strange(name, data):
     w[2] = torch.tensor(data.draw(st.lists(EXTREME, min_size=12, max_size=12)))
     w = w.clamp(-limit, limit).to(dtype)
     for scheme in made(name, (4, 12))[:: data.draw(st.integers(3, 9))]:
-        quantized = method(name).quantize(w, scheme)
+        if scheme == Gguf("f16") and w.abs().max() > torch.finfo(torch.float16).max:
+            with pytest.raises(SchemeRefused, match="half precision"):
+                quantize(name, w, scheme)
+            continue
+        quantized = quantize(name, w, scheme)
         for result in (torch.float32, torch.bfloat16, torch.float16):
             if isinstance(scheme, Keep) and torch.finfo(result).max < limit:
                 continue
@@ -226,7 +272,7 @@ def test_no_weight_is_too_strange(name, data):
 @pytest.mark.parametrize("name", plugins.names("methods"))
 def test_zeros_stay_zero(name):
     for scheme in made(name, (4, 36)):
-        assert (method(name).quantize(torch.zeros(4, 36), scheme).dequantize() == 0).all(), scheme
+        assert (quantize(name, torch.zeros(4, 36), scheme).dequantize() == 0).all(), scheme
 
 
 @pytest.mark.parametrize("name", plugins.names("methods"))
@@ -235,7 +281,11 @@ def test_a_constant_comes_back_to_bfloat16_precision(name, constant):
     for scheme in made(name, (4, 36)):
         if isinstance(scheme, Integer) and scheme.zero == "none":
             continue  # the positive end lies half a step out by definition
-        back = method(name).quantize(torch.full((4, 36), constant), scheme).dequantize()
+        if isinstance(scheme, Float) and scheme.bits < 8:
+            continue  # scales of so few bits cannot
+        if isinstance(scheme, Gguf):
+            continue  # halves end before 1e30 and 1e-30
+        back = quantize(name, torch.full((4, 36), constant), scheme).dequantize()
         assert torch.allclose(back, torch.full_like(back, constant), rtol=2.0**-7, atol=0), scheme
 
 
@@ -243,8 +293,8 @@ def test_a_constant_comes_back_to_bfloat16_precision(name, constant):
 def test_the_bank_gives_back_what_was_made(name, tmp_path):
     w, calls = weight((40, 300)), Bank.weight_hash(weight((40, 300)))
     for scheme in made(name, (40, 300)):
-        first = Bank(tmp_path, 10**8, 0).quantized(w, calls, scheme)
-        again = Bank(tmp_path, 10**8, 0).quantized(w, calls, scheme)
+        first = Bank(tmp_path, 10**8, 0).quantized(w, calls, scheme, statistics(name, scheme, 300), "text")
+        again = Bank(tmp_path, 10**8, 0).quantized(w, calls, scheme, statistics(name, scheme, 300), "text")
         assert type(again) is type(first)
         assert (again.scheme, again.shape) == (first.scheme, first.shape)
         assert sorted(again.tensors) == sorted(first.tensors)
@@ -254,7 +304,7 @@ def test_the_bank_gives_back_what_was_made(name, tmp_path):
 @pytest.mark.parametrize("name", plugins.names("methods"))
 def test_restore_takes_only_the_tensors_of_the_scheme(name):
     scheme = made(name, (5, 12))[0]
-    quantized = method(name).quantize(weight((5, 12)), scheme)
+    quantized = quantize(name, weight((5, 12)), scheme)
     assert torch.equal(restore(scheme, (5, 12), quantized.tensors).dequantize(), quantized.dequantize())
     with pytest.raises(SchemeRefused):
         restore(scheme, (5, 13), quantized.tensors)

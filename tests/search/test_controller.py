@@ -377,7 +377,7 @@ def test_report_points_bound_the_report(store, spec):
 
 
 def test_wall_time_ends_the_search_and_still_reports(store, spec):
-    study, observer = search(store, spec(budget={"trials": 1000, "wall_time": 0.5}))
+    study, observer = search(store, spec(budget={"trials": 1000, "wall_time": 3}))
     assert store.study(study.id).state == "finished"
     done = len(store.trials(study.id, states=["complete"]))
     assert 1 <= done < 1000

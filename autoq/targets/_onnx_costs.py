@@ -1,0 +1,164 @@
+"""The latency table of a model on ONNX Runtime, from sessions on whole models that mix all kernels.
+
+Kernels are dealt to layers like a Latin square: layers of one shape meet each of their kernels equally
+often over the models, in mixed company. The runtime's own profile tells what each node took, in place;
+nodes keep their names when the runtime fuses them, and a layer's names start with its module's. Each run
+has a run of the unquantized session beside it, by which the machine's drift is taken out.
+
+Time depends on the kernel, not on the method or on the numbers: schemes that share one are timed once.
+8-bit weights that are multiplied out when the session starts run as the float kernel does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from autoq.device import fingerprint
+from autoq.layer import Layer
+from autoq.methods import QuantizedWeight
+from autoq.models.loaded import LoadedModel
+from autoq.spec import TargetSpec
+from autoq.targets import CostTable
+from autoq.targets import _onnx_graph as graphs
+from autoq.targets import _onnx_session as sessions
+from autoq.targets._onnx_rules import FLOAT, Kernel
+from autoq.targets._torch_cpu_timing import PREFILL
+
+_LEAST_MODELS = 2
+_LEAST_ROUNDS = 4
+_RUNS = 24  # over all models
+_WARM = 2  # runs of a fresh session that are not counted
+_FUSED, _SUFFIX = "fused ", "_kernel_time"  # around a node's name in a profile
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Layers of one shape and with the same kernels to time; `weights` has one per kernel but float, and layer."""
+
+    layers: tuple[Layer, ...]
+    kernels: tuple[Kernel, ...]
+    weights: Mapping[Kernel, Sequence[QuantizedWeight]]
+
+
+def _timed_as(layer: Layer, weight: QuantizedWeight) -> Kernel:
+    """The kernel that runs once the session has started."""
+    kernel = graphs.kernel_of(layer, weight)
+    return FLOAT if kernel.name == "int8-unpacked" and layer.kind != "embedding" else kernel
+
+
+def _kinds(model: LoadedModel, choices: Mapping[str, Sequence[QuantizedWeight]]) -> list[_Kind]:
+    members: dict[tuple[Any, ...], list[tuple[Layer, dict[Kernel, QuantizedWeight]]]] = {}
+    for name, weights in choices.items():
+        layer = model.info.layer(name)
+        first: dict[Kernel, QuantizedWeight] = {}
+        for weight in weights:
+            first.setdefault(_timed_as(layer, weight), weight)
+        first.pop(FLOAT, None)
+        key = (layer.kind, layer.out_features, layer.in_features, layer.has_bias, frozenset(first))
+        members.setdefault(key, []).append((layer, first))
+    kinds = []
+    for group in members.values():
+        kernels = (FLOAT, *sorted(group[0][1], key=str))
+        weights_of = {kernel: [first[kernel] for _, first in group] for kernel in kernels[1:]}
+        kinds.append(_Kind(tuple(layer for layer, _ in group), kernels, weights_of))
+    return kinds
+
+
+def _deals(kinds: Sequence[_Kind]) -> list[dict[str, tuple[Kernel, QuantizedWeight | None]]]:
+    """One layer -> (kernel, weight) mapping per model to time."""
+    count = max([_LEAST_MODELS, *(math.ceil(len(kind.kernels) / len(kind.layers)) for kind in kinds)])
+    deals: list[dict[str, tuple[Kernel, QuantizedWeight | None]]] = [{} for _ in range(count)]
+    shuffle = random.Random(0)  # noqa: S311 - a design of experiment, not a secret
+    for kind in kinds:
+        order = list(range(len(kind.layers)))
+        # In order, the layers of one block would all get the same kernel.
+        shuffle.shuffle(order)
+        for number, deal in enumerate(deals):
+            for position, index in enumerate(order):
+                # Models advance by as many kernels as there are layers, so few layers still meet all.
+                kernel = kind.kernels[(position + number * len(order)) % len(kind.kernels)]
+                deal[kind.layers[index].name] = (kernel, kind.weights[kernel][index] if kernel != FLOAT else None)
+    return deals
+
+
+def cost_table(model: LoadedModel, choices: Mapping[str, Sequence[QuantizedWeight]], workload: TargetSpec) -> CostTable:
+    """Time every layer of `choices` under its schemes and as it is, and the unquantized model.
+
+    Milliseconds; lower quartiles for layers, medians for whole runs. `base_ms` makes the prediction for
+    the unquantized model its measurement.
+    """
+    threads = sessions.thread_count(workload.threads)
+    feed = sessions.prompt(graphs.input_names(model), workload, model.info.vocab_size, model.info.max_positions)
+    unquantized = sessions.open_session(graphs.assemble(model, {}), threads)
+    steady = sessions.time_alone(unquantized, feed)
+    kinds = _kinds(model, choices)
+    deals = _deals(kinds)
+    rounds = max(_LEAST_ROUNDS, math.ceil(_RUNS / len(deals)))
+    kind_of = {layer.name: index for index, kind in enumerate(kinds) for layer in kind.layers}
+    samples: dict[tuple[int, Kernel], list[float]] = {}
+    for deal in deals:
+        mixed = {name: weight for name, (_, weight) in deal.items() if weight is not None}
+        spent, beside = _profiled(model, mixed, unquantized, feed, threads, rounds)
+        drift = steady.median_ms / float(np.median(beside))
+        for name, (kernel, _) in deal.items():
+            samples.setdefault((kind_of[name], kernel), []).extend(drift * ms for ms in spent[name])
+    # Whatever else the machine does only adds time.
+    table = {key: float(np.percentile(values, 25)) for key, values in samples.items()}
+    layer_ms = {
+        name: {
+            "keep": table[kind_of[name], FLOAT],
+            **{str(w.scheme): table[kind_of[name], _timed_as(model.info.layer(name), w)] for w in weights},
+        }
+        for name, weights in choices.items()
+    }
+    detail = {
+        "threads": threads,
+        "models": len(deals),
+        "rounds": rounds,
+        "unquantized_ms": {PREFILL: steady.median_ms},
+        "unquantized_stderr_ms": {PREFILL: steady.stderr_ms},
+    }
+    base_ms = {PREFILL: steady.median_ms - sum(table[index, FLOAT] for index in kind_of.values())}
+    return CostTable(fingerprint(), base_ms, {PREFILL: layer_ms}, detail)
+
+
+def _profiled(
+    model: LoadedModel,
+    weights: Mapping[str, QuantizedWeight],
+    unquantized: Any,
+    feed: sessions.Feed,
+    threads: int,
+    rounds: int,
+) -> tuple[dict[str, list[float]], list[float]]:
+    """Layer -> milliseconds that its nodes took in each run; and the unquantized session's runs beside them."""
+    with tempfile.TemporaryDirectory(prefix="autoq-onnx-") as folder:
+        session = sessions.open_session(graphs.assemble(model, weights), threads, Path(folder) / "profile")
+        beside = []
+        for number in range(_WARM + rounds):
+            sessions.run_once(session, feed)
+            spent = sessions.run_once(unquantized, feed)
+            if number >= _WARM:
+                beside.append(spent)
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    layer_of = {name: layer.name for layer in model.info.layers for name in (layer.name, *layer.tied)}
+    runs: dict[str, list[int]] = {}
+    for event in sorted((e for e in events if e.get("cat") == "Node"), key=lambda e: int(e["ts"])):
+        if event["name"].endswith(_SUFFIX):
+            runs.setdefault(event["name"].removesuffix(_SUFFIX), []).append(int(event["dur"]))
+    found = {layer.name: [0.0] * rounds for layer in model.info.layers}
+    for node, microseconds in runs.items():
+        module = node.removeprefix(_FUSED).partition("/")[0].partition("#")[0]
+        if (layer := layer_of.get(module)) is not None:
+            assert len(microseconds) == _WARM + rounds, (node, len(microseconds))
+            for run, spent_us in enumerate(microseconds[_WARM:]):
+                found[layer][run] += spent_us / 1000
+    return found, beside

@@ -1,0 +1,91 @@
+"""How well the table of layer costs predicts whole models that mix schemes, end to end on the target.
+
+A table is timed as a study does it, then random assignments (each layer under any of its choices) and the
+target's uniform baselines are timed end to end in turns with the unquantized model. Latencies are compared
+at one speed of the machine: as ratios to the unquantized model, which was timed beside each of them.
+
+    python benchmarks/latency_prediction.py [--target torch-cpu] [--model demo:smollm2] [--count 12]
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+
+from _report import print_table
+from scipy.stats import spearmanr
+
+from autoq.assignment import Assignment
+from autoq.evaluation import Evaluator
+from autoq.scheme import Keep
+from autoq.search.setup import pose
+from autoq.search.space import refusal
+from autoq.spec import build_spec
+from autoq.targets import UNQUANTIZED
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--target", default="torch-cpu")
+    parser.add_argument("--model", default="demo:smollm2")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--count", type=int, default=12)
+    options = parser.parse_args()
+    spec = build_spec(
+        {
+            "model": {"id": options.model, "dtype": options.dtype},
+            "target": {"name": options.target},
+            "objectives": ["size_bytes", "latency_decode_ms", "latency_prefill_ms"],
+        }
+    )
+    problem = pose(spec)
+    evaluator = Evaluator(spec)
+    refuses = refusal(options.target, problem.target)
+    baselines = {name: problem.space.uniform(list(p), refuses) for name, p in problem.target.baselines().items()}
+    choices = {name: [str(s) for s in schemes] for name, schemes in problem.space.choices.items()}
+    for assignment in baselines.values():
+        for name in choices:
+            choices[name] = list(dict.fromkeys([*choices[name], str(assignment[name])]))
+    start = time.perf_counter()
+    table = evaluator.cost_table(choices)
+    seconds = time.perf_counter() - start
+    dice = random.Random(0)
+    everything = {layer.name: Keep() for layer in problem.info.layers}
+
+    def mixed() -> Assignment:
+        """Each layer under a random choice, in proportions that are random too: all even mixes are as fast."""
+        shares = {text: dice.expovariate(1) ** 2 for texts in choices.values() for text in texts}
+        picked = {
+            name: dice.choices(schemes, [shares[str(s)] for s in schemes])[0]
+            for name, schemes in problem.space.choices.items()
+        }
+        return Assignment({**everything, **picked})
+
+    mixes = {f"random {n}": mixed() for n in range(options.count)}
+    errors: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    rows = []
+    for name, assignment in {**mixes, **baselines}.items():
+        kind = "random" if name in mixes else "uniform"
+        row = [name]
+        for measured in evaluator.time(assignment):
+            phase = measured.objective
+            expected = table.predict(phase, assignment) / table.detail[UNQUANTIZED][phase]
+            found = measured.value / measured.detail[UNQUANTIZED]
+            errors.setdefault(kind, {}).setdefault(phase, []).append((expected, found))
+            row += [f"{measured.value:.2f}", f"{found:.3f}", f"{expected:.3f}", f"{expected / found - 1:+.1%}"]
+        rows.append(row)
+    phases = list(errors["random"])
+    header = ["model", *(f"{p.split('_')[1]} {c}" for p in phases for c in ("ms", "of bf16", "predicted", "error"))]
+    print_table(f"Predicted and measured latency on {options.target}; table in {seconds:.0f} s", header, rows)
+    for kind, by_phase in errors.items():
+        for phase, pairs in by_phase.items():
+            off = [abs(a / b - 1) for a, b in pairs]
+            rank = spearmanr([a for a, _ in pairs], [b for _, b in pairs]).statistic
+            told = f"median error {statistics.median(off):.1%}, worst {max(off):.1%}, Spearman {rank:.3f}"
+            print(f"{kind} {phase}: {told}")
+
+
+if __name__ == "__main__":
+    main()
