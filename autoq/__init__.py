@@ -2,6 +2,7 @@
 
 study = autoq.search("demo")        # run a study
 study = autoq.open("demo")          # find one that ran
+model, tokenizer = autoq.load(DIR)  # run what `autoq export` wrote for torch-cpu
 """
 
 import importlib
@@ -10,7 +11,7 @@ import types
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["Study", "open", "search"]
+__all__ = ["Study", "load", "open", "search"]
 
 
 class _CallableModule(types.ModuleType):
@@ -28,6 +29,8 @@ sys.modules["autoq.search"].__class__ = _CallableModule
 def __getattr__(name: str) -> Any:
     if name == "open":
         return importlib.import_module("autoq.study").open_study
+    if name == "load":
+        return importlib.import_module("autoq.study").load_export
     if name == "Study":
         return importlib.import_module("autoq.study").Study
     raise AttributeError(f"module 'autoq' has no attribute {name!r}")

@@ -282,6 +282,17 @@ def search(
     return Study(store, study.id)
 
 
+def load_export(folder: str | Path, threads: int | None = None) -> tuple[Any, Any]:
+    """The transformers model, on packed kernels, and the tokenizer of an export for torch-cpu.
+
+    `threads` is what PyTorch computes on from now on (default: as it is). Raises `AutoQError` for a
+    folder that holds no such export, and for one that is not whole.
+    """
+    from autoq.targets.torch_cpu import load
+
+    return load(Path(folder), threads)
+
+
 def open_study(name: str | int, *, db: str | None = None) -> Study:
     """The stored study of that name or id. Raises `NotFound` with the names that are near."""
     store = Store.open(db or default_db(), create=False)

@@ -80,7 +80,7 @@ def _name(place: Path) -> str:
     """What the recipe is called: by its file, or its folder where the file's name is everybody's."""
     place = place.absolute()
     stem = place.name if place.is_dir() else place.stem
-    if stem.lower() in _COMMON_NAMES:
+    if stem.lower() in _COMMON_NAMES and not place.is_dir():
         stem = place.parent.name
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", stem)[:_MAX_NAME].strip("-.")
     return plain or "recipe"

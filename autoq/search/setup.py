@@ -168,7 +168,10 @@ def make_plan(
         plan += [Proposal(problem.space.assignment(indices)) for indices in found]
     first: dict[str, Proposal] = {}
     for proposal in plan:
-        first.setdefault(proposal.assignment.hash, proposal)
+        same = first.setdefault(proposal.assignment.hash, proposal)
+        # Whoever gave a recipe will look for it.
+        if proposal.baseline and same is not proposal:
+            observer.note(f"{proposal.baseline} is the same assignment as {same.baseline}")
     unique = list(first.values())
     store.save_plan(study_id, {"proposals": [proposal.to_json() for proposal in unique]})
     return unique, costs

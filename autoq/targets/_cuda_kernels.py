@@ -126,7 +126,9 @@ def packed_module(model: LoadedModel, layer: Layer, weight: QuantizedWeight) -> 
         raise SchemeRefused(f"cuda cannot run {weight.scheme} on layer {layer.name}: {kernel}")
     (module,) = model.modules_of(layer)
     if type(module).forward not in (nn.Linear.forward, Conv1D.forward):
-        raise ModelRefused(f"cuda has no kernel for layer {layer.name}: a {type(module).__name__} is no plain linear map")
+        raise ModelRefused(
+            f"cuda has no kernel for layer {layer.name}: a {type(module).__name__} is no plain linear map"
+        )
     needed = CAPABILITY.get(kernel.name, (0, 0))
     found = torch.cuda.get_device_capability(model.device)
     if found < needed:
@@ -165,9 +167,7 @@ def assemble(
 
 
 @torch.no_grad()
-def check(
-    layer: Layer, weight: QuantizedWeight, packed: nn.Module, bias: Tensor | None, device: torch.device
-) -> None:
+def check(layer: Layer, weight: QuantizedWeight, packed: nn.Module, bias: Tensor | None, device: torch.device) -> None:
     """Compare a packed module with the dequantized weight in float32, on random input.
 
     The error is ‖y - y'‖ / ‖y'‖ over all outputs. Raises `KernelMismatch` naming layer, scheme and error.

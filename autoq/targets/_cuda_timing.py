@@ -7,6 +7,7 @@ buffer of twice its size is overwritten. Whole models read all their weights and
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,12 +18,11 @@ from autoq.layer import Layer
 from autoq.methods import QuantizedWeight
 from autoq.models.loaded import LoadedModel
 from autoq.spec import TargetSpec
-from autoq.statistics import median_and_stderr
 from autoq.targets import UNQUANTIZED, CostTable
 from autoq.targets._cuda_kernels import packed_module
 from autoq.targets._cuda_rules import kernel_for
 from autoq.targets._torch_cpu_assembly import Forward, installed
-from autoq.targets._torch_cpu_timing import DECODE, PREFILL, STEPS, Session
+from autoq.targets._torch_cpu_timing import DECODE, PREFILL, STEPS, Samples, Session
 
 ROUNDS = 5
 LAYER_RUNS = 30
@@ -37,7 +37,7 @@ def device_name(device: torch.device) -> str:
 
 def event_ms(run: Callable[[], Any]) -> tuple[float, Any]:
     """Milliseconds between an event before and one after `run` on the current stream, and what it gave."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
     result = run()
     end.record()
@@ -66,7 +66,7 @@ def _round(session: Session) -> dict[str, list[float]]:
     if DECODE in session.phases:
         times[DECODE] = []
         for _ in range(STEPS):
-            step, state = event_ms(lambda state=state: session.step(state))
+            step, state = event_ms(functools.partial(session.step, state))
             times[DECODE].append(step)
     return times
 
@@ -78,7 +78,7 @@ def layer_ms(forward: Forward, x: Tensor, flush: Tensor) -> float:
     times = []
     for _ in range(LAYER_RUNS):
         flush.zero_()
-        times.append(event_ms(lambda: forward(x))[0])
+        times.append(event_ms(functools.partial(forward, x))[0])
     return float(torch.tensor(times).median())
 
 
@@ -88,9 +88,7 @@ def rows_of(layer: Layer, phase: str, workload: TargetSpec) -> int:
     return workload.batch_size * (1 if alone else workload.prompt_tokens)
 
 
-def cost_table(
-    model: LoadedModel, choices: Mapping[str, Sequence[QuantizedWeight]], workload: TargetSpec
-) -> CostTable:
+def cost_table(model: LoadedModel, choices: Mapping[str, Sequence[QuantizedWeight]], workload: TargetSpec) -> CostTable:
     """Time every layer of `choices` under its schemes and as it is, and the unquantized model.
 
     Layers of equal shape and kernel are timed once. `base_ms` makes the prediction for the unquantized
@@ -120,6 +118,6 @@ def cost_table(
             own = {str(w.scheme): cost(layer, phase, None if str(w.scheme) == "keep" else w) for w in weights}
             table[phase][name] = {"keep": cost(layer, phase, None), **own}
     _, unquantized = rounds_in_turns(session, ())
-    whole = {phase: median_and_stderr(unquantized[phase])[0] for phase in session.phases}
+    whole = {phase: Samples(unquantized[phase]).median_ms for phase in session.phases}
     base = {phase: whole[phase] - sum(costs["keep"] for costs in table[phase].values()) for phase in session.phases}
     return CostTable(device_name(model.device), base, table, {UNQUANTIZED: whole, "rounds": ROUNDS})

@@ -262,13 +262,14 @@ class GgufFile:
         tensor, kind = self._tensor(layer), self.kind(layer)
         columns, rows = tensor.shape
         stored = torch.frombuffer(bytearray(self._file.read_tensor_bytes(tensor)), dtype=torch.uint8).view(rows, -1)
-        heads = heads_of(
-            family(self.architecture),
-            tensor.name,
-            self._key(f"{family(self.architecture).name}.attention.head_count"),
-            self._key(f"{family(self.architecture).name}.attention.head_count_kv"),
-        )
+        known = family(self.architecture)
+        every = self._key(f"{known.name}.attention.head_count")
+        heads = heads_of(known, tensor.name, every, self._key(f"{known.name}.attention.head_count_kv") or every)
         if heads is not None:
+            if heads < 1 or rows % (2 * heads):
+                raise AutoQError(
+                    f"{self._name} says {heads} heads, which do not divide the {rows} rows of {tensor.name}"
+                )
             stored = stored[torch.argsort(_interleaved(rows, heads))]
         if kind == "f32":
             return _kept(stored.view(torch.float32))

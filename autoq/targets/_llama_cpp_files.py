@@ -100,5 +100,5 @@ def _table(entries: list[tuple[str, str, tuple[int, ...], int]]) -> bytes:
     for name, kind, shape, place in entries:
         text = name.encode()
         table += _U64.pack(len(text)) + text + _U32.pack(len(shape)) + b"".join(map(_U64.pack, shape))
-        table += _U32.pack(gguf.GGMLQuantizationType[kind.upper()]) + _U64.pack(place)
+        table += _U32.pack(gguf.GGMLQuantizationType[kind.upper()].value) + _U64.pack(place)
     return bytes(table)

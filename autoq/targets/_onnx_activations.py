@@ -17,7 +17,7 @@ from torch import Tensor
 
 from autoq.methods import Statistics
 from autoq.scheme import Integer, Scheme
-from autoq.targets._onnx_rules import block_of, is_rowwise, run_of
+from autoq.targets._onnx_rules import block_of, is_rowwise
 
 
 def dynamic(x: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def activation(scheme: Scheme, statistics: Statistics | None) -> Callable[[Tenso
         return dynamic
 
     def blocks(x: Tensor) -> Tensor:
-        size = block_of(run_of(scheme, x.shape[-1]))
+        size = block_of(scheme, x.shape[-1])
         assert size is not None, (scheme, x.shape)
         return per_block(x, size)
 

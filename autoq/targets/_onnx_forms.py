@@ -111,11 +111,10 @@ def differences(proto: onnx.ModelProto, assignment: Assignment) -> list[str]:
     file = _File(proto)
     lines = []
     for layer, scheme in assignment.items():
-        modules = [layer] if layer in file.nodes else []
         tied = [
             n.name for n in proto.graph.node if n.op_type == "Gather" and n.name != layer and _reads(file, n, layer)
         ]
-        for module in [*modules, *tied] or [layer]:
+        for module in (layer, *tied):
             found, shape = file.form(layer, module)
             if isinstance(found, str):
                 lines.append(f"{layer}: the file has {found}, the assignment says {scheme}")

@@ -11,10 +11,10 @@
     nbits         `MatMulNBits` at accuracy level 1: 4-bit weights in blocks of B = 16, 32, 64, 128 or 256
                   inputs, each with a scale and maybe an integer zero point; float32 inputs
     nbits-a8      `MatMulNBits` at accuracy level 4: 2, 4 or 8 bits; inputs quantized on the fly to 8 bits,
-                  one symmetric scale per block of B inputs of each row
+                  one symmetric scale per block of B inputs of each row; 2 bits in blocks of 32, 64 or 128
 
-What else `MatMulNBits` takes (2 and 8 bits with float32 inputs, real zero points) unpacks the whole
-weight at every call, which was measured 20 to 100 times slower than float32 on one row: refused.
+What else `MatMulNBits` takes (2 and 8 bits with float32 inputs, 2 bits in other blocks, real zero points)
+unpacks the whole weight at every call, which was measured 20 to 100 times slower than float32 on one row: refused.
 
 A coarser symmetric granularity runs exactly on blocks by repeating its scale. Zero points are packed
 as they ship, so a run of inputs that shares one must be a block.
@@ -28,8 +28,8 @@ from typing import Literal
 from autoq.layer import Layer
 from autoq.scheme import Integer, Keep, PerGroup, PerTensor, Scheme
 
-BLOCKS = (256, 128, 64, 32, 16)
-_NBITS_A8 = (2, 4, 8)
+# Bits -> the blocks of inputs that MatMulNBits has kernels for, the largest first.
+BLOCKS = {2: (128, 64, 32), 4: (256, 128, 64, 32, 16), 8: (256, 128, 64, 32, 16)}
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,10 @@ class Kernel:
 FLOAT = Kernel("float")
 
 
-def block_of(run: int) -> int | None:
+def block_of(scheme: Integer, in_features: int) -> int | None:
     """The largest block of inputs that divides a run of inputs with one scale, or None."""
-    return next((size for size in BLOCKS if run % size == 0), None)
+    run = run_of(scheme, in_features)
+    return next((size for size in BLOCKS[scheme.bits] if run % size == 0), None)
 
 
 def run_of(scheme: Integer, in_features: int) -> int:
@@ -76,9 +77,9 @@ def kernel_for(layer: Layer, scheme: Scheme) -> Kernel | str:
     """The kernel that runs `scheme` on `layer`, or the rule (one clause) by which none does."""
     if isinstance(scheme, Keep):
         return FLOAT
-    shape = f"shape ({layer.out_features}, {layer.in_features})"
     if not isinstance(scheme, Integer):
         return f"there is no kernel for {scheme}"
+    shape = f"shape ({layer.out_features}, {layer.in_features})"
     if layer.in_features % (run := run_of(scheme, layer.in_features)):
         return f"group size {run} does not divide the {layer.in_features} inputs of {shape}"
     if scheme.zero == "real":
@@ -92,21 +93,26 @@ def kernel_for(layer: Layer, scheme: Scheme) -> Kernel | str:
             return Kernel("int8-static")
         return "calibrated 8-bit inputs run with 8-bit symmetric weights per channel or tensor only"
     if scheme.activation == "a8dyn":
-        return Kernel("int8-dynamic") if is_rowwise(scheme) else _blocks(scheme, run, shape)
+        return Kernel("int8-dynamic") if is_rowwise(scheme) else _blocks(layer, scheme)
     if scheme.bits == 8:
         return Kernel("int8-unpacked")
     if scheme.bits == 2:
         return "with float32 inputs, MatMulNBits unpacks the whole 2-bit weight at every call; choose a8dyn"
-    return _blocks(scheme, run, shape)
+    return _blocks(layer, scheme)
 
 
-def _blocks(scheme: Integer, run: int, shape: str) -> Kernel | str:
-    if scheme.bits not in _NBITS_A8:
+def _blocks(layer: Layer, scheme: Integer) -> Kernel | str:
+    if scheme.bits not in BLOCKS:
         return f"there is no {scheme.bits}-bit kernel; choose 2 (with a8dyn), 4 or 8 bits"
-    zeros = scheme.zero == "integer"
-    block = block_of(run)
+    run, zeros = run_of(scheme, layer.in_features), scheme.zero == "integer"
+    sizes = sorted(BLOCKS[scheme.bits])
+    block = block_of(scheme, layer.in_features)
     if block is None:
-        return f"MatMulNBits needs scales shared by multiples of {BLOCKS[-1]} inputs, not by {run} of {shape}"
+        return (
+            f"MatMulNBits with {scheme.bits} bits needs scales shared by multiples of {sizes[0]} inputs, not by {run} "
+            f"of shape ({layer.out_features}, {layer.in_features})"
+        )
     if zeros and block != run:
-        return f"MatMulNBits needs zero points shared by 16, 32, 64, 128 or 256 inputs, not by {run} of {shape}"
+        listed = ", ".join(map(str, sizes))
+        return f"MatMulNBits with {scheme.bits} bits needs zero points shared by {listed} inputs, not by {run}"
     return Kernel("nbits" if scheme.activation is None else "nbits-a8", scheme.bits, block, zeros)

@@ -108,10 +108,9 @@ class Cuda(Target):
         self, model: LoadedModel, weights: Mapping[str, QuantizedWeight], workload: TargetSpec
     ) -> list[Measurement]:
         """See `Target.time`. Raises as `cost_table` does, and `KernelMismatch`."""
-        from autoq.statistics import median_and_stderr
         from autoq.targets import _cuda_kernels as kernels
         from autoq.targets import _cuda_timing as timing
-        from autoq.targets._torch_cpu_timing import Session
+        from autoq.targets._torch_cpu_timing import Samples, Session
 
         kernels.check_model(model)
         model.restore()
@@ -125,10 +124,14 @@ class Cuda(Target):
         }
         device = timing.device_name(model.device)
         found = []
-        for phase, samples in candidate.items():
-            value, stderr = median_and_stderr(samples)
-            own = detail | {UNQUANTIZED: median_and_stderr(unquantized[phase])[0]}
-            found.append(Measurement(phase, value, "ms", "measured", "report", stderr, len(samples), device, own))
+        for phase, times in candidate.items():
+            samples = Samples(times)
+            own = detail | {UNQUANTIZED: Samples(unquantized[phase]).median_ms}
+            found.append(
+                Measurement(
+                    phase, samples.median_ms, "ms", "measured", "report", samples.stderr_ms, len(times), device, own
+                )
+            )
         return found
 
     def estimated_energy(self, info: ModelInfo, assignment: Assignment, workload: TargetSpec) -> Estimate:

@@ -190,3 +190,15 @@ class TorchCpu(Target):
         from autoq.targets._torch_cpu_costs import engine_for
 
         return TorchCpuRuntime(folder, threads, engine_for(TargetSpec()))
+
+
+def load(folder: Path, threads: int | None = None) -> tuple[Any, Any]:
+    """The transformers model and the tokenizer of an export: see `autoq.load`."""
+    import torch
+
+    from autoq.targets import _torch_cpu_checkpoint as checkpoint
+    from autoq.targets._torch_cpu_costs import engine_for
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return checkpoint.load(folder, engine_for(TargetSpec()))

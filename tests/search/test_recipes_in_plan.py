@@ -87,7 +87,10 @@ class Stop(Observer):
     """Interrupts a study where it begins a stage, or at its n-th trial."""
 
     def __init__(self, stage=None, trial=None):
-        self.at, self.count = stage, trial
+        self.at, self.count, self.notes = stage, trial, []
+
+    def note(self, text):
+        self.notes.append(text)
 
     def stage(self, name, total):
         if name == self.at:
@@ -144,11 +147,13 @@ def test_recipes_of_one_name_are_numbered_and_equal_ones_tried_once(store, spec,
     assert names == ["recipe:mix", "recipe:mix-2"]
 
 
-def test_a_uniform_baseline_keeps_its_name(store, spec, recipe):
+def test_a_uniform_baseline_keeps_its_name_and_the_recipe_is_not_missed(store, spec, recipe):
     path, _ = recipe("nothing.json", "keep")
     study = create_study(store, spec([path]))
-    run(store, study)
+    observer = Stop()
+    run(store, study, observer)
     assert not [t for t in store.trials(study.id) if (t.baseline or "").startswith("recipe:")]
+    assert observer.notes == ["recipe:nothing is the same assignment as unquantized"]
 
 
 @pytest.mark.parametrize("stop", [Stop(stage="load"), Stop(stage="calibrate"), Stop(trial=2)])

@@ -31,7 +31,8 @@ def target():
         (LINEAR, "rtn-int4-g128-sym", "nbits-int4-b128-sym"),
         (LINEAR, "rtn-int4-g32-a8dyn", "nbits-a8-int4-b32"),
         (LINEAR, "rtn-int8-g64-a8dyn", "nbits-a8-int8-b64"),
-        (LINEAR, "rtn-int2-g16-sym-a8dyn", "nbits-a8-int2-b16-sym"),
+        (LINEAR, "rtn-int2-g32-sym-a8dyn", "nbits-a8-int2-b32-sym"),
+        (LINEAR, "rtn-int2-channel-sym-a8dyn", "nbits-a8-int2-b128-sym"),
         # A scale for a whole row of 384 = 3 x 128 inputs is repeated.
         (LINEAR, "rtn-int4-channel-sym", "nbits-int4-b128-sym"),
         (LINEAR, "rtn-int4-tensor-sym-a8dyn", "nbits-a8-int4-b128-sym"),
@@ -55,8 +56,11 @@ def test_kernels(target, layer, scheme, kernel):
     [
         (LINEAR, "rtn-int4-g100", "group size 100 does not divide the 384 inputs"),
         (NARROW, "rtn-int4-channel-sym", "multiples of 16 inputs, not by 20 of shape (8, 20)"),
-        (LINEAR, "rtn-int4-channel", "zero points shared by 16, 32, 64, 128 or 256 inputs, not by 384"),
+        (LINEAR, "rtn-int4-channel", "zero points shared by 16, 32, 64, 128, 256 inputs, not by 384"),
         (LINEAR, "rtn-int4-g48", "zero points shared by"),
+        # With blocks of 16 and 256, 2-bit weights are unpacked at every call.
+        (LINEAR, "rtn-int2-g16-sym-a8dyn", "2 bits needs scales shared by multiples of 32 inputs, not by 16"),
+        (Layer("wide", "linear", 8, 512, 4), "rtn-int2-g256-a8dyn", "zero points shared by 32, 64, 128 inputs"),
         (LINEAR, "hqq-int4-g64-rz", "real zero point"),
         (LINEAR, "rtn-int2-g32", "choose a8dyn"),
         (LINEAR, "rtn-int3-g32-a8dyn", "there is no 3-bit kernel"),

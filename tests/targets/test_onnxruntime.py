@@ -23,6 +23,7 @@ from autoq.targets import Target
 from autoq.targets import _onnx_costs as costs
 from autoq.targets import _onnx_graph as graphs
 from autoq.targets import _onnx_session as sessions
+from autoq.targets._onnx_forms import differences
 
 MIX = (
     *("rtn-int4-g32", "rtn-int8-channel-sym", "rtn-int8-channel-sym-a8dyn", "rtn-int4-g16-sym-a8dyn"),
@@ -125,6 +126,7 @@ def test_bytes_are_those_that_are_counted(case):
     assert abs(size - promised) < 500 * len(case.model.info.layers)
 
 
+@pytest.mark.slow
 def test_the_file_depends_on_nothing_but_the_model(case, tiny_model_dir, tmp_path):
     again = load(ModelSpec(id=str(tiny_model_dir("bert-mlm")), dtype="float32"))
     TARGET.export(again, dealt(again), tmp_path, case.statistics)
@@ -132,7 +134,6 @@ def test_the_file_depends_on_nothing_but_the_model(case, tiny_model_dir, tmp_pat
 
 
 def test_padding_changes_nothing(case):
-    session = sessions.open_session(case.folder / "model.onnx", 1)
     # Weight-only, as one range for a whole batch sees its padding.
     weights = dealt(case.model, ("rtn-int4-g32", "rtn-int8-channel-sym"))
     session = sessions.open_session(graphs.assemble(case.model, weights), 1)
@@ -169,15 +170,22 @@ def test_differences_name_layer_and_both_formats(case, now, wanted, said):
         assert part in line
 
 
-def test_a_tied_embedding_that_reads_another_table_is_found(case, tmp_path):
+def test_a_layer_that_is_not_in_the_file_is_a_difference(case):
     proto = onnx.load(case.folder / "model.onnx")
-    node = next(n for n in proto.graph.node if n.name == "cls.predictions.decoder")
-    proto.graph.node.remove(node)
-    onnx.save_model(proto, tmp_path / "model.onnx")
-    from autoq.targets._onnx_forms import differences
-
-    (line,) = differences(onnx.load(tmp_path / "model.onnx"), assignment_of(case.weights))
+    proto.graph.node.remove(next(node for node in proto.graph.node if node.name == "cls.predictions.decoder"))
+    (line,) = differences(proto, assignment_of(case.weights))
     assert line.startswith("cls.predictions.decoder: the file has no node of that name")
+
+
+def test_another_table_under_a_layer_is_a_difference(case):
+    proto = onnx.load(case.folder / "model.onnx")
+    layer = next(name for name, weight in case.weights.items() if str(weight.scheme) == "rtn-int4-g32")
+    (codes,) = [constant for constant in proto.graph.initializer if constant.name == f"{layer}.codes"]
+    codes.name = "other.codes"
+    next(node for node in proto.graph.node if node.name == layer).input[1] = "other.codes"
+    (line,) = differences(proto, assignment_of(case.weights))
+    assert line.startswith(f"{layer}: the file has a MatMulNBits that reads ")
+    assert "other.codes" in line
 
 
 def test_broken_files_are_refused_in_one_line(case, tmp_path):
@@ -251,22 +259,16 @@ def test_the_table_covers_every_choice(case, monkeypatch):
             assert all(ms > 0 for ms in entry.values())
 
 
-def test_models_that_the_graph_cannot_stand_for(tiny, case, monkeypatch):
-    with pytest.raises(ModelRefused, match="set model.dtype: float32"):
+def test_models_that_the_graph_cannot_stand_for(tiny, monkeypatch):
+    with pytest.raises(ModelRefused, match=r"set model\.dtype: float32"):
         graphs.skeleton(tiny("bert", torch.bfloat16))
 
-    class Scaled(nn.Embedding):
-        def forward(self, ids):
-            return super().forward(ids) * 8
-
     model = tiny("bert", torch.float32)
-    (module,) = model.modules_of(next(layer for layer in model.info.layers if layer.kind == "linear"))[:1]
-    monkeypatch.setattr(
-        module, "__class__", type("Gated", (nn.Linear,), {"forward": lambda self, x: F.linear(x, self.weight)})
-    )
+    module = model.modules_of(next(layer for layer in model.info.layers if layer.kind == "linear"))[0]
+    gated = type("Gated", (nn.Linear,), {"forward": lambda self, x: F.linear(x, self.weight)})
+    monkeypatch.setattr(module, "__class__", gated)
     with pytest.raises(ModelRefused, match="a Gated does more than a plain linear map or lookup"):
         graphs.skeleton(model)
-    del Scaled, case
 
 
 def test_runtime_names_its_version():

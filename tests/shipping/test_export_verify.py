@@ -1,0 +1,254 @@
+"""Exports that are refused, interrupted or tampered with; what the folder holds; the picture."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+
+import pytest
+import torch
+
+import autoq
+from autoq.errors import AutoQError, BadInput, ExportBroken, SchemeRefused
+from autoq.search.controller import create_study, run_study
+from autoq.shipping import export as exporting
+from autoq.shipping import manifest as files
+from autoq.shipping.export import export
+from autoq.shipping.picture import Dot, svg
+from autoq.shipping.verify import verify
+from autoq.spec import build_spec
+from autoq.store import Store
+from autoq.targets import torch_cpu
+
+SCHEMES = ["rtn-int4-g32", "rtn-int8-channel-sym", "rtn-int8-channel-sym-a8dyn", "keep"]
+
+
+@pytest.fixture(scope="module")
+def study(tiny_model_dir, tmp_path_factory):
+    """A finished study of a tiny model on torch-cpu: (store, study, folder)."""
+    folder = tmp_path_factory.mktemp("shipping")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUTOQ_CACHE", str(folder / "cache"))
+        spec = build_spec(
+            {
+                "name": "tiny",
+                "model": {"id": str(tiny_model_dir("llama-tied"))},
+                "data": {"calibration_tokens": 64, "search_tokens": 64, "report_tokens": 128, "window_tokens": 32},
+                "target": {"name": "torch-cpu", "prompt_tokens": 16, "threads": 1},
+                "space": {"schemes": SCHEMES, "kinds": ["linear", "head"], "overrides": [
+                    {"match": "lm_head", "schemes": ["rtn-int8-channel-sym", "keep"]}]},
+                "objectives": ["kl_nats_per_token", "size_bytes", "latency_decode_ms", "latency_prefill_ms"],
+                "budget": {"trials": 12, "report_points": 3},
+                "workers": {"cpus": 1},
+            }
+        )  # fmt: skip
+        with Store.open(str(folder / "autoq.db")) as store:
+            made = create_study(store, spec)
+            run_study(store, made.id)
+            yield store, store.study(made.id), folder
+
+
+@pytest.fixture(scope="module")
+def trial(study):
+    store, record, _ = study
+    frontier = store.frontier(record.id, with_assignments=True)
+    return max(frontier, key=lambda t: len(set(t.assignment.values())))
+
+
+@pytest.fixture(scope="module")
+def shipped(study, trial):
+    """An export, not to be changed."""
+    store, record, folder = study
+    export(store, record, trial, folder / "shipped")
+    return folder / "shipped"
+
+
+@pytest.fixture
+def copy(shipped, tmp_path):
+    """A copy of the export, to be tampered with."""
+    import shutil
+
+    return shutil.copytree(shipped, tmp_path / "copy")
+
+
+def test_the_folder_holds_everything_and_says_what_it_is(study, trial, shipped):
+    manifest = files.read(shipped)
+    assert set(manifest.files) >= {"model.safetensors", "config.json", "assignment.json", "README.md", "frontier.svg"}
+    assert files.read_assignment(shipped, manifest) == trial.assignment
+    assert manifest.measurements["kl_nats_per_token"].part == "report"
+    assert manifest.size_bytes == trial.best_measurements()["size_bytes"].value
+    card = (shipped / "README.md").read_text()
+    assert "autoq.load('shipped')" in card
+    assert "kl_nats_per_token" in card
+    ET.parse(shipped / "frontier.svg")
+
+
+def test_the_export_verifies_and_latency_stands_beside_what_was_promised(shipped):
+    checks = {check.name: check for check in verify(shipped).checks}
+    assert {"files", "bytes", "formats", "outputs", "latency_decode_ms", "latency_prefill_ms"} <= set(checks)
+    # Whether a tiny model's microseconds are the same on a busy machine is not this test's to judge.
+    assert all(check.ok for name, check in checks.items() if not name.startswith("latency")), checks
+
+
+def test_the_loader_gives_a_model_that_generates(shipped):
+    model, tokenizer = autoq.load(shipped)
+    ids = tokenizer("hello", return_tensors="pt")["input_ids"]
+    generated = model.generate(input_ids=ids, max_new_tokens=3, do_sample=False)
+    assert generated.shape == (1, ids.shape[1] + 3)
+    with torch.inference_mode():
+        assert torch.isfinite(model(input_ids=ids).logits).all()
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda f: (f / "model.safetensors").write_bytes(b"x" + (f / "model.safetensors").read_bytes()[1:]),
+         "model.safetensors was changed"),
+        (lambda f: (f / "config.json").unlink(), "config.json is missing"),
+        (lambda f: (f / "more.bin").write_bytes(b"1"), "more.bin is not of this export"),
+        (lambda f: (f / "assignment.json").write_text("{}"), "assignment.json has 2 bytes"),
+    ],
+)  # fmt: skip
+def test_what_was_tampered_with_is_named(copy, damage, told):
+    damage(copy)
+    report = verify(copy)
+    assert not report.ok
+    (check,) = report.checks
+    assert told in check.found
+
+
+def rewrite(folder, **changes):
+    path = folder / "autoq.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_manifests_that_lead_elsewhere_are_refused(copy):
+    entry = {"bytes": 1, "sha256": "0" * 64}
+    for name in ("../x", "/etc/passwd", "a/../../x", "", "autoq.json"):
+        rewrite(copy, files={name: entry})
+        with pytest.raises(ExportBroken, match="outside of the export"):
+            verify(copy)
+
+
+def test_links_are_not_followed(copy):
+    (copy / "config.json").rename(copy.parent / "config.json")
+    (copy / "config.json").symlink_to(copy.parent / "config.json")
+    with pytest.raises(ExportBroken, match=r"config\.json is not a plain file"):
+        verify(copy)
+
+
+def test_manifests_that_are_none_are_refused(copy, tmp_path):
+    rewrite(copy, surprise=1)
+    with pytest.raises(ExportBroken, match="surprise"):
+        verify(copy)
+    (copy / "autoq.json").write_text("[" * 100000)
+    with pytest.raises(ExportBroken, match=r"autoq\.json cannot be read"):
+        verify(copy)
+    with pytest.raises(BadInput, match="is not an export of AutoQ"):
+        verify(tmp_path / "nowhere")
+
+
+def test_an_assignment_of_another_trial_is_refused(copy):
+    assignment = json.loads((copy / "assignment.json").read_text())
+    text = json.dumps(dict.fromkeys(assignment, "keep"))
+    (copy / "assignment.json").write_text(text)
+    entries = {name: entry.model_dump() for name, entry in files.read(copy).files.items()}
+    entries["assignment.json"] = files.digest(copy / "assignment.json").model_dump()
+    rewrite(copy, files=entries)
+    with pytest.raises(ExportBroken, match="not the assignment"):
+        verify(copy)
+
+
+def test_a_worse_checkpoint_than_promised_fails_on_quality(copy):
+    """Tampered weights with a manifest that fits them: only running it can tell."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    path = copy / "model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        told = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    name = next(name for name in tensors if name.endswith("mlp.down_proj.weight.scales"))
+    tensors[name] = tensors[name] * 2
+    save_file(tensors, path, metadata=told)
+    entries = {n: entry.model_dump() for n, entry in files.read(copy).files.items()}
+    entries["model.safetensors"] = files.digest(path).model_dump()
+    rewrite(copy, files=entries)
+    checks = {check.name: check.ok for check in verify(copy, latency=False).checks}
+    assert checks["files"]
+    assert checks["formats"]
+    assert not checks["outputs"]
+    assert not checks["kl_nats_per_token"]
+
+
+def test_a_quality_that_was_never_measured_fails(copy):
+    promised = json.loads((copy / "autoq.json").read_text())["measurements"]
+    promised["kl_nats_per_token"]["value"] *= 0.1
+    promised["kl_nats_per_token"]["stderr"] = 1e-9
+    rewrite(copy, measurements=promised)
+    checks = {check.name: check for check in verify(copy, latency=False).checks}
+    assert checks["outputs"].ok
+    assert checks["kl_nats_per_token"].ok is False
+
+
+def test_out_must_be_new_and_its_parent_there(study, trial, tmp_path):
+    store, record, _ = study
+    with pytest.raises(BadInput, match="exists; name a folder that is not there"):
+        export(store, record, trial, tmp_path)
+    with pytest.raises(BadInput, match="make it first"):
+        export(store, record, trial, tmp_path / "a" / "b")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(BadInput, match="exists"):
+        export(store, record, trial, tmp_path / "link")
+
+
+def test_a_target_that_cannot_run_the_assignment_names_layers_and_rules(study, trial, tmp_path):
+    store, record, _ = study
+    with pytest.raises(
+        SchemeRefused, match=rf"llama-cpp cannot run trial {trial.number}: model\.layers\.\S+ as rtn-int"
+    ):
+        export(store, record, trial, tmp_path / "out", "llama-cpp")
+    with pytest.raises(BadInput, match=r"generic exports nothing; choose --target from .*torch-cpu"):
+        export(store, record, trial, tmp_path / "out", "generic")
+    with pytest.raises(BadInput, match="no target 'tensorrt'; choose from"):
+        export(store, record, trial, tmp_path / "out", "tensorrt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_complete_trials_are_exported(study, tmp_path, trial):
+    import dataclasses
+
+    store, record, _ = study
+    with pytest.raises(BadInput, match="is failed; only a complete one"):
+        export(store, record, dataclasses.replace(trial, state="failed"), tmp_path / "out")
+
+
+def test_a_full_disk_leaves_nothing(study, trial, tmp_path, monkeypatch):
+    store, record, _ = study
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch_cpu.TorchCpu, "export", full)
+    with pytest.raises(AutoQError, match=r"cannot be written to .*: No space left on device"):
+        export(store, record, trial, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_export_left_is_swept_by_the_next(study, trial, tmp_path):
+    _store, _record, _ = study
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left, running = tmp_path / f".out.partial-{dead.pid}", tmp_path / f".out.partial-{os.getppid()}"
+    left.mkdir(), running.mkdir()
+    with exporting._beside(tmp_path / "out"):
+        pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == [running.name, "out"]
+
+
+def test_the_picture_survives_odd_numbers():
+    for dots in ([Dot(1.0, 0.0)], [Dot(5.0, -1.0, 2.0), Dot(5.0, -1.0, name="a<b&c")], [Dot(1, 1e-6), Dot(1e9, 10.0)]):
+        ET.fromstring(svg(dots, "a & b", "x <", "y >"))
