@@ -189,8 +189,33 @@ def methods(as_json: Json = False) -> None:
 
 @app.command(epilog=examples("autoq targets"))
 def targets(as_json: Json = False) -> None:
-    """List the deployment runtimes."""
-    _print_choices("targets", "target", as_json)
+    """List the deployment runtimes.
+
+    What each one times, what it exports, and whether it can measure on this machine.
+    """
+    from autoq import plugins
+    from autoq.targets import Target
+
+    found = []
+    for file in plugins.names("targets"):
+        target = plugins.load("targets", file, Target)
+        latencies = sorted(name.removeprefix("latency_").removesuffix("_ms") for name in target.latencies)
+        found.append(
+            {
+                "name": file.replace("_", "-"),
+                "summary": plugins.summary("targets", file),
+                "times": latencies,
+                "predicts_only": target.predicts_only,
+                "exports": target.exports(),
+                "unavailable": target.unavailable(),
+            }
+        )
+    if as_json:
+        print_json({"targets": found})
+        return
+    from autoq.display import tables
+
+    show(tables.targets(found))
 
 
 @app.command(epilog=examples("autoq objectives"))
@@ -223,6 +248,6 @@ def doctor(db: Db = DEFAULT_DB, as_json: Json = False) -> None:
                 sys.stdout.write(f"{'' if not section else chr(10)}{finding.section}\n")
                 section = finding.section
             sign = {True: "ok", None: "--", False: "!!"}[finding.ok]
-            sys.stdout.write(f"  {sign}  {finding.name:<16}  {finding.value}\n")
+            sys.stdout.write(f"  {sign}  {finding.name:<18}  {finding.value}\n")
     if any(finding.ok is False for finding in findings):
         raise typer.Exit(1)

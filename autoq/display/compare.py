@@ -7,6 +7,7 @@ measured. A gain is claimed only beyond twice the combined standard error.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -137,3 +138,47 @@ def gains(
 def _beats(a: TrialRecord, b: TrialRecord, keys: Sequence[str]) -> bool:
     x, y = a.values(keys), b.values(keys)
     return x != y and all(i <= j for i, j in zip(x, y, strict=True))
+
+
+@dataclass(frozen=True)
+class Foretold:
+    """How well a latency was predicted: over `count` trials that were timed, the median of |predicted/measured - 1|
+    and the rank correlation (Spearman; None where it has no meaning)."""
+
+    objective: str
+    count: int
+    median_error: float
+    rank_correlation: float | None
+
+    def __str__(self) -> str:
+        rank = "" if self.rank_correlation is None else f", rank correlation {self.rank_correlation:.2f}"
+        return f"{self.objective}: predicted within {self.median_error:.1%} (median of {self.count} timed){rank}"
+
+
+def foretold(trials: Sequence[TrialRecord]) -> list[Foretold]:
+    """Predicted against measured, per latency objective that three trials or more have both of."""
+    pairs: dict[str, list[tuple[float, float]]] = {}
+    for trial in trials:
+        for (name, part), measurement in trial.measurements.items():
+            predicted = measurement.detail.get("predicted_ms")
+            if part == "report" and predicted and measurement.value > 0:
+                pairs.setdefault(name, []).append((float(predicted), measurement.value))
+    found = []
+    for name, both in sorted(pairs.items()):
+        if len(both) >= 3:
+            errors = [abs(predicted / measured - 1) for predicted, measured in both]
+            ranks = _spearman([predicted for predicted, _ in both], [measured for _, measured in both])
+            found.append(Foretold(name, len(both), statistics.median(errors), ranks))
+    return found
+
+
+def _spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """Rank correlation; equal values share the mean of their ranks."""
+    if len(set(a)) < 2 or len(set(b)) < 2:
+        return None
+    return statistics.correlation(_ranks(a), _ranks(b))
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    ordered = sorted(values)
+    return [ordered.index(value) + (ordered.count(value) - 1) / 2 for value in values]

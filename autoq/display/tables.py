@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from autoq.display import numbers
-from autoq.display.compare import gains, sort_objective, twins
+from autoq.display.compare import foretold, gains, sort_objective, twins
 
 if TYPE_CHECKING:
     from autoq.shipping.verify import Check
@@ -151,6 +151,8 @@ def frontier(
         parts += [Text(), nothing]
     if found := gains(points, baselines, study.objectives):
         parts += [Text(), *(Text(str(gain)) for gain in found)]
+    if known := foretold(rows):
+        parts += [Text(), *(Text(str(each), style="dim") for each in known)]
     return parts
 
 
@@ -232,3 +234,17 @@ def verification(checks: Sequence[Check]) -> list[RenderableType]:
     rows = [(check.name, check.promised, check.found, signs[check.ok]) for check in checks]
     notes = [f"{check.name}: {check.note}" for check in checks if check.note]
     return [plain(["", "promised", "found", ""], rows), *(Text(note, style="dim") for note in notes)]
+
+
+def targets(found: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
+    """Each runtime: its name and what it is, then what can be done with it here."""
+    lines: list[RenderableType] = []
+    for target in found:
+        lines += [Text(target["name"], style="bold"), Text(f"  {target['summary']}")]
+        verb = "predicts" if target["predicts_only"] else "times"
+        lines.append(Text(f"  {verb:<8} {', '.join(target['times']) or 'nothing'}"))
+        lines.append(Text(f"  exports  {target['exports'] or 'nothing'}"))
+        lines.append(
+            Text(f"  here     {target['unavailable'] or 'ready'}", style="dim" if target["unavailable"] else "")
+        )
+    return lines

@@ -102,13 +102,13 @@ def layout_of(group: Mapping[str, Any]) -> str:
     if strategy is None:  # as QuantizationArgs infers it
         strategy = "tensor" if size is None else "channel" if size == -1 else "group"
     granularity = f"g{size}" if strategy in ("group", "tensor_group") else strategy
-    floats = {(8, "channel"): "fp8", (8, "tensor"): "fp8", (4, "group"): "mxfp4", (4, "tensor_group"): "nvfp4"}
+    floats = {"8 channel": "fp8", "8 tensor": "fp8", "4 group": "mxfp4", "4 tensor_group": "nvfp4"}
     symmetric = weights.get("symmetric", True)
     number = None
     if kind == "int" and strategy in ("tensor", "channel", "group"):
         number = f"int{bits}"
     elif kind == "float" and symmetric:
-        number = floats.get((int(bits), strategy))
+        number = floats.get(f"{bits} {strategy}")
     if number is None or weights.get("dynamic") or group.get("output_activations"):
         return f"weights {dict(weights)}, outputs {group.get('output_activations')}"
     text = f"{number}-{granularity}" + ("-sym" if kind == "int" and symmetric else "")

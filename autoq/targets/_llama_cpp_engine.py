@@ -61,10 +61,11 @@ class Engine:
     """
 
     def __init__(self, path: Path, threads: int, context: int, sequences: int = 1) -> None:
-        self._file = Path(path).name
+        self._file, far = Path(path).name, Path(__file__).with_name("_llama_cpp_bridge.py")
+        program = [sys.executable, "-I", str(far), str(library())]
         self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process is
         self._process: subprocess.Popen[bytes] | None = subprocess.Popen(  # noqa: S603 - our own file, no shell
-            [sys.executable, "-I", str(Path(__file__).with_name("_llama_cpp_bridge.py")), str(library())],
+            program,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._complaints,

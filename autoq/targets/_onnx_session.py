@@ -60,9 +60,8 @@ def thread_count(asked: int | None) -> int:
 def _options(threads: int, profile: Path | None) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 3
+    options.log_severity_level = 4
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.add_session_config_entry("session.x64quantprecision", "1")
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)

@@ -3,7 +3,9 @@
 Weights are evaluated exactly as they ship. Inputs of a8dyn and a8static layers are rounded as
 compressed-tensors does it when transformers runs the checkpoint, in bfloat16: per token
 s = max|x|/127.5 (int8) or max|x|/448 (fp8), q = round(x/s). vLLM's kernels compute the same with
-s = max|x|/127 and in float32; the difference is far below the rounding itself, but not zero.
+s = max|x|/127 and in float32: other codes for some inputs, no better and no worse. On a mix of W4A16 and
+W8A8 of SmolLM2-135M, log probabilities differ from vLLM 0.32's by 0.11 to 0.17 on average with either
+arithmetic, by 0.07 for W4A16 alone, and by 0.06 for the unquantized model: bfloat16 kernels.
 Which kernel runs which shape: `_vllm_rules`.
 """
 

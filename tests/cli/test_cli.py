@@ -66,7 +66,7 @@ size_bytes             80.00 MB      80.00 MB      0 B
 """
 
 COMMANDS = [
-    *["search", "resume", "studies", "trials", "frontier", "pick", "diff"],
+    *["search", "resume", "export", "verify", "studies", "trials", "frontier", "pick", "diff"],
     *["methods", "targets", "objectives", "samplers", "doctor"],
 ]
 
