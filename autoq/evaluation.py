@@ -41,6 +41,7 @@ from autoq.spec import StudySpec
 from autoq.statistics import mean_and_stderr
 from autoq.targets import CostTable, load_target
 
+_DISTANCE = {"encoder": "cosine_distance"}  # how far outputs are from the unquantized model's, by task
 CURVATURE_TOKENS = 4096  # more of them changed nothing
 
 
@@ -56,13 +57,14 @@ class Comparison:
     """A runtime against the search, on the same `tokens` of the report part.
 
     `here` is the quality as the search evaluates it, `there` what the runtime's outputs come to.
-    `apart` is the mean KL, in nats per token, of the runtime's distribution from the search's; for an
-    encoder without a head the mean cosine distance.
+    `apart` is the mean KL, in nats per token, of the runtime's distribution from the search's, and `moved`
+    that of the search's from the unquantized model's; for an encoder without a head mean cosine distances.
     """
 
     here: list[Measurement]
     there: list[Measurement]
     apart: float
+    moved: float
     tokens: int
 
 
@@ -166,7 +168,9 @@ class Evaluator:
         with torch.inference_mode():
             reference = make_reference(self.model, data, self._share_bytes)
         here, there = _Tally(self._objectives, data), _Tally(self._objectives, data)
-        apart = 0.0
+        distance = plugins.load("objectives", _DISTANCE.get(self.info.task, "kl_nats_per_token"), Objective)
+        assert isinstance(distance, TokenObjective)
+        apart, moved = 0.0, 0.0
         with self._swapped(assignment), torch.inference_mode():
             for index, window in enumerate(data):
                 expected = self._outputs(window)
@@ -174,8 +178,14 @@ class Evaluator:
                 self._judge(here, window, expected, reference, index)
                 self._judge(there, window, found, reference, index)
                 apart += self._apart(expected, found)
+                for _, chunk in self._chunks(window, expected, reference, index):
+                    moved += float(distance.per_token(chunk).double().sum()) / len(expected)
         return Comparison(
-            self._measurements(here, "report"), self._measurements(there, "report"), apart / len(data), data.numel()
+            self._measurements(here, "report"),
+            self._measurements(there, "report"),
+            apart / len(data),
+            moved / len(data),
+            data.numel(),
         )
 
     def _apart(self, expected: Tensor, found: Tensor) -> float:
@@ -310,7 +320,7 @@ class Evaluator:
             return None, ""
         return functools.partial(self.statistics, name), self._statistics_path().stem
 
-    def _activation(self, name: str, scheme: Scheme) -> Callable[[Tensor], Tensor] | None:
+    def activation(self, name: str, scheme: Scheme) -> Callable[[Tensor], Tensor] | None:
         """What the target's kernel does to the layer's input."""
         if getattr(scheme, "activation", None) != "a8static":
             return self.target.activation(scheme)
@@ -330,7 +340,7 @@ class Evaluator:
                     original.cpu(), self._hash(name), scheme, original.dtype, statistics, calibration
                 )
             weights[name] = dequantized.to(original.device)
-            if (function := self._activation(name, scheme)) is not None:
+            if (function := self.activation(name, scheme)) is not None:
                 activations[name] = function
         return weights, activations
 

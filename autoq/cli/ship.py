@@ -85,7 +85,7 @@ def verify(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Load an export in its runtime and compare it with what was measured.
+    """Hold an export against what was measured, in its runtime.
 
     Bytes, formats, outputs, quality on the report data, latency. Exits with 1 if anything differs
     beyond its tolerance.

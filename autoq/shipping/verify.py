@@ -37,6 +37,7 @@ SIZE_TOLERANCE = 0.005
 HEADER_BYTES = 1 << 16  # names and shapes in the files, which sizes leave out; nothing beside a real model
 ERRORS = 3  # combined standard errors that two samples of one quantity may be apart
 LEAST_NOISE = 0.05  # what two runs of one program differ by on a machine that does nothing else
+ROUNDING, LEAST_SHIFT = 1e-4, 1e-5
 REPORT_TOKENS = 4096
 _SHOWN = 3
 
@@ -166,6 +167,8 @@ def _quality(
 ) -> list[Check]:
     compared = evaluator.compare(assignment, runtime.outputs, tokens)
     limit = target.logits_tolerance
+    if any(evaluator.activation(name, scheme) is not None for name, scheme in assignment.items()):
+        limit = max(limit, compared.moved)
     unit = "cosine distance" if evaluator.info.task == "encoder" else "nats/token"
     checks = [
         Check("outputs", f"≤ {limit:.0e} {unit}", f"{compared.apart:.1e} from the searched", compared.apart <= limit)
@@ -175,9 +178,12 @@ def _quality(
         promise = manifest.measurements.get(there.objective)
         if promise is None:
             continue
-        pair = abs(there.value - here.value) <= max(promise.stderr or 0.0, 1e-6 * abs(promise.value))
+        # A model that is all but the original has next to no error, and rounding is more than that.
+        shifted = compared.apart + math.sqrt(2 * compared.apart * compared.moved)
+        rounding = max(ROUNDING * abs(promise.value), min(shifted, LEAST_SHIFT))
+        pair = abs(there.value - here.value) <= max(promise.stderr or 0.0, rounding)
         reach = ERRORS * math.hypot(promise.stderr or 0.0, there.stderr or 0.0)
-        stored = promise.part != "report" or abs(there.value - promise.value) <= max(reach, 1e-6 * abs(promise.value))
+        stored = promise.part != "report" or abs(there.value - promise.value) <= max(reach, rounding)
         checks.append(
             Check(
                 there.objective,

@@ -117,7 +117,9 @@ class Target(abc.ABC):
     `fuses` says whether it merges fusion groups, whose layers then must share a scheme.
     `latencies` are the latency objectives that it can time (or predict, if `predicts_only`).
     `logits_tolerance` is the largest KL, in nats per token, between the searched model and the reloaded
-    export that can be rounding: what the runtime computes otherwise than the evaluation did.
+    export that can be rounding: what the runtime computes otherwise than the evaluation did. Where inputs
+    are quantized too, rounding decides codes and is not small: there the export may be as far from the
+    searched model as that is from the original.
     `runs_on` is the part of this machine whose meters tell the target's energy, if `meter` asks them.
     """
 

@@ -153,9 +153,7 @@ def _time(bench: Bench, files: Sequence[Deal], choices: Mapping[str, Mapping[str
                 if number == 0:
                     beside = add(no_samples(), bench.unquantized.round(bench.prompt, BASE_STEPS))
         for phase in PHASES:
-            # Whatever else the machine does only adds time, and there are few rounds.
-            quick = min(own[phase].wall_ms) if phase == PREFILL else float(np.median(own[phase].wall_ms))
-            found.own[phase].append(quick)
+            found.own[phase].append(own[phase].median_ms)
             found.beside[phase].append(beside[phase])
     return found
 

@@ -68,11 +68,6 @@ def _iq4_xs(place: _Place) -> str:
     return "q5_k" if place.part == "ffn_down" and place.block < place.blocks // 8 else "iq4_xs"
 
 
-def _q4_k_s(place: _Place) -> str:
-    few = place.block < (4 if place.part == "attn_v" else place.blocks // 8)
-    return "q5_k" if place.part in ("attn_v", "ffn_down") and few else "q4_k"
-
-
 def _medium(usual: str) -> Callable[[_Place], str]:
     """Q4_K_M and Q5_K_M: 6 bits for some attention values and down projections."""
     return lambda place: "q6_k" if place.part in ("attn_v", "ffn_down") and _more_bits(place) else usual
@@ -89,7 +84,6 @@ _PRESETS: dict[str, tuple[str, Callable[[_Place], str]]] = {
     "q5_k_m": ("q5_k", _medium("q5_k")),
     "q5_0": ("q5_0", _pure("q5_0")),
     "q4_k_m": ("q4_k", _medium("q4_k")),
-    "q4_k_s": ("q4_k", _q4_k_s),
     "q4_0": ("q4_0", _pure("q4_0")),
     "iq4_xs": ("iq4_xs", _iq4_xs),
     "q3_k_m": ("q3_k", _q3_k_m),

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from autoq.errors import SchemeRefused
 from autoq.methods import Statistics
 from autoq.scheme import Integer, Scheme
 from autoq.targets._onnx_rules import block_of, is_rowwise
@@ -29,6 +30,14 @@ def dynamic(x: Tensor) -> Tensor:
         return x
     zero = torch.round(-low / step).clamp(0, 255)
     return _affine(x, step, zero)
+
+
+def input_range(statistics: Statistics) -> tuple[float, float]:
+    """A layer's calibrated (least, greatest) input. Raises `SchemeRefused` where there is none."""
+    if "input_range" not in statistics:
+        raise SchemeRefused("nothing that is measured depends on the layer, so its inputs have no range; choose a8dyn")
+    low, high = statistics["input_range"].tolist()
+    return low, high
 
 
 def static(low: float, high: float) -> Callable[[Tensor], Tensor]:
@@ -64,8 +73,7 @@ def activation(scheme: Scheme, statistics: Statistics | None) -> Callable[[Tenso
     if not isinstance(scheme, Integer) or scheme.activation is None:
         return None
     if scheme.activation == "a8static":
-        low, high = (-1.0, 1.0) if statistics is None else statistics["input_range"].tolist()
-        return static(low, high)
+        return static(*((-1.0, 1.0) if statistics is None else input_range(statistics)))
     if is_rowwise(scheme):
         return dynamic
 

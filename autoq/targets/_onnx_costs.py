@@ -37,6 +37,7 @@ _LEAST_MODELS = 2
 _LEAST_ROUNDS = 4
 _RUNS = 24  # over all models
 _WARM = 2  # runs of a fresh session that are not counted
+_OTHERS = ""  # no layer's name
 _FUSED, _SUFFIX = "fused ", "_kernel_time"  # around a node's name in a profile
 
 
@@ -93,7 +94,7 @@ def _deals(kinds: Sequence[_Kind]) -> list[dict[str, tuple[Kernel, QuantizedWeig
 def cost_table(model: LoadedModel, choices: Mapping[str, Sequence[QuantizedWeight]], workload: TargetSpec) -> CostTable:
     """Time every layer of `choices` under its schemes and as it is, and the unquantized model.
 
-    Milliseconds; lower quartiles for layers, medians for whole runs. `base_ms` makes the prediction for
+    Milliseconds. `base_ms` makes the prediction for
     the unquantized model its measurement.
     """
     threads = sessions.thread_count(workload.threads)
@@ -105,14 +106,19 @@ def cost_table(model: LoadedModel, choices: Mapping[str, Sequence[QuantizedWeigh
     rounds = max(_LEAST_ROUNDS, math.ceil(_RUNS / len(deals)))
     kind_of = {layer.name: index for index, kind in enumerate(kinds) for layer in kind.layers}
     samples: dict[tuple[int, Kernel], list[float]] = {}
+    others: list[float] = []
     for deal in deals:
         mixed = {name: weight for name, (_, weight) in deal.items() if weight is not None}
         spent, beside = _profiled(model, mixed, unquantized, feed, threads, rounds)
         drift = steady.median_ms / float(np.median(beside))
         for name, (kernel, _) in deal.items():
             samples.setdefault((kind_of[name], kernel), []).extend(drift * ms for ms in spent[name])
-    # Whatever else the machine does only adds time.
-    table = {key: float(np.percentile(values, 25)) for key, values in samples.items()}
+        others.extend(drift * ms for ms in spent[_OTHERS])
+    # Whatever else the machine does only adds time: to single nodes rarely, to most whole runs a little. So
+    # parts are compared by their lower quartiles, and together scaled to what a whole run takes.
+    lower = {key: float(np.percentile(values, 25)) for key, values in samples.items()}
+    parts = sum(lower[index, FLOAT] for index in kind_of.values()) + float(np.percentile(others, 25))
+    table = {key: ms * steady.median_ms / parts for key, ms in lower.items()}
     layer_ms = {
         name: {
             "keep": table[kind_of[name], FLOAT],
@@ -139,7 +145,8 @@ def _profiled(
     threads: int,
     rounds: int,
 ) -> tuple[dict[str, list[float]], list[float]]:
-    """Layer -> milliseconds that its nodes took in each run; and the unquantized session's runs beside them."""
+    """Layer -> milliseconds that its nodes took in each run, all nodes of no layer as one; and the unquantized
+    session's runs beside them."""
     with tempfile.TemporaryDirectory(prefix="autoq-onnx-") as folder:
         session = sessions.open_session(graphs.assemble(model, weights), threads, Path(folder) / "profile")
         beside = []
@@ -154,11 +161,10 @@ def _profiled(
     for event in sorted((e for e in events if e.get("cat") == "Node"), key=lambda e: int(e["ts"])):
         if event["name"].endswith(_SUFFIX):
             runs.setdefault(event["name"].removesuffix(_SUFFIX), []).append(int(event["dur"]))
-    found = {layer.name: [0.0] * rounds for layer in model.info.layers}
+    found = {name: [0.0] * rounds for name in (_OTHERS, *(layer.name for layer in model.info.layers))}
     for node, microseconds in runs.items():
         module = node.removeprefix(_FUSED).partition("/")[0].partition("#")[0]
-        if (layer := layer_of.get(module)) is not None:
-            assert len(microseconds) == _WARM + rounds, (node, len(microseconds))
-            for run, spent_us in enumerate(microseconds[_WARM:]):
-                found[layer][run] += spent_us / 1000
+        assert len(microseconds) == _WARM + rounds, (node, len(microseconds))
+        for run, spent_us in enumerate(microseconds[_WARM:]):
+            found[layer_of.get(module, _OTHERS)][run] += spent_us / 1000
     return found, beside

@@ -33,7 +33,7 @@ from autoq.methods import QuantizedWeight, Statistics
 from autoq.methods._weights import IntegerWeight, KeptWeight
 from autoq.models.loaded import LoadedModel
 from autoq.scheme import Integer, Keep
-from autoq.targets._onnx_activations import static_grid
+from autoq.targets._onnx_activations import input_range, static_grid
 from autoq.targets._onnx_rules import Kernel, kernel_for, scale_shape
 from autoq.targets._torch_cpu_assembly import installed
 
@@ -429,8 +429,7 @@ def assemble(
         weight = weights.get(layer.name) or kept(model, layer)
         bounds = None
         if statistics is not None and getattr(weight.scheme, "activation", None) == "a8static":
-            low, high = statistics(layer.name)["input_range"].tolist()
-            bounds = (low, high)
+            bounds = input_range(statistics(layer.name))
         layers[layer.name] = LayerWriter(out, layer, weight, bounds)
     calls: dict[str, int] = {}
     for node in base.graph.node:

@@ -31,6 +31,8 @@ class TorchCpu(Target):
     """PyTorch's CPU kernels."""
 
     latencies = frozenset({"latency_decode_ms", "latency_prefill_ms"})
+    # In bfloat16, SmolLM2 itself is 0.0012 from its float32 evaluation, and int4 kernels 0.0022 from theirs.
+    logits_tolerance = 5e-3
     runs_on = "cpu"
 
     def grid(self) -> Grid:

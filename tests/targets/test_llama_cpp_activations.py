@@ -57,12 +57,16 @@ def test_ids_that_are_looked_up_stay():
         assert TARGET.activation(Gguf(kind))(ids) is ids
 
 
+@pytest.fixture(scope="module")
+def model(tiny_model_dir):
+    return load(ModelSpec(id=str(tiny_model_dir("llama")), dtype="float32"))
+
+
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "mxfp4", "bf16"])
-def test_llama_cpp_rounds_so(kind, tiny_model_dir, tmp_path):
+def test_llama_cpp_rounds_so(kind, model, tmp_path):
     """One layer in a type with blocks: what llama.cpp computes is nearer with the rounding than without."""
-    model = load(ModelSpec(id=str(tiny_model_dir("llama")), dtype="float32"))
-    layer, scheme = "model.layers.1.mlp.down_proj", Gguf(kind)
-    weight = plugins.load("methods", "gguf", Method).quantize(model.weight(layer) * 8, scheme)
+    layer, scheme = "lm_head", Gguf(kind)
+    weight = plugins.load("methods", "gguf", Method).quantize(model.weight(layer) * 30, scheme)
     write(model, {layer: weight}, tmp_path / "model.gguf")
     with Engine(tmp_path / "model.gguf", threads=1, context=32) as engine:
         found = torch.from_numpy(engine.logits(TOKENS)).log_softmax(-1)
@@ -75,5 +79,5 @@ def test_llama_cpp_rounds_so(kind, tiny_model_dir, tmp_path):
         return float(F.kl_div(found, ours, reduction="batchmean", log_target=True))
 
     rounded = apart({layer: TARGET.activation(scheme)})
-    assert rounded < 1e-6
-    assert rounded < 0.3 * apart(None)
+    assert rounded < 2e-5
+    assert rounded < 0.5 * apart(None)

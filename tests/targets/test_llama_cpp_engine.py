@@ -124,9 +124,10 @@ def test_a_crash_is_one_line(file):
 
 def test_a_failed_assertion_is_told(file):
     """More sequences in a batch than the context has: llama.cpp says so or ends; either is one line."""
-    with Engine(file, 1, 32) as engine, pytest.raises(EngineError) as caught:
+    with Engine(file, 1, 32) as engine:
         engine._sequences = 4
-        engine.round(np.array([TOKENS] * 4), 1)
+        with pytest.raises(EngineError, match=r"^llama\.cpp with model\.gguf") as caught:
+            engine.round(np.array([TOKENS] * 4), 1)
     assert "\n" not in str(caught.value)
 
 

@@ -83,10 +83,6 @@ class TestRowsThat256Divides:
         assert set(types(self.INFO, "q3_k_m", "o_proj")) == {"q4_k"}
         assert set(types(self.INFO, "q3_k_m", "gate_proj")) == {"q3_k"}
 
-    def test_q4_k_s(self):
-        assert types(self.INFO, "q4_k_s", "v_proj") == ["q5_k"] * 4 + ["q4_k"] * 28
-        assert types(self.INFO, "q4_k_s", "down_proj") == ["q5_k"] * 4 + ["q4_k"] * 28
-
     def test_q2_k(self):
         assert set(types(self.INFO, "q2_k", "down_proj")) == {"q3_k"}
         assert set(types(self.INFO, "q2_k", "v_proj")) == {"q3_k"}

@@ -183,6 +183,11 @@ def test_calibrated_inputs_are_those_of_quantizelinear(name, bounds):
     assert torch.equal(activations.static(*bounds)(x), _operator(nodes, x, constants))
 
 
+def test_a_layer_that_was_not_calibrated_is_refused():
+    with pytest.raises(SchemeRefused, match="its inputs have no range; choose a8dyn"):
+        activations.activation(parse_scheme("rtn-int8-channel-sym-a8static"), {})
+
+
 def test_blocks_have_a_range_each():
     x = torch.zeros(1, 32)
     x[0, :16], x[0, 16:] = 127.0, 0.1
@@ -198,3 +203,18 @@ def test_a_channel_s_blocks_follow_from_the_input_s_width():
     function = activations.activation(parse_scheme("rtn-int4-channel-sym-a8dyn"), None)
     x = random(3, 96)
     assert torch.equal(function(x), activations.per_block(x, 32))
+
+
+@pytest.mark.parametrize(("sets", "exact"), [((), "1"), (("avx2", "avx512f"), "1"), (("avx2", "avx_vnni"), None)])
+def test_processors_that_saturate_are_told_not_to(monkeypatch, sets, exact):
+    monkeypatch.setattr(sessions.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(sessions.device, "instruction_sets", lambda: sets)
+    entries = {}
+
+    class Options:
+        def add_session_config_entry(self, key, value):
+            entries[key] = value
+
+    monkeypatch.setattr(sessions.onnxruntime, "SessionOptions", Options)
+    sessions._options(1, None)
+    assert entries.get("session.x64quantprecision") == exact

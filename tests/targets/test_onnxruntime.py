@@ -15,10 +15,13 @@ from autoq import plugins
 from autoq.assignment import Assignment
 from autoq.calibration import curvature
 from autoq.errors import ExportBroken, ModelRefused, SpecError
+from autoq.evaluation import Evaluator
 from autoq.methods import Method
 from autoq.models import load
 from autoq.scheme import Keep, parse_scheme
-from autoq.spec import ModelSpec, TargetSpec
+from autoq.search.controller import create_study, run_study
+from autoq.spec import ModelSpec, TargetSpec, build_spec
+from autoq.store import Store
 from autoq.targets import Target
 from autoq.targets import _onnx_costs as costs
 from autoq.targets import _onnx_graph as graphs
@@ -276,3 +279,46 @@ def test_runtime_names_its_version():
     assert name == "onnxruntime"
     assert version[0].isdigit()
     assert TARGET.unavailable() is None
+
+
+@pytest.mark.slow
+def test_a_study_of_a_sentence_encoder(tmp_path):
+    spec = build_spec(
+        {
+            "model": {"id": "demo:minilm", "dtype": "float32"},
+            "data": {"calibration_tokens": 512, "search_tokens": 512, "report_tokens": 512, "window_tokens": 128},
+            "target": {"name": "onnxruntime", "prompt_tokens": 32, "threads": 1},
+            "space": {
+                "schemes": ["keep", "rtn-int4-g32", "rtn-int8-channel-sym-a8dyn", "rtn-int8-channel-sym-a8static"],
+                "exclude": ["pooler.*"],
+            },
+            "objectives": ["cosine_distance", "size_bytes", "latency_prefill_ms"],
+            "budget": {"trials": 8, "report_points": 1},
+            "workers": {"cpus": 1},
+        }
+    )
+    store = Store.open(f"sqlite:///{tmp_path}/autoq.db")
+    study = create_study(store, spec)
+    run_study(store, study.id)
+    trials = store.trials(study.id, states=["complete"], with_assignments=True)
+    unquantized = next(t for t in trials if t.baseline == "unquantized")
+    timed = [t for t in trials if ("latency_prefill_ms", "report") in t.measurements]
+    assert unquantized in timed
+    # What the study promises is what the export is: bytes, formats, and hidden states.
+    evaluator = Evaluator(spec)
+    mixed = next(t for t in trials if t.baseline is None)
+    for trial in (mixed, next(t for t in trials if t.baseline == "uniform-int4")):
+        weights = {
+            name: plugins.load("methods", s.method, Method).quantize(evaluator.model.weight(name), s)
+            for name, s in trial.assignment.items()
+        }
+        folder = tmp_path / str(trial.number)
+        folder.mkdir()
+        exported = TARGET.export(evaluator.model, weights, folder, evaluator.statistics)
+        size = sum((folder / name).stat().st_size for name in exported.weights)
+        assert size == pytest.approx(trial.measurements["size_bytes", "search"].value, rel=0.005)
+        with TARGET.reload(folder, threads=1) as runtime:
+            assert runtime.differences(trial.assignment) == []
+            comparison = evaluator.compare(trial.assignment, runtime.outputs, tokens=256)
+        limit = comparison.moved if trial is mixed else TARGET.logits_tolerance
+        assert comparison.apart < limit
