@@ -183,8 +183,8 @@ class Evaluator:
         return Comparison(
             self._measurements(here, "report"),
             self._measurements(there, "report"),
-            apart / len(data),
-            moved / len(data),
+            max(apart / len(data), 0.0),
+            max(moved / len(data), 0.0),
             data.numel(),
         )
 

@@ -38,7 +38,7 @@ class _Stored:
 
 
 class TimingFiles:
-    """Writes files of one model. The unquantized one, at `path`, stays there as long as this is used."""
+    """Writes files of one model. The unquantized one, at `path`, may be deleted: it stays open until `close`."""
 
     def __init__(self, model: LoadedModel, path: Path) -> None:
         from libgguf import inspect as reading
@@ -51,8 +51,12 @@ class TimingFiles:
         start = min(tensor.start for tensor in self._tensors)
         table = _table([(t.name, t.kind, t.shape, t.start - start) for t in self._tensors])
         with path.open("rb") as file:
-            head = file.read(start)
-        self._keys = head[: head.rindex(table)]
+            self._source = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._keys = self._source[: self._source[:start].rindex(table)]
+
+    def close(self) -> None:
+        """Let go of the unquantized file. Can be called again."""
+        self._source.close()
 
     def write(self, weights: Mapping[str, QuantizedWeight], path: Path) -> None:
         """Write the model with `weights` (layer -> weight); layers that are not named, or kept, as they are.
@@ -71,8 +75,7 @@ class TimingFiles:
             place += _padded(nbytes)
         head = self._keys + _table(entries)
         try:
-            with self.path.open("rb") as source, path.open("wb") as file:
-                kept = memoryview(mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ))
+            with path.open("wb") as file, memoryview(self._source) as kept:
                 file.write(head + bytes(_padded(len(head)) - len(head)))
                 for tensor in self._tensors:
                     weight = own.get(tensor.name)
@@ -82,7 +85,6 @@ class TimingFiles:
                     )
                     file.write(bytes(_padded(written) - written))
                     stored.release()
-                kept.release()
         except OSError as problem:
             path.unlink(missing_ok=True)
             raise AutoQError(f"no room for a model file to be timed: {problem.strerror or problem}") from problem

@@ -11,7 +11,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +56,7 @@ class Bench:
         try:
             self._files = TimingFiles(model, Path(self._folder.name, "unquantized.gguf"))
             self.unquantized = self._engine(self._files.path)
+            _delete(self._files.path)
         except BaseException:
             self._folder.cleanup()
             raise
@@ -69,12 +70,13 @@ class Bench:
 
     @contextmanager
     def candidate(self, weights: Mapping[str, QuantizedWeight]) -> Iterator[Engine]:
-        """The model with `weights` in llama.cpp, warm. Its file is gone afterwards."""
+        """The model with `weights` in llama.cpp, warm."""
         self._made += 1
         path = Path(self._folder.name, f"{self._made}.gguf")
         self._files.write(weights, path)
         try:
             with self._engine(path) as engine:
+                _delete(path)
                 yield engine
         finally:
             path.unlink(missing_ok=True)
@@ -82,7 +84,14 @@ class Bench:
     def close(self) -> None:
         """End the unquantized model's process and delete its file. Can be called again."""
         self.unquantized.close()
+        self._files.close()
         self._folder.cleanup()
+
+
+def _delete(path: Path) -> None:
+    """Delete a file that is open, where the system can: a process that is killed then leaves none behind."""
+    with suppress(OSError):
+        path.unlink()
 
 
 _benches: weakref.WeakKeyDictionary[LoadedModel, tuple[tuple[int | None, ...], Bench]] = weakref.WeakKeyDictionary()

@@ -31,6 +31,7 @@ from autoq.targets import CostTable
 from autoq.targets import _onnx_graph as graphs
 from autoq.targets import _onnx_session as sessions
 from autoq.targets._onnx_rules import FLOAT, Kernel
+from autoq.targets._onnx_skeleton import input_names
 from autoq.targets._torch_cpu_timing import PREFILL
 
 _LEAST_MODELS = 2
@@ -98,7 +99,7 @@ def cost_table(model: LoadedModel, choices: Mapping[str, Sequence[QuantizedWeigh
     the unquantized model its measurement.
     """
     threads = sessions.thread_count(workload.threads)
-    feed = sessions.prompt(graphs.input_names(model), workload, model.info.vocab_size, model.info.max_positions)
+    feed = sessions.prompt(input_names(model), workload, model.info.vocab_size, model.info.max_positions)
     unquantized = sessions.open_session(graphs.assemble(model, {}), threads)
     steady = sessions.time_alone(unquantized, feed)
     kinds = _kinds(model, choices)

@@ -35,6 +35,7 @@ from autoq.targets import Runtime
 from autoq.targets import _onnx_graph as graphs
 from autoq.targets._onnx_activations import activation
 from autoq.targets._onnx_forms import differences
+from autoq.targets._onnx_skeleton import input_names
 from autoq.targets._torch_cpu_timing import PREFILL, Samples, Turns
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
@@ -258,7 +259,7 @@ def measure(model: LoadedModel, weights: Mapping[str, QuantizedWeight], workload
     `ModelRefused` and `SpecError`.
     """
     threads = thread_count(workload.threads)
-    feed = prompt(graphs.input_names(model), workload, model.info.vocab_size, model.info.max_positions)
+    feed = prompt(input_names(model), workload, model.info.vocab_size, model.info.max_positions)
     check_kernels(model, weights)
     unquantized = open_session(graphs.assemble(model, {}), threads)
     candidate = open_session(graphs.assemble(model, weights), threads)
