@@ -362,7 +362,7 @@ class Evaluator:
         told = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
         digest.update(json.dumps(told, sort_keys=True, default=str).encode())
         digest.update(self.parts.calibration.numpy().tobytes())
-        digest.update(f"{self.spec.data.seed} {self.info.task} {CURVATURE_TOKENS} 3".encode())
+        digest.update(f"{self.spec.data.seed} {self.info.task} {CURVATURE_TOKENS} 4".encode())
         return cache_dir() / "statistics" / f"{digest.hexdigest()[:32]}.safetensors"
 
     # -- the reference ----------------------------------------------------------------------------

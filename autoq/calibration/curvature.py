@@ -160,7 +160,9 @@ def _averages(model: LoadedModel, layer: Layer, by_module: dict[nn.Module, _Stat
     result: dict[str, Tensor] = {}
     for module in model.modules_of(layer):
         own = by_module[module]
-        if own.grad_square is None:  # the model did not run this module (a head that is not used)
+        if own.passes:
+            result["input_range"] = torch.tensor([own.low, own.high])
+        if own.grad_square is None:  # nothing depends on this module's output, or the model did not run it
             continue
         mean_square = (own.grad_square / own.positions).cpu()
         if isinstance(module, nn.Embedding):
@@ -170,7 +172,6 @@ def _averages(model: LoadedModel, layer: Layer, by_module: dict[nn.Module, _Stat
             continue
         result["grad_square"] = mean_square
         result["step_square"] = torch.tensor([own.step_square / max(own.passes, 1)])
-        result["input_range"] = torch.tensor([own.low, own.high])
         if own.inputs is not None:
             result["inputs"] = torch.cat(own.inputs).cpu()
         elif own.input_square is not None:
