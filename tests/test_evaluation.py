@@ -155,9 +155,10 @@ def test_an_encoder_without_a_head_is_measured_by_its_embeddings(make, dtype):
 def test_computed_needs_no_model(make):
     evaluator = make()
     objectives = {name: plugins.load("objectives", name, Objective) for name in ("size_bytes", "bits_per_weight")}
-    small = computed(objectives, evaluator.info, uniform(evaluator, "rtn-int4-g32"), None)
+    how = (evaluator.spec.target, evaluator.target)
+    small = computed(objectives, evaluator.info, uniform(evaluator, "rtn-int4-g32"), None, *how)
     assert [m.kind for m in small] == ["computed", "computed"]
-    large = computed(objectives, evaluator.info, Assignment({}), None)
+    large = computed(objectives, evaluator.info, Assignment({}), None, *how)
     assert small[0].value < large[0].value
     assert 4 < small[1].value < 6
 
