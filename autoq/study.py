@@ -159,6 +159,16 @@ class Study:
         chosen = pick(self.record, self._store.frontier(self.id), max or {}, min or {}, best)
         return self.trial(chosen.number)
 
+    def export(self, number: int, out: str | Path, *, target: str | None = None) -> Path:
+        """Write a trial as a checkpoint for `target` (default: the study's) into the new folder `out`.
+
+        Raises `BadInput` for a trial or target that cannot be exported and a folder that is there.
+        """
+        from autoq.shipping.export import export
+
+        export(self._store, self.record, self.trial(number), Path(out), target)
+        return Path(out)
+
     def frontier(self) -> pd.DataFrame:
         """The frontier as a frame, one row a trial; columns as in `trials`."""
         return _frame(self.record, self._store.frontier(self.id))

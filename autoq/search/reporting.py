@@ -158,7 +158,15 @@ class _Stage:
     def _note(self, trial: TrialRecord, text: str) -> None:
         self.observer.note(f"trial {trial.number}: {text}")
 
+    def _foreign(self, measurements: Sequence[Measurement]) -> str | None:
+        """Another device than the table's: latencies of two machines never meet on one frontier."""
+        own = (self.costs or {}).get("device")
+        return next((m.device for m in measurements if own and m.device and m.device != own), None)
+
     def _store(self, trial: TrialRecord, action: str, measurements: Sequence[Measurement]) -> None:
+        if action == "time" and (foreign := self._foreign(measurements)) is not None:
+            self._note(trial, f"timed on {foreign}, not on the device of the study's table; its prediction stays")
+            return
         if action == "time":
             stored = self.store.trial(self.study_id, trial.number).measurements
             past = {name: m.detail.get("sweeps", []) for (name, part), m in stored.items() if part == "report"}
