@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +26,13 @@ from autoq.methods import QuantizedWeight
 from autoq.models.loaded import LoadedModel
 from autoq.spec import TargetSpec
 from autoq.targets import CostTable
+from autoq.targets import _dealing as dealing
 from autoq.targets import _onnx_graph as graphs
 from autoq.targets import _onnx_session as sessions
 from autoq.targets._onnx_rules import FLOAT, Kernel
 from autoq.targets._onnx_skeleton import input_names
 from autoq.targets._torch_cpu_timing import PREFILL
 
-_LEAST_MODELS = 2
 _LEAST_ROUNDS = 4
 _RUNS = 24  # over all models
 _WARM = 2  # runs of a fresh session that are not counted
@@ -42,54 +40,10 @@ _OTHERS = ""  # no layer's name
 _FUSED, _SUFFIX = "fused ", "_kernel_time"  # around a node's name in a profile
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """Layers of one shape and with the same kernels to time; `weights` has one per kernel but float, and layer."""
-
-    layers: tuple[Layer, ...]
-    kernels: tuple[Kernel, ...]
-    weights: Mapping[Kernel, Sequence[QuantizedWeight]]
-
-
 def _timed_as(layer: Layer, weight: QuantizedWeight) -> Kernel:
     """The kernel that runs once the session has started."""
     kernel = graphs.kernel_of(layer, weight)
     return FLOAT if kernel.name == "int8-unpacked" and layer.kind != "embedding" else kernel
-
-
-def _kinds(model: LoadedModel, choices: Mapping[str, Sequence[QuantizedWeight]]) -> list[_Kind]:
-    members: dict[tuple[Any, ...], list[tuple[Layer, dict[Kernel, QuantizedWeight]]]] = {}
-    for name, weights in choices.items():
-        layer = model.info.layer(name)
-        first: dict[Kernel, QuantizedWeight] = {}
-        for weight in weights:
-            first.setdefault(_timed_as(layer, weight), weight)
-        first.pop(FLOAT, None)
-        key = (layer.kind, layer.out_features, layer.in_features, layer.has_bias, frozenset(first))
-        members.setdefault(key, []).append((layer, first))
-    kinds = []
-    for group in members.values():
-        kernels = (FLOAT, *sorted(group[0][1], key=str))
-        weights_of = {kernel: [first[kernel] for _, first in group] for kernel in kernels[1:]}
-        kinds.append(_Kind(tuple(layer for layer, _ in group), kernels, weights_of))
-    return kinds
-
-
-def _deals(kinds: Sequence[_Kind]) -> list[dict[str, tuple[Kernel, QuantizedWeight | None]]]:
-    """One layer -> (kernel, weight) mapping per model to time."""
-    count = max([_LEAST_MODELS, *(math.ceil(len(kind.kernels) / len(kind.layers)) for kind in kinds)])
-    deals: list[dict[str, tuple[Kernel, QuantizedWeight | None]]] = [{} for _ in range(count)]
-    shuffle = random.Random(0)  # noqa: S311 - a design of experiment, not a secret
-    for kind in kinds:
-        order = list(range(len(kind.layers)))
-        # In order, the layers of one block would all get the same kernel.
-        shuffle.shuffle(order)
-        for number, deal in enumerate(deals):
-            for position, index in enumerate(order):
-                # Models advance by as many kernels as there are layers, so few layers still meet all.
-                kernel = kind.kernels[(position + number * len(order)) % len(kind.kernels)]
-                deal[kind.layers[index].name] = (kernel, kind.weights[kernel][index] if kernel != FLOAT else None)
-    return deals
 
 
 def cost_table(model: LoadedModel, choices: Mapping[str, Sequence[QuantizedWeight]], workload: TargetSpec) -> CostTable:
@@ -102,8 +56,8 @@ def cost_table(model: LoadedModel, choices: Mapping[str, Sequence[QuantizedWeigh
     feed = sessions.prompt(input_names(model), workload, model.info.vocab_size, model.info.max_positions)
     unquantized = sessions.open_session(graphs.assemble(model, {}), threads)
     steady = sessions.time_alone(unquantized, feed)
-    kinds = _kinds(model, choices)
-    deals = _deals(kinds)
+    kinds = dealing.kinds(model, choices, _timed_as, FLOAT)
+    deals = dealing.deals(kinds)
     rounds = max(_LEAST_ROUNDS, math.ceil(_RUNS / len(deals)))
     kind_of = {layer.name: index for index, kind in enumerate(kinds) for layer in kind.layers}
     samples: dict[tuple[int, Kernel], list[float]] = {}

@@ -14,12 +14,9 @@ from __future__ import annotations
 
 import functools
 import math
-import random
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,63 +28,20 @@ from autoq.methods import QuantizedWeight
 from autoq.models.loaded import LoadedModel
 from autoq.spec import TargetSpec
 from autoq.targets import UNQUANTIZED, CostTable
+from autoq.targets import _dealing as dealing
+from autoq.targets._dealing import Kind
 from autoq.targets._torch_cpu_assembly import Chooser, Forward, kernel_of, packed_modules
 from autoq.targets._torch_cpu_kernels import DynamicLinear, engines
 from autoq.targets._torch_cpu_rules import Kernel
 from autoq.targets._torch_cpu_timing import Session, time_in_turns, time_layers
 
 KEEP = Kernel("as-is")
-_LEAST_MODELS = 2
 _LEAST_ROUNDS = 8  # over all models
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """Layers at the same place of repeated blocks, of one shape and with the same kernels to time.
-
-    `weights` has for each kernel but as-is a quantized weight per layer, in the order of `layers`.
-    """
-
-    layers: tuple[Layer, ...]
-    kernels: tuple[Kernel, ...]
-    weights: Mapping[Kernel, Sequence[QuantizedWeight]]
-
-
-def _kinds(model: LoadedModel, choices: Mapping[str, Sequence[QuantizedWeight]]) -> list[_Kind]:
-    members: dict[tuple[Any, ...], list[tuple[Layer, dict[Kernel, QuantizedWeight]]]] = {}
-    for name, weights in choices.items():
-        layer = model.info.layer(name)
-        first: dict[Kernel, QuantizedWeight] = {}
-        for weight in weights:
-            first.setdefault(kernel_of(layer, weight), weight)
-        first.pop(KEEP, None)
-        place = re.sub(r"\d+", "*", name)
-        key = (place, layer.kind, layer.out_features, layer.in_features, layer.has_bias, frozenset(first))
-        members.setdefault(key, []).append((layer, first))
-    kinds = []
-    for group in members.values():
-        kernels = (KEEP, *sorted(group[0][1], key=str))
-        quantized = {kernel: [first[kernel] for _, first in group] for kernel in kernels[1:]}
-        kinds.append(_Kind(tuple(layer for layer, _ in group), kernels, quantized))
-    return kinds
-
-
-def _deals(kinds: Sequence[_Kind]) -> list[dict[str, tuple[Kernel, QuantizedWeight | None]]]:
-    """One layer -> (kernel, weight) mapping per model to time."""
-    models = max([_LEAST_MODELS, *(math.ceil(len(kind.kernels) / len(kind.layers)) for kind in kinds)])
-    deals: list[dict[str, tuple[Kernel, QuantizedWeight | None]]] = [{} for _ in range(models)]
-    shuffle = random.Random(0)  # noqa: S311 - a design of experiment, not a secret
-    for kind in kinds:
-        order = list(range(len(kind.layers)))
-        # In order, the layers of one block would all get the same kernel.
-        shuffle.shuffle(order)
-        for number, deal in enumerate(deals):
-            for position, index in enumerate(order):
-                # Models advance by as many kernels as there are layers, so few layers still meet all.
-                kernel = kind.kernels[(position + number * len(order)) % len(kind.kernels)]
-                weight = None if kernel == KEEP else kind.weights[kernel][index]
-                deal[kind.layers[index].name] = (kernel, weight)
-    return deals
+def _kinds(model: LoadedModel, choices: Mapping[str, Sequence[QuantizedWeight]]) -> list[Kind[Kernel]]:
+    """By shape, kernels, and place in repeated blocks: what runs before a layer leaves its caches."""
+    return dealing.kinds(model, choices, kernel_of, KEEP, lambda name: re.sub(r"\d+", "*", name))
 
 
 def _forwards(
@@ -114,7 +68,7 @@ def cost_table(
     """
     session = Session(model, workload)
     kinds = _kinds(model, choices)
-    deals = _deals(kinds)
+    deals = dealing.deals(kinds)
     rounds = math.ceil(_LEAST_ROUNDS / len(deals))
     samples: dict[str, dict[tuple[int, Kernel], list[float]]] = {phase: {} for phase in session.phases}
     kind_of = {layer.name: index for index, kind in enumerate(kinds) for layer in kind.layers}

@@ -14,6 +14,7 @@ from autoq.errors import KernelMismatch, ModelRefused, SchemeRefused, SpecError
 from autoq.scheme import Keep, parse_scheme
 from autoq.spec import TargetSpec
 from autoq.targets import Target
+from autoq.targets import _dealing as dealing
 from autoq.targets import _torch_cpu_assembly as assembly
 from autoq.targets import _torch_cpu_costs as costs
 from autoq.targets import _torch_cpu_kernels as kernels
@@ -215,7 +216,7 @@ def test_every_layer_kind_meets_every_kernel(tiny, quantize, target):
     }
     kinds = costs._kinds(model, choices)
     assert len(kinds) == 7
-    deals = costs._deals(kinds)
+    deals = dealing.deals(kinds)
     for kind in kinds:
         met = {deal[layer.name][0] for deal in deals for layer in kind.layers}
         assert met == set(kind.kernels)
