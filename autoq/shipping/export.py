@@ -136,6 +136,8 @@ def export(
         raise BadInput(f"trial {trial.number} of {study.name!r} is {trial.state}; only a complete one can be exported")
     spec = shipped_spec(study.study_spec(), target_name)
     target = load_target(spec.target)
+    if (missing := target.unavailable()) is not None:
+        raise AutoQError(f"target {spec.target.name} cannot export on this machine: {missing}")
     from autoq import models
 
     info = models.inspect(spec.model)

@@ -109,6 +109,8 @@ def verify(
     checks.append(_bytes(manifest))
     spec = build_spec(manifest.spec)
     target = load_target(spec.target)
+    if (missing := target.unavailable()) is not None:
+        raise AutoQError(f"target {spec.target.name} cannot run on this machine: {missing}")
     note("load")
     try:
         runtime = target.reload(folder, spec.target.threads)

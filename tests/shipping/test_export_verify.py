@@ -219,6 +219,15 @@ def test_a_target_that_cannot_run_the_assignment_names_layers_and_rules(study, t
     assert not list(tmp_path.iterdir())
 
 
+def test_a_runtime_that_is_missing_is_named_with_what_installs_it(study, trial, shipped, tmp_path, monkeypatch):
+    store, record, _ = study
+    monkeypatch.setattr(torch_cpu.TorchCpu, "unavailable", lambda _: "PyTorch is not installed")
+    with pytest.raises(AutoQError, match="target torch-cpu cannot export on this machine: PyTorch is not installed"):
+        export(store, record, trial, tmp_path / "out")
+    with pytest.raises(AutoQError, match="cannot run on this machine: PyTorch is not installed"):
+        verify(shipped)
+
+
 def test_only_complete_trials_are_exported(study, tmp_path, trial):
     import dataclasses
 
