@@ -323,7 +323,7 @@ def parse_scheme(text: str) -> Scheme:
         return Gguf(found["type"], found["importance"] is not None)
     if found := _CODEBOOK.fullmatch(text):
         return Codebook(found["method"], int(found["bits"]), _granularity(found["granularity"]))
-    raise BadInput(f"scheme {text[:80]!r} is not of a known form: {_FORMS}")
+    raise BadInput(f"scheme {text!r:.80} is not of a known form: {_FORMS}")
 
 
 def code_bits(scheme: Scheme, dtype_bits: int = 16) -> int:

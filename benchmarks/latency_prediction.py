@@ -19,11 +19,11 @@ from scipy.stats import spearmanr
 
 from autoq.assignment import Assignment
 from autoq.evaluation import Evaluator
-from autoq.scheme import Keep
+from autoq.scheme import Keep, code_bits
 from autoq.search.setup import pose
 from autoq.search.space import refusal
 from autoq.spec import build_spec
-from autoq.targets import UNQUANTIZED
+from autoq.targets import UNQUANTIZED, _torch_cpu_timing
 
 
 def main() -> None:
@@ -40,6 +40,8 @@ def main() -> None:
             "objectives": ["size_bytes", "latency_decode_ms", "latency_prefill_ms"],
         }
     )
+    # What a prediction is held against should itself be certain: more rounds than a study takes.
+    _torch_cpu_timing.MIN_ROUNDS = 5
     problem = pose(spec)
     evaluator = Evaluator(spec)
     refuses = refusal(options.target, problem.target)
@@ -55,12 +57,14 @@ def main() -> None:
     everything = {layer.name: Keep() for layer in problem.info.layers}
 
     def mixed() -> Assignment:
-        """Each layer under a random choice, in proportions that are random too: all even mixes are as fast."""
-        shares = {text: dice.expovariate(1) ** 2 for texts in choices.values() for text in texts}
-        picked = {
-            name: dice.choices(schemes, [shares[str(s)] for s in schemes])[0]
-            for name, schemes in problem.space.choices.items()
-        }
+        """Each layer under a random choice, in proportions of widths that are random too: even mixes of all
+        choices are all as fast."""
+        shares: dict[object, float] = {}
+        picked = {}
+        for name, schemes in problem.space.choices.items():
+            widths = [(code_bits(s), getattr(s, "activation", None), getattr(s, "type", None)) for s in schemes]
+            weights = [shares.setdefault(w, dice.expovariate(1) ** 2) / widths.count(w) for w in widths]
+            picked[name] = dice.choices(schemes, weights)[0]
         return Assignment({**everything, **picked})
 
     mixes = {f"random {n}": mixed() for n in range(options.count)}

@@ -37,7 +37,7 @@ SIZE_TOLERANCE = 0.005
 HEADER_BYTES = 1 << 16  # names and shapes in the files, which sizes leave out; nothing beside a real model
 ERRORS = 3  # combined standard errors that two samples of one quantity may be apart
 LEAST_NOISE = 0.05  # what two runs of one program differ by on a machine that does nothing else
-ROUNDING, LEAST_SHIFT = 1e-4, 1e-5
+ROUNDING, LEAST_DIFFERENCE = 1e-4, 1e-6
 REPORT_TOKENS = 4096
 _SHOWN = 3
 
@@ -181,8 +181,7 @@ def _quality(
         if promise is None:
             continue
         # A model that is all but the original has next to no error, and rounding is more than that.
-        shifted = compared.apart + math.sqrt(2 * compared.apart * compared.moved)
-        rounding = max(ROUNDING * abs(promise.value), min(shifted, LEAST_SHIFT))
+        rounding = max(ROUNDING * abs(promise.value), LEAST_DIFFERENCE)
         pair = abs(there.value - here.value) <= max(promise.stderr or 0.0, rounding)
         reach = ERRORS * math.hypot(promise.stderr or 0.0, there.stderr or 0.0)
         stored = promise.part != "report" or abs(there.value - promise.value) <= max(reach, rounding)

@@ -118,6 +118,6 @@ def cost_table(model: LoadedModel, choices: Mapping[str, Sequence[QuantizedWeigh
             own = {str(w.scheme): cost(layer, phase, None if str(w.scheme) == "keep" else w) for w in weights}
             table[phase][name] = {"keep": cost(layer, phase, None), **own}
     _, unquantized = rounds_in_turns(session, ())
-    whole = {phase: Samples(unquantized[phase]).median_ms for phase in session.phases}
+    whole = {phase: Samples(unquantized[phase]).quiet_ms for phase in session.phases}
     base = {phase: whole[phase] - sum(costs["keep"] for costs in table[phase].values()) for phase in session.phases}
     return CostTable(device_name(model.device), base, table, {UNQUANTIZED: whole, "rounds": ROUNDS})

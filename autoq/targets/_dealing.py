@@ -19,7 +19,7 @@ from autoq.methods import QuantizedWeight
 from autoq.models.loaded import LoadedModel
 
 K = TypeVar("K", bound=Hashable)
-LEAST_MODELS = 2
+LEAST_MODELS = 3
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ def _time(bench: Bench, files: Sequence[Deal], choices: Mapping[str, Mapping[str
                 if number == 0:
                     beside = add(no_samples(), bench.unquantized.round(bench.prompt, BASE_STEPS))
         for phase in PHASES:
-            found.own[phase].append(own[phase].median_ms)
+            found.own[phase].append(own[phase].quiet_ms)
             found.beside[phase].append(beside[phase])
     return found
 

@@ -92,7 +92,7 @@ class LlamaCppRuntime(Runtime):
         return [
             Measurement(
                 phase,
-                found.median_ms,
+                found.quiet_ms,
                 "ms",
                 "measured",
                 "report",

@@ -29,6 +29,7 @@ from autoq.targets._torch_cpu_timing import (
     MAX_ROUNDS,
     MIN_ROUNDS,
     PREFILL,
+    QUIET,
     ROUNDS_SECONDS,
     STEPS,
     Samples,
@@ -131,11 +132,14 @@ def prompt(vocabulary: int, workload: TargetSpec) -> np.ndarray:
 
 
 def add(samples: Mapping[str, Samples], taken: Round) -> dict[str, float]:
-    """Add a round to phase -> samples; gives back the round's own medians in milliseconds."""
+    """Add a round to phase -> samples; gives back the round's own lower quartiles in milliseconds."""
     for phase, runs in ((PREFILL, (taken.prefill,)), (DECODE, taken.steps)):
         samples[phase].wall_ms += [wall / 1e6 for wall, _ in runs]
         samples[phase].cpu_ms += [cpu / 1e6 for _, cpu in runs]
-    return {PREFILL: taken.prefill[0] / 1e6, DECODE: float(np.median([wall for wall, _ in taken.steps])) / 1e6}
+    return {
+        PREFILL: taken.prefill[0] / 1e6,
+        DECODE: float(np.percentile([wall for wall, _ in taken.steps], QUIET)) / 1e6,
+    }
 
 
 def no_samples() -> dict[str, Samples]:

@@ -31,7 +31,7 @@ from autoq.targets import _onnx_graph as graphs
 from autoq.targets import _onnx_session as sessions
 from autoq.targets._onnx_rules import FLOAT, Kernel
 from autoq.targets._onnx_skeleton import input_names
-from autoq.targets._torch_cpu_timing import PREFILL
+from autoq.targets._torch_cpu_timing import PREFILL, QUIET
 
 _LEAST_ROUNDS = 4
 _RUNS = 24  # over all models
@@ -65,15 +65,15 @@ def cost_table(model: LoadedModel, choices: Mapping[str, Sequence[QuantizedWeigh
     for deal in deals:
         mixed = {name: weight for name, (_, weight) in deal.items() if weight is not None}
         spent, beside = _profiled(model, mixed, unquantized, feed, threads, rounds)
-        drift = steady.median_ms / float(np.median(beside))
+        drift = steady.quiet_ms / float(np.percentile(beside, QUIET))
         for name, (kernel, _) in deal.items():
             samples.setdefault((kind_of[name], kernel), []).extend(drift * ms for ms in spent[name])
         others.extend(drift * ms for ms in spent[_OTHERS])
     # Whatever else the machine does only adds time: to single nodes rarely, to most whole runs a little. So
     # parts are compared by their lower quartiles, and together scaled to what a whole run takes.
-    lower = {key: float(np.percentile(values, 25)) for key, values in samples.items()}
-    parts = sum(lower[index, FLOAT] for index in kind_of.values()) + float(np.percentile(others, 25))
-    table = {key: ms * steady.median_ms / parts for key, ms in lower.items()}
+    lower = {key: float(np.percentile(values, QUIET)) for key, values in samples.items()}
+    parts = sum(lower[index, FLOAT] for index in kind_of.values()) + float(np.percentile(others, QUIET))
+    table = {key: ms * steady.quiet_ms / parts for key, ms in lower.items()}
     layer_ms = {
         name: {
             "keep": table[kind_of[name], FLOAT],
@@ -85,10 +85,10 @@ def cost_table(model: LoadedModel, choices: Mapping[str, Sequence[QuantizedWeigh
         "threads": threads,
         "models": len(deals),
         "rounds": rounds,
-        "unquantized_ms": {PREFILL: steady.median_ms},
+        "unquantized_ms": {PREFILL: steady.quiet_ms},
         "unquantized_stderr_ms": {PREFILL: steady.stderr_ms},
     }
-    base_ms = {PREFILL: steady.median_ms - sum(table[index, FLOAT] for index in kind_of.values())}
+    base_ms = {PREFILL: steady.quiet_ms - sum(table[index, FLOAT] for index in kind_of.values())}
     return CostTable(fingerprint(), base_ms, {PREFILL: layer_ms}, detail)
 
 

@@ -33,10 +33,10 @@ from autoq.targets._dealing import Kind
 from autoq.targets._torch_cpu_assembly import Chooser, Forward, kernel_of, packed_modules
 from autoq.targets._torch_cpu_kernels import DynamicLinear, engines
 from autoq.targets._torch_cpu_rules import Kernel
-from autoq.targets._torch_cpu_timing import Session, time_in_turns, time_layers
+from autoq.targets._torch_cpu_timing import QUIET, Session, time_in_turns, time_layers
 
 KEEP = Kernel("as-is")
-_LEAST_ROUNDS = 8  # over all models
+_LEAST_ROUNDS = 12  # over all models
 
 
 def _kinds(model: LoadedModel, choices: Mapping[str, Sequence[QuantizedWeight]]) -> list[Kind[Kernel]]:
@@ -63,8 +63,9 @@ def cost_table(
 ) -> CostTable:
     """Time every layer of `choices` under its schemes and as it is, and the unquantized model.
 
-    Milliseconds; lower quartiles for layers, medians for whole runs. `base_ms` makes the prediction
-    for the unquantized model its measurement. Threads are the caller's to set.
+    Milliseconds, lower quartiles. `base_ms` makes the prediction for the unquantized model its measurement. What
+    layers save or cost against it is scaled by one factor per phase, so that the sum over the layers of the
+    models that were timed is what these took as a whole. Threads are the caller's to set.
     """
     session = Session(model, workload)
     kinds = _kinds(model, choices)
@@ -73,22 +74,27 @@ def cost_table(
     samples: dict[str, dict[tuple[int, Kernel], list[float]]] = {phase: {} for phase in session.phases}
     kind_of = {layer.name: index for index, kind in enumerate(kinds) for layer in kind.layers}
     alone = time_in_turns(session, ())
-    unquantized = {phase: alone.candidate[phase].median_ms for phase in session.phases}
+    unquantized = {phase: alone.candidate[phase].quiet_ms for phase in session.phases}
     speeds: dict[str, list[float]] = {phase: [] for phase in session.phases}
+    whole: dict[str, list[float]] = {phase: [] for phase in session.phases}
     for deal in deals:
-        spent, beside = time_layers(session, _forwards(model, deal, engine), rounds)
+        timed = time_layers(session, _forwards(model, deal, engine), rounds)
         for phase in session.phases:
             # What the machine is slower now, it is for both.
-            speed = unquantized[phase] / float(np.median(beside[phase]))
+            speed = unquantized[phase] / float(np.percentile(timed.unquantized[phase], QUIET))
             speeds[phase].append(speed)
-            for name, milliseconds in spent[phase].items():
+            whole[phase].append(float(np.percentile(timed.whole[phase], QUIET)) * speed)
+            for name, milliseconds in timed.layers[phase].items():
                 found = samples[phase].setdefault((kind_of[name], deal[name][0]), [])
                 found.extend(value * speed for value in milliseconds)
-    base_ms, layer_ms = {}, {}
+    base_ms, layer_ms, factors = {}, {}, {}
     for phase in session.phases:
-        # Whatever else the machine does only adds time, and the head has few samples per run: the lower
-        # quartile stands where a median of them would not.
-        table = {key: float(np.percentile(values, 25)) for key, values in samples[phase].items()}
+        table = {key: float(np.percentile(values, QUIET)) for key, values in samples[phase].items()}
+        changes = [sum(table[kind_of[n], k] - table[kind_of[n], KEEP] for n, (k, _) in deal.items()) for deal in deals]
+        factors[phase] = _factor(changes, [total - unquantized[phase] for total in whole[phase]], unquantized[phase])
+        for index, kernel in table:
+            kept = table[index, KEEP]
+            table[index, kernel] = max(kept + factors[phase] * (table[index, kernel] - kept), 0.0)
         base_ms[phase] = unquantized[phase] - sum(table[index, KEEP] for index in kind_of.values())
         layer_ms[phase] = {
             name: {
@@ -104,9 +110,18 @@ def cost_table(
         UNQUANTIZED: unquantized,
         # How far the machine's own speed moved while the table was timed: its noise.
         "drift": {phase: max(speeds[phase]) / min(speeds[phase]) - 1 for phase in session.phases},
+        "factor": factors,
         "noise": {phase: alone.relative_error(phase) for phase in session.phases},
     }
     return CostTable(fingerprint(), base_ms, layer_ms, detail)
+
+
+def _factor(changes: Sequence[float], measured: Sequence[float], unquantized: float) -> float:
+    """The factor on `changes`, sums over layers, that makes them the `measured` changes of whole models, by
+    least squares; drawn towards 1 where the changes are small beside a tenth of the unquantized model."""
+    x, y = np.array(changes), np.array(measured)
+    trust = len(x) * (0.1 * unquantized) ** 2
+    return float(np.clip((x @ y + trust) / (x @ x + trust), 0.5, 2.0))
 
 
 def engine_for(workload: TargetSpec) -> Chooser:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +28,7 @@ from autoq.targets._torch_cpu_assembly import Forward, installed
 
 PREFILL, DECODE = "latency_prefill_ms", "latency_decode_ms"
 STEPS = 16
+QUIET = 25  # percentile
 BASE_STEPS = 8  # of the unquantized model, which only has to tell how fast the machine is now
 MIN_ROUNDS, MAX_ROUNDS = 2, 12
 ROUNDS_SECONDS = 1.5  # rounds go on beyond the least until they have taken this long
@@ -106,19 +107,20 @@ class Samples:
     cpu_ms: list[float] = field(default_factory=list)
 
     @property
-    def median_ms(self) -> float:
-        """Median wall time."""
-        return float(np.median(self.wall_ms))
+    def quiet_ms(self) -> float:
+        """Lower quartile of the wall time: whatever else the machine does only adds to it."""
+        return float(np.percentile(self.wall_ms, QUIET))
 
     @property
     def stderr_ms(self) -> float:
-        """Standard error of the median, √(π/2) σ/√n as for normal noise. Spikes make it larger."""
-        return float(np.sqrt(np.pi / 2) * np.std(self.wall_ms, ddof=1) / np.sqrt(len(self.wall_ms)))
+        """Standard error of a quartile, 1.36 σ/√n as for normal noise. Spikes make it larger."""
+        return float(1.36 * np.std(self.wall_ms, ddof=1) / np.sqrt(len(self.wall_ms)))
 
     def spread(self) -> dict[str, float]:
-        """Interquartile range and least wall time, and the median CPU time, in milliseconds."""
-        low, high = np.percentile(self.wall_ms, [25, 75])
+        """Median, interquartile range and least wall time, and the median CPU time, in milliseconds."""
+        low, middle, high = np.percentile(self.wall_ms, [25, 50, 75])
         return {
+            "median_ms": round(float(middle), 4),
             "iqr_ms": round(float(high - low), 4),
             "min_ms": round(min(self.wall_ms), 4),
             "cpu_ms": round(float(np.median(self.cpu_ms)), 4),
@@ -137,7 +139,7 @@ def _sampled(samples: Samples) -> Iterator[None]:
 class Turns:
     """Runs of a candidate and of the unquantized model in turns, phase -> samples.
 
-    `ratios` has one number per round and phase: the candidate's median over the unquantized model's.
+    `ratios` has one number per round and phase: the candidate's lower quartile over the unquantized model's.
     """
 
     candidate: dict[str, Samples]
@@ -146,25 +148,25 @@ class Turns:
 
     def relative_error(self, phase: str) -> float:
         """Relative standard error of the candidate's latency at a steady speed of the machine: that of the
-        mean ratio, or of the median of its runs where that is larger (one round tells nothing of drift)."""
+        mean ratio, or of its own runs where that is larger (one round tells nothing of drift)."""
         ratios = self.ratios[phase]
         spread = float(np.std(ratios, ddof=1) / np.mean(ratios) / np.sqrt(len(ratios))) if len(ratios) > 1 else 0.0
         samples = self.candidate[phase]
-        return max(spread, samples.stderr_ms / samples.median_ms if len(samples.wall_ms) > 2 else 0.0)
+        return max(spread, samples.stderr_ms / samples.quiet_ms if len(samples.wall_ms) > 2 else 0.0)
 
     def measurements(self, detail: Mapping[str, Any]) -> list[Measurement]:
         """One end-to-end latency per phase, with `detail` beside its spread."""
         return [
             Measurement(
                 phase,
-                samples.median_ms,
+                samples.quiet_ms,
                 "ms",
                 "measured",
                 "report",
-                stderr=samples.median_ms * self.relative_error(phase),
+                stderr=samples.quiet_ms * self.relative_error(phase),
                 n=len(samples.wall_ms),
                 device=device.fingerprint(),
-                detail={**detail, **samples.spread(), UNQUANTIZED: self.unquantized[phase].median_ms},
+                detail={**detail, **samples.spread(), UNQUANTIZED: self.unquantized[phase].quiet_ms},
             )
             for phase, samples in self.candidate.items()
         ]
@@ -196,52 +198,69 @@ def time_in_turns(session: Session, forwards: Sequence[tuple[nn.Module, Forward]
     return turns
 
 
-def _run_round(session: Session, samples: Mapping[str, Samples], steps: int) -> dict[str, float]:
-    """One round; adds to `samples` and gives back the round's own medians in milliseconds."""
+def _run_round(
+    session: Session,
+    samples: Mapping[str, Samples],
+    steps: int,
+    after: Callable[[str], None] = lambda _: None,
+) -> dict[str, float]:
+    """One round; adds to `samples` and gives back the round's own lower quartiles in milliseconds. `after` is
+    called with the phase after every run."""
     with _sampled(samples[PREFILL]):
         state = session.prefill()
+    after(PREFILL)
     if DECODE in session.phases:
         for _ in range(steps):
             with _sampled(samples[DECODE]):
                 state = session.step(state)
+            after(DECODE)
     count = {PREFILL: 1, DECODE: steps}
-    return {phase: float(np.median(samples[phase].wall_ms[-count[phase] :])) for phase in session.phases}
+    return {phase: float(np.percentile(samples[phase].wall_ms[-count[phase] :], QUIET)) for phase in session.phases}
+
+
+@dataclass
+class InPlace:
+    """One model timed layer by layer, phase -> milliseconds.
+
+    `layers` has for each layer what its forwards took per run, summed over its modules; `whole` the model's
+    lower quartile per round, and `unquantized` that of the unquantized model, which was run in turns.
+    """
+
+    layers: dict[str, dict[str, list[float]]]
+    whole: dict[str, list[float]]
+    unquantized: dict[str, list[float]]
 
 
 @torch.no_grad()
-def time_layers(
-    session: Session, forwards: Mapping[str, Sequence[tuple[nn.Module, Forward]]], rounds: int
-) -> tuple[dict[str, dict[str, list[float]]], dict[str, list[float]]]:
-    """Phase -> layer -> milliseconds per run that the layer's forwards took, summed over its modules; and
-    phase -> milliseconds of the unquantized model, which was run in turns, one median per round.
+def time_layers(session: Session, forwards: Mapping[str, Sequence[tuple[nn.Module, Forward]]], rounds: int) -> InPlace:
+    """Time the model with `forwards` installed, layer by layer, in turns with the unquantized model.
 
     Every layer runs where it always runs: with the caches as its neighbours left them and between
     the other operations of the model. A layer that a phase does not call takes 0.
     """
     spent = dict.fromkeys(forwards, 0)
-    found: dict[str, dict[str, list[float]]] = {phase: {name: [] for name in forwards} for phase in session.phases}
+    phases = session.phases
+    found = InPlace(
+        {p: {name: [] for name in forwards} for p in phases}, {p: [] for p in phases}, {p: [] for p in phases}
+    )
 
     def collect(phase: str) -> None:
         for name, nanoseconds in spent.items():
-            found[phase][name].append(nanoseconds / 1e6)
+            found.layers[phase][name].append(nanoseconds / 1e6)
             spent[name] = 0
 
     wrapped = [(module, _clocked(run, spent, name)) for name, pairs in forwards.items() for module, run in pairs]
-    unquantized: dict[str, list[float]] = {phase: [] for phase in session.phases}
     with installed(wrapped):
-        _run_round(session, {phase: Samples() for phase in session.phases}, 2)
+        _run_round(session, {p: Samples() for p in phases}, 2)
         spent.update(dict.fromkeys(forwards, 0))
     for _ in range(rounds):
         with installed(wrapped):
-            state = session.prefill()
-            collect(PREFILL)
-            if DECODE in session.phases:
-                for _ in range(STEPS):
-                    state = session.step(state)
-                    collect(DECODE)
-        for phase, median in _run_round(session, {p: Samples() for p in session.phases}, BASE_STEPS).items():
-            unquantized[phase].append(median)
-    return found, unquantized
+            whole = _run_round(session, {p: Samples() for p in phases}, STEPS, collect)
+        beside = _run_round(session, {p: Samples() for p in phases}, BASE_STEPS)
+        for phase in phases:
+            found.whole[phase].append(whole[phase])
+            found.unquantized[phase].append(beside[phase])
+    return found
 
 
 def _clocked(run: Forward, spent: dict[str, int], name: str) -> Forward:

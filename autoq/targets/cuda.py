@@ -126,10 +126,10 @@ class Cuda(Target):
         found = []
         for phase, times in candidate.items():
             samples = Samples(times)
-            own = detail | {UNQUANTIZED: Samples(unquantized[phase]).median_ms}
+            own = detail | {UNQUANTIZED: Samples(unquantized[phase]).quiet_ms}
             found.append(
                 Measurement(
-                    phase, samples.median_ms, "ms", "measured", "report", samples.stderr_ms, len(times), device, own
+                    phase, samples.quiet_ms, "ms", "measured", "report", samples.stderr_ms, len(times), device, own
                 )
             )
         return found
