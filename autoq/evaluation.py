@@ -59,12 +59,14 @@ class Comparison:
     `here` is the quality as the search evaluates it, `there` what the runtime's outputs come to.
     `apart` is the mean KL, in nats per token, of the runtime's distribution from the search's, and `moved`
     that of the search's from the unquantized model's; for an encoder without a head mean cosine distances.
+    `paired` is per objective the standard error of the difference of `there` and `here`, token by token.
     """
 
     here: list[Measurement]
     there: list[Measurement]
     apart: float
     moved: float
+    paired: dict[str, float]
     tokens: int
 
 
@@ -185,8 +187,14 @@ class Evaluator:
             self._measurements(there, "report"),
             max(apart / len(data), 0.0),
             max(moved / len(data), 0.0),
+            {name: self._paired(name, here, there) for name in here.values},
             data.numel(),
         )
+
+    def _paired(self, name: str, here: _Tally, there: _Tally) -> float:
+        mean, _, _ = mean_and_stderr(here.values[name].numpy())
+        _, stderr, _ = mean_and_stderr((there.values[name] - here.values[name]).numpy())
+        return self._objectives[name].transform(mean, stderr or 0.0)[1]
 
     def _apart(self, expected: Tensor, found: Tensor) -> float:
         """Mean over tokens of the KL of `found` from `expected` in nats; of an encoder without a head, of

@@ -6,9 +6,10 @@ quality on the report data is the stored one; its latency is, within the machine
 fail is not loaded.
 
 Quality is compared in pairs, on the same tokens: the runtime against the searched model within the
-stored standard error, and against the stored value within three combined standard errors, as fewer
-tokens are another sample. Latency is compared at one speed of the machine: the unquantized model is
-timed before and after the export, and what these two differ by counts as noise.
+stored standard error or three of the difference itself, and against the stored value within three
+combined standard errors, as fewer tokens are another sample. Latency is compared at one speed of the
+machine: the unquantized model is timed before and after the export, and what these two differ by counts
+as noise.
 """
 
 from __future__ import annotations
@@ -182,7 +183,8 @@ def _quality(
             continue
         # A model that is all but the original has next to no error, and rounding is more than that.
         rounding = max(ROUNDING * abs(promise.value), LEAST_DIFFERENCE)
-        pair = abs(there.value - here.value) <= max(promise.stderr or 0.0, rounding)
+        chance = ERRORS * compared.paired[there.objective]
+        pair = abs(there.value - here.value) <= max(promise.stderr or 0.0, chance, rounding)
         reach = ERRORS * math.hypot(promise.stderr or 0.0, there.stderr or 0.0)
         stored = promise.part != "report" or abs(there.value - promise.value) <= max(reach, rounding)
         checks.append(
