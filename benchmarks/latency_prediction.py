@@ -5,6 +5,7 @@ target's uniform baselines are timed end to end in turns with the unquantized mo
 at one speed of the machine: as ratios to the unquantized model, which was timed beside each of them.
 
     python benchmarks/latency_prediction.py [--target torch-cpu] [--model demo:smollm2] [--count 12]
+    python benchmarks/latency_prediction.py --target llama-cpp --dtype float32 --schemes gguf-q8_0,gguf-q5_0,gguf-q4_0
 """
 
 from __future__ import annotations
@@ -32,11 +33,13 @@ def main() -> None:
     parser.add_argument("--model", default="demo:smollm2")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--count", type=int, default=12)
+    parser.add_argument("--schemes", help="choices instead of all that the target runs, with commas between")
     options = parser.parse_args()
     spec = build_spec(
         {
             "model": {"id": options.model, "dtype": options.dtype},
             "target": {"name": options.target},
+            "space": {"schemes": options.schemes.split(",")} if options.schemes else {},
             "objectives": ["size_bytes", "latency_decode_ms", "latency_prefill_ms"],
         }
     )

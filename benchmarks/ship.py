@@ -1,6 +1,8 @@
 """Export and verify the frontier of a finished study, each point in its runtime, and print what was found.
 
-    python benchmarks/ship.py DATABASE STUDY [--target NAME] [--limit 16] [--tokens 1024] [--latency]
+    python benchmarks/ship.py [DATABASE STUDY] [--target NAME] [--limit 16] [--tokens 1024] [--latency]
+
+Without a study, the demo's is run first, with few trials.
 
 Bytes are those on disk against the stored size; `apart` is the KL between the runtime's outputs and the
 searched model's, `quality` the runtime's own; seconds are those of one export and one verification in a
@@ -17,22 +19,28 @@ from pathlib import Path
 
 from _report import print_table
 
+from autoq.search.controller import create_study, run_study
 from autoq.shipping.export import export
 from autoq.shipping.verify import verify
+from autoq.spec import load_spec
 from autoq.store import Store
+
+FEW = ["budget.trials=12", "budget.report_points=4", "data.report_tokens=4096"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("database")
-    parser.add_argument("study")
+    parser.add_argument("database", nargs="?")
+    parser.add_argument("study", nargs="?", default="demo")
     parser.add_argument("--target")
     parser.add_argument("--limit", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--latency", action="store_true")
     options = parser.parse_args()
     rows, passed, seconds = [], 0, ([], [])
-    with Store.open(options.database, create=False) as store, tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, Store.open(options.database or f"{folder}/autoq.db") as store:
+        if options.database is None:
+            run_study(store, create_study(store, load_spec("demo", FEW)).id)
         study = store.study(options.study)
         frontier = store.frontier(study.id, with_assignments=True)
         frontier.sort(key=lambda trial: trial.values(["size_bytes"]))
