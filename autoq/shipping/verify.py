@@ -6,10 +6,10 @@ quality on the report data is the stored one; its latency is, within the machine
 fail is not loaded.
 
 Quality is compared in pairs, on the same tokens: the runtime against the searched model within the
-stored standard error or three of the difference itself, and against the stored value within three
-combined standard errors, as fewer tokens are another sample. Latency is compared at one speed of the
-machine: the unquantized model is timed before and after the export, and what these two differ by counts
-as noise.
+stored standard error, three of the difference itself, or what rounding may do; and against the stored
+value within three combined standard errors, as fewer tokens are another sample. Latency is compared at
+one speed of the machine: the unquantized model is timed before and after the export, and what these two
+differ by counts as noise.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SIZE_TOLERANCE = 0.005
 HEADER_BYTES = 1 << 16  # names and shapes in the files, which sizes leave out; nothing beside a real model
 ERRORS = 3  # combined standard errors that two samples of one quantity may be apart
 LEAST_NOISE = 0.05  # what two runs of one program differ by on a machine that does nothing else
-ROUNDING, LEAST_DIFFERENCE = 1e-4, 1e-6
+LEAST_DIFFERENCE = 1e-6
 REPORT_TOKENS = 4096
 _SHOWN = 3
 
@@ -181,8 +181,10 @@ def _quality(
         promise = manifest.measurements.get(there.objective)
         if promise is None:
             continue
-        # A model that is all but the original has next to no error, and rounding is more than that.
-        rounding = max(ROUNDING * abs(promise.value), LEAST_DIFFERENCE)
+        # Two evaluations that round otherwise differ in quality by about as much as they are apart, which for a
+        # model that is all but the original is more than its standard error. Perplexity is relative to itself.
+        scale = abs(promise.value) if there.objective == "perplexity" else 1.0
+        rounding = max(scale * min(compared.apart, target.logits_tolerance), LEAST_DIFFERENCE)
         chance = ERRORS * compared.paired[there.objective]
         pair = abs(there.value - here.value) <= max(promise.stderr or 0.0, chance, rounding)
         reach = ERRORS * math.hypot(promise.stderr or 0.0, there.stderr or 0.0)
