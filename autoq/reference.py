@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the field's own abbreviation
 from torch import Tensor
 
+from autoq.layer import Task
 from autoq.models import LoadedModel
 
 CHUNK_ELEMENTS = 1 << 20  # logits turned to float32 at a time: 4 MB, which stays in the caches
@@ -27,6 +28,19 @@ def row_blocks(output: Tensor) -> Iterator[slice]:
     """Slices that cover the rows of `output` (t, v), of about `CHUNK_ELEMENTS` elements each."""
     step = max(1, CHUNK_ELEMENTS // output.shape[-1])
     return (slice(start, min(start + step, output.shape[0])) for start in range(0, output.shape[0], step))
+
+
+def distance(expected: Tensor, found: Tensor, task: Task) -> float:
+    """Mean over tokens of the KL of `found` (t, v) from `expected` in nats; of an encoder without a head, of
+    the cosine distance."""
+    total = 0.0
+    for rows in row_blocks(expected):
+        one, two = expected[rows].float(), found[rows].float()
+        if task == "encoder":
+            total += float((1 - F.cosine_similarity(one.double(), two.double(), dim=-1)).sum())
+        else:
+            total += float(F.kl_div(two.log_softmax(-1), one.log_softmax(-1), log_target=True, reduction="sum"))
+    return total / len(expected)
 
 
 @dataclass

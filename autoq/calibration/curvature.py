@@ -1,22 +1,33 @@
 """The curvature proxy: what a perturbed layer costs, from a few backward passes.
 
 For labels drawn from the model itself, the Hessian of the KL divergence at the unquantized weights is
-the Fisher matrix. Its block for one layer y = W x, under the Kronecker approximation (K-FAC, Martens &
-Grosse 2015) with a diagonal output factor, gives for a perturbation ΔW
+the Fisher matrix. For one layer y = W x, and without what different outputs and positions share, a
+perturbation ΔW costs
 
-    KL per token ≈ ½ Σ_i E[g_i²] (ΔW E[x xᵀ] ΔWᵀ)_ii
+    KL per token ≈ ½ E[Σ_i g_i² (ΔW x)_i²]
 
-with x the layer's input (in,) and g the gradient of the sequence's summed loss with respect to the
-layer's output (out,), both averaged over token positions. The same second-order form underlies
-OBQ/GPTQ (inputs only) and HAWQ-V2 (traces only); keeping both factors is what ranks whole assignments.
+with x the input (in,) and g the gradient of the sequence's summed loss with respect to the output (out,)
+at one position t, and E the mean over positions. As that would need a second moment per output, g_ti² is
+taken as E[g_i²] s_t / E[s] with the saliency s_t = |g_t|²: its sums over positions and over outputs are
+right.
 
-    E[g²]     `grad_square`   (out,)
-    E[x xᵀ]   `input_square`  (in, in), or `inputs` (tokens, in) where that is smaller
+    KL per token ≈ ½ Σ_i E[g_i²] (ΔW H ΔWᵀ)_ii        H = Σ_t s_t x_t x_tᵀ / Σ_t s_t
+
+K-FAC (Martens & Grosse 2015) has H = E[x xᵀ], as if gradients and inputs were independent. In a
+transformer they are not: an attention sink has huge inputs, and next to nothing depends on its outputs.
+GuidedQuant (Kim et al. 2025) weighs the inputs likewise, per group of outputs, and has no E[g_i²].
+OBQ/GPTQ use the same second-order form (inputs only), and HAWQ-V2 (traces only).
+
+    E[g²]     `grad_square`        (out,)
+    H         `input_square`       (in, in), or `inputs` (tokens, in) where that is smaller: rows
+                                   x_t √(s_t / E[s]), so their mean square is H
     ΔW        original minus dequantized weight, (out, in)
+    E[x²]     `input_mean_square`  (in,), not weighted: for methods that weigh a layer's inputs
 
-Activation quantization with step s perturbs x by noise of variance s²/12, which adds
-½ Σ_i E[g_i²] Σ_j W_ij² s²/12. For an embedding, a row v is read with frequency f_v, so the cost is
-½ Σ_v f_v Σ_j E[g_j²] ΔW_vj²; a tied weight pays as head and as embedding.
+Activation quantization with step Δ perturbs x by noise of variance Δ²/12, which adds
+½ Σ_i E[g_i²] Σ_j W_ij² E[s Δ²]/(12 E[s]). An embedding's input is one-hot, which makes H diagonal: row v
+is read with frequency f_v, weighted as above, and the cost is ½ Σ_v f_v Σ_j E[g_j²] ΔW_vj²; a tied weight
+pays as head and as embedding.
 
 An encoder without a head has no labels: there g is the gradient of Σ v·h/|h| with Gaussian v, and the
 proxy is that of half the squared change of its normalized hidden states.
@@ -25,101 +36,20 @@ proxy is that of half the squared change of its normalized hidden states.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's own abbreviation
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from autoq.calibration._hooks import Gatherer
 from autoq.errors import AutoQError, NotFinite
 from autoq.layer import Layer
 from autoq.models.loaded import LoadedModel
-
-
-@dataclass
-class _Statistics:
-    """Running sums of one module."""
-
-    positions: int = 0
-    grad_square: Tensor | None = None  # (out,) sum over positions
-    input_square: Tensor | None = None  # (in, in) sum over positions
-    inputs: list[Tensor] | None = None  # [(tokens, in)], where that is smaller than (in, in)
-    row_counts: Tensor | None = None  # (rows,) how often an embedding row was read
-    step_square: float = 0.0  # sum over passes of the squared 8-bit step of the whole input
-    low: float = 0.0  # the least input
-    high: float = 0.0
-    passes: int = 0
-
-
-class _Gatherer:
-    """Hooks that add up the statistics of every layer while the model runs forward and backward."""
-
-    def __init__(self, model: LoadedModel, tokens: int) -> None:
-        self.model = model
-        self.tokens = tokens
-        self.by_module: dict[nn.Module, _Statistics] = {}
-        # q, k and v read one tensor: its second moment is computed once per pass and shared.
-        self._shared: tuple[Tensor, Tensor] | None = None
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        handles = []
-        for layer in self.model.info.layers:
-            for module in self.model.modules_of(layer):
-                self.by_module.setdefault(module, _Statistics())
-                handles.append(module.register_forward_hook(self._on_forward(module)))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _on_forward(self, module: nn.Module) -> Callable[..., Any]:
-        def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            own = self.by_module[module]
-            if not output.requires_grad:
-                output.requires_grad_()
-            output.register_hook(lambda grad: self._on_gradient(own, grad))  # type: ignore[no-untyped-call]
-            if isinstance(module, nn.Embedding):
-                self._count_rows(own, inputs[0], module.num_embeddings)
-            else:
-                self._add_inputs(own, inputs[0].detach())
-
-        return hook
-
-    def _on_gradient(self, own: _Statistics, grad: Tensor) -> None:
-        # Not in place: a float32 gradient would go on squared.
-        square = grad.detach().reshape(-1, grad.shape[-1]).float().square().sum(0)
-        own.positions += grad.numel() // grad.shape[-1]
-        own.grad_square = square if own.grad_square is None else own.grad_square + square
-
-    def _count_rows(self, own: _Statistics, ids: Tensor, rows: int) -> None:
-        counts = torch.bincount(ids.reshape(-1), minlength=rows).float()
-        own.row_counts = counts if own.row_counts is None else own.row_counts + counts
-
-    def _add_inputs(self, own: _Statistics, x: Tensor) -> None:
-        low, high = torch.aminmax(x)
-        own.step_square += float((high.clamp(min=0) - low.clamp(max=0)) / 255) ** 2
-        own.low, own.high = min(own.low, float(low)), max(own.high, float(high))
-        own.passes += 1
-        if self._shared is not None and self._shared[0] is x:
-            moment = self._shared[1]
-        else:
-            flat = x.reshape(-1, x.shape[-1])
-            moment = flat if self.tokens < x.shape[-1] else flat.float().t() @ flat.float()
-            self._shared = (x, moment)
-        if self.tokens < x.shape[-1]:
-            own.inputs = [*(own.inputs or []), moment]
-        elif own.input_square is None:
-            own.input_square = moment.clone()
-        else:
-            own.input_square += moment
 
 
 def _loss(model: LoadedModel, window: Tensor, generator: torch.Generator) -> Tensor:
@@ -142,41 +72,54 @@ def gather(
     """Statistics of every layer from one forward and one backward pass over `windows` (n, tokens).
 
     Returns layer name -> tensors: `grad_square`, `input_square` or `inputs`, `step_square`, `input_range`
-    (least and greatest input, widened to hold 0), and for a layer that is read as an embedding
-    `row_frequency` and `row_grad_square`. All but ranges are averages over token positions, float32.
-    Deterministic for a seed.
+    (least and greatest input, widened to hold 0), `input_mean_square`, and for a layer that is read as an
+    embedding `row_frequency` and `row_grad_square`. Squared gradients are sums over all positions by the
+    number of tokens, so a module that runs twice pays twice; inputs, steps and rows are averages that the
+    saliency weighs, `input_mean_square` a plain one. Float32, but `inputs` may be bfloat16. Deterministic
+    for a seed.
     """
     generator = torch.Generator().manual_seed(seed)
-    gatherer = _Gatherer(model, windows.numel())
+    gatherer = Gatherer(model, windows.numel())
     with gatherer.watching(), torch.enable_grad():
         for window in windows:
-            loss = _loss(model, window.unsqueeze(0).to(model.device), generator)
-            loss.backward()  # type: ignore[no-untyped-call]
+            # Not named: it would hold this pass's inputs, which the hooks refer to, during the next one.
+            _loss(model, window.unsqueeze(0).to(model.device), generator).backward()  # type: ignore[no-untyped-call]
             progress()
-    return {layer.name: _averages(model, layer, gatherer.by_module) for layer in model.info.layers}
+    return {layer.name: _averages(model, layer, gatherer) for layer in model.info.layers}
 
 
-def _averages(model: LoadedModel, layer: Layer, by_module: dict[nn.Module, _Statistics]) -> dict[str, Tensor]:
+def _averages(model: LoadedModel, layer: Layer, gatherer: Gatherer) -> dict[str, Tensor]:
     result: dict[str, Tensor] = {}
     for module in model.modules_of(layer):
-        own = by_module[module]
-        if own.passes:
+        own = gatherer.by_module[module]
+        if own.plain_square is not None:
             result["input_range"] = torch.tensor([own.low, own.high])
+            result["input_mean_square"] = (own.plain_square / own.positions).cpu()
         if own.grad_square is None:  # nothing depends on this module's output, or the model did not run it
             continue
-        mean_square = (own.grad_square / own.positions).cpu()
-        if isinstance(module, nn.Embedding):
-            assert own.row_counts is not None
-            result["row_frequency"] = (own.row_counts / own.positions).cpu()
+        mean_square = (own.grad_square / gatherer.tokens).cpu()
+        # All zeros where the loss does not move, and then so are the sums that it divides.
+        saliency = own.grad_square.sum().clamp(min=torch.finfo(torch.float32).tiny)
+        if own.row_saliency is not None:
+            result["row_frequency"] = own.row_saliency / saliency.cpu()
             result["row_grad_square"] = mean_square
             continue
+        assert own.step_square is not None
         result["grad_square"] = mean_square
-        result["step_square"] = torch.tensor([own.step_square / max(own.passes, 1)])
-        if own.inputs is not None:
-            result["inputs"] = torch.cat(own.inputs).cpu()
-        elif own.input_square is not None:
-            result["input_square"] = (own.input_square / own.positions).cpu()
+        result["step_square"] = (own.step_square / saliency).reshape(1).cpu()
+        if own.input_square is not None:
+            result["input_square"] = (own.input_square / saliency).cpu()
+        else:
+            result["inputs"] = _weighted_rows(own.inputs, saliency).cpu()
     return result
+
+
+def _weighted_rows(inputs: list[tuple[Tensor, Tensor]], total: Tensor) -> Tensor:
+    """Rows (positions, in) whose mean square is the inputs' second moment, weighted by their saliency."""
+    x = torch.cat([x for x, _ in inputs])
+    share = torch.cat([saliency for _, saliency in inputs]) / total
+    # A rare large row would not fit into float16.
+    return (x * (share * len(x)).sqrt().unsqueeze(1)).to(torch.promote_types(x.dtype, torch.bfloat16))
 
 
 def proxy(statistics: dict[str, Tensor], weight: Tensor, dequantized: Tensor, dynamic_activation: bool) -> float:

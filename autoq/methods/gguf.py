@@ -89,12 +89,9 @@ def _importance(scheme: Scheme, statistics: Statistics | None, inputs: int) -> n
 
     Raises `SchemeRefused` where the calibration never saw the layer's inputs.
     """
-    if statistics is not None and "input_square" in statistics:
-        moments = statistics["input_square"].diagonal().float()
-    elif statistics is not None and "inputs" in statistics:
-        moments = statistics["inputs"].float().square().mean(0)
-    else:
+    if statistics is None or "input_mean_square" not in statistics:
         raise SchemeRefused(f"{scheme} is made from statistics of the layer's inputs, and there are none")
+    moments = statistics["input_mean_square"].float()
     assert moments.shape == (inputs,), (moments.shape, inputs)
     mean = float(moments.mean())
     if mean <= 0:

@@ -101,6 +101,18 @@ class LoadedModel:
         outputs: Tensor = result.last_hidden_state if self.info.task == "encoder" else result.logits
         return outputs
 
+    def next_tokens(self, window: Tensor) -> Tensor:
+        """What each position of `window` (tokens,) is to predict, -1 for nothing.
+
+        A sequence-to-sequence decoder's input is already shifted.
+        """
+        if self.info.task == "seq2seq":
+            return window
+        nothing = torch.full_like(window[:1], -1)
+        if self.info.task == "causal":
+            return torch.cat([window[1:], nothing])
+        return nothing.expand_as(window)
+
     @property
     def _start_token(self) -> int:
         config: Any = self.model.config

@@ -1,12 +1,116 @@
 """The curvature proxy against what it approximates."""
 
+import math
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
-from autoq.calibration.curvature import bound, is_whole, proxy, save
+from autoq.calibration.curvature import bound, gather, is_whole, proxy, save
 from autoq.errors import AutoQError
+from autoq.models.loading import load
+from autoq.spec import ModelSpec
+
+WINDOWS = torch.arange(24).view(2, 12)  # each token another row of inputs
+
+
+class Toy:
+    """One layer between given inputs and a head; it records each position's input and gradient.
+
+    Early positions have large inputs and small gradients, as an attention sink has.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, columns, outputs, task="causal", runs=1, gate=1.0):
+        generator = torch.Generator().manual_seed(0)
+        self.size = torch.logspace(2, -1, 12).repeat(2).unsqueeze(1)  # (24, 1)
+        self.x = torch.randn(24, columns, generator=generator) * self.size
+        self.head = torch.randn(7, outputs, generator=generator)
+        self.layer, self.runs, self.gate = nn.Linear(columns, outputs).requires_grad_(False), runs, gate
+        self.layer.weight.copy_(torch.randn(outputs, columns, generator=generator))
+        self.info = SimpleNamespace(task=task, layers=[SimpleNamespace(name="layer")])
+        self.inputs, self.gradients = [], []
+
+    def modules_of(self, _):
+        return [self.layer]
+
+    def outputs(self, ids):
+        hidden = 0
+        for run in range(self.runs):
+            x = self.x[ids] * (run + 1)
+            y = self.layer(x)
+            self.inputs.append(x[0])
+            y.register_hook(lambda grad: self.gradients.insert(0, grad[0]))
+            hidden = hidden + y
+        return self.gate * (hidden / self.size[ids]).tanh() @ self.head.t()
+
+    def seen(self):
+        """Inputs and gradients (positions, …): a backward pass goes from the last run to the first."""
+        windows = [self.gradients[index : index + self.runs] for index in range(0, len(self.gradients), self.runs)]
+        return torch.cat(self.inputs), torch.cat([run for window in windows[::-1] for run in window])
+
+
+def by_position(x, g, delta):
+    """½ E[Σ_i g_i² (ΔW x)_i²]: the Fisher matrix without what positions and outputs share."""
+    return 0.5 * float((g * (x @ delta.t())).square().sum()) / WINDOWS.numel()
+
+
+@pytest.mark.parametrize("columns", [5, 40])  # fewer and more than tokens
+@pytest.mark.parametrize(("task", "runs"), [("causal", 1), ("causal", 2), ("encoder", 1)])
+def test_a_layer_of_one_output_costs_what_its_positions_cost(columns, task, runs):
+    """With one output the saliency is g² itself. A layer that runs twice in a pass pays for both."""
+    toy = Toy(columns, 1, task, runs)
+    found = gather(toy, WINDOWS, 0)["layer"]
+    assert ("inputs" in found) == (columns == 40)
+    delta = torch.randn(1, columns, generator=torch.Generator().manual_seed(1))
+    weight = toy.layer.weight
+    assert proxy(found, weight, weight + delta, False) == pytest.approx(by_position(*toy.seen(), delta), rel=1e-4)
+
+
+def test_inputs_that_nothing_depends_on_count_little():
+    """The weighted inputs come far closer to the cost by position than K-FAC, which takes both as independent."""
+    toy = Toy(5, 8)
+    found = gather(toy, WINDOWS, 0)["layer"]
+    x, g = toy.seen()
+    independent = {"grad_square": g.square().mean(0), "input_square": x.t() @ x / len(x)}
+    weight, delta = toy.layer.weight, torch.randn(8, 5, generator=torch.Generator().manual_seed(1))
+    exact = by_position(x, g, delta)
+    assert torch.allclose(found["grad_square"], independent["grad_square"])
+    assert abs(math.log(proxy(found, weight, weight + delta, False) / exact)) < 0.3
+    assert proxy(independent, weight, weight + delta, False) > 10 * exact
+
+
+def test_what_is_not_weighted_and_how_steps_are():
+    toy = Toy(5, 8)
+    found = gather(toy, WINDOWS, 0)["layer"]
+    x, g = toy.seen()
+    assert torch.allclose(found["input_mean_square"], x.square().mean(0))
+    assert found["input_range"].tolist() == [float(x.min()), float(x.max())]
+    saliency = g.square().sum(1).view(2, 12).sum(1)
+    steps = torch.stack([window.max() - window.min() for window in x.view(2, 12, 5)]) / 255
+    assert float(found["step_square"]) == pytest.approx(float(saliency @ steps.square() / saliency.sum()))
+
+
+def test_a_layer_that_moves_nothing_costs_nothing():
+    for columns in (5, 40):
+        toy = Toy(columns, 8, gate=0.0)
+        found = gather(toy, WINDOWS, 0)["layer"]
+        assert all(tensor.isfinite().all() for tensor in found.values())
+        assert proxy(found, toy.layer.weight, toy.layer.weight + 1, True) == 0
+
+
+@pytest.mark.parametrize(("family", "name"), [("opt", "decoder.embed_positions"), ("bart", "encoder.embed_positions")])
+def test_positions_are_looked_up_inside_their_table(tiny_model_dir, family, name):
+    """These families' tables of positions are given something else than the rows, and skip the first two."""
+    model = load(ModelSpec(id=str(tiny_model_dir(family)), dtype="float32"))
+    found = gather(model, WINDOWS + 4, 0)[f"model.{name}"]
+    frequency = found["row_frequency"]
+    assert (frequency[2:14] > 0).all()
+    assert float(frequency[2:14].sum()) == pytest.approx(1)
+    assert float(frequency.sum()) == pytest.approx(1)
 
 
 def test_linear_layer_by_hand():
@@ -32,6 +136,20 @@ def test_inputs_and_their_second_moment_say_the_same():
     a = proxy({"grad_square": grad_square, "inputs": x}, weight, dequantized, False)
     b = proxy({"grad_square": grad_square, "input_square": x.t() @ x / 7}, weight, dequantized, False)
     assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_an_embedding_row_counts_by_the_saliency_of_its_readings():
+    """With one column the cost is by position, too, for any change of the table."""
+    toy = Toy(1, 1)
+    toy.layer = nn.Embedding(9, 1).requires_grad_(False)
+    toy.layer.weight.copy_(torch.linspace(-1, 1, 9).unsqueeze(1))
+    toy.x = torch.arange(24) % 7
+    found = gather(toy, WINDOWS, 0)["layer"]
+    rows, g = toy.seen()
+    delta = torch.randn(9, 1, generator=torch.Generator().manual_seed(1))
+    exact = 0.5 * float((g * delta[rows]).square().sum()) / 24
+    assert proxy(found, toy.layer.weight, toy.layer.weight + delta, False) == pytest.approx(exact, rel=1e-4)
+    assert found["row_frequency"][7:].tolist() == [0, 0]
 
 
 def test_embedding_rows_count_as_often_as_they_are_read():

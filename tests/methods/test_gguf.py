@@ -40,7 +40,11 @@ def inputs(columns=512):
 
 
 def statistics():
-    return {"inputs": inputs()}
+    return measured(inputs())
+
+
+def measured(x):
+    return {"input_mean_square": x.square().mean(0)}
 
 
 @pytest.mark.parametrize("kind", MADE_TWICE)
@@ -93,10 +97,9 @@ def test_importance_is_the_second_moment_of_each_input(kind):
     moments = x.square().mean(0)
     expected = libgguf.quantize_rows(w.numpy(), number(kind), imatrix=moments.numpy())
     scheme = Gguf(kind, importance=True)
-    assert np.array_equal(METHOD.quantize(w, scheme, {"inputs": x}).tensors["blocks"].numpy(), expected)
-    square = torch.zeros(512, 512)
-    square.diagonal().copy_(moments)
-    assert np.array_equal(METHOD.quantize(w, scheme, {"input_square": square}).tensors["blocks"].numpy(), expected)
+    # What else there is serves the curvature proxy: its inputs are weighted by gradients.
+    given = {**statistics(), "inputs": x.flip(1), "input_square": torch.eye(512)}
+    assert np.array_equal(METHOD.quantize(w, scheme, given).tensors["blocks"].numpy(), expected)
 
 
 @pytest.mark.parametrize("kind", IMPORTANT)
@@ -105,7 +108,7 @@ def test_inputs_that_were_silent_still_count_a_little(kind):
     x = inputs()
     x[:, 256:] = 0
     w = weight()
-    error = METHOD.quantize(w, Gguf(kind, importance=True), {"inputs": x}).dequantize() - w
+    error = METHOD.quantize(w, Gguf(kind, importance=True), measured(x)).dequantize() - w
     silent, heard = error[:, 256:].square().mean(), error[:, :256].square().mean()
     assert silent < 2 * heard
 
@@ -132,7 +135,7 @@ def test_no_weight_is_too_strange(kind):
         schemes = [Gguf(kind)] + ([Gguf(kind, importance=True)] if kind in IMPORTANT else [])
         for scheme in schemes:
             try:
-                quantized = METHOD.quantize(w, scheme, {"inputs": inputs(256)})
+                quantized = METHOD.quantize(w, scheme, measured(inputs(256)))
             except SchemeRefused:
                 assert scheme.importance and kind in ("q4_1", "q5_1")  # whose scale is refitted without a bound
                 continue
@@ -184,7 +187,7 @@ def test_importance_needs_inputs():
     with pytest.raises(SchemeRefused, match=r"^gguf-q4_0-im is made from statistics of the layer's inputs"):
         METHOD.quantize(weight(), scheme)
     with pytest.raises(SchemeRefused, match="all inputs of the layer were zero"):
-        METHOD.quantize(weight(), scheme, {"inputs": torch.zeros(4, 512)})
+        METHOD.quantize(weight(), scheme, measured(torch.zeros(4, 512)))
 
 
 def test_schemes_are_the_types_of_these_widths():
