@@ -1,6 +1,7 @@
 """AutoQ: per-layer mixed-precision quantization search, measured on the runtime you deploy to.
 
 study = autoq.search("demo")        # run a study
+table = autoq.sensitivity("demo")   # predict what each layer loses, without a search
 study = autoq.open("demo")          # find one that ran
 model, tokenizer = autoq.load(DIR)  # run what `autoq export` wrote for torch-cpu
 """
@@ -11,7 +12,7 @@ import types
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["Study", "load", "open", "search"]
+__all__ = ["Study", "load", "open", "search", "sensitivity"]
 
 
 class _CallableModule(types.ModuleType):
@@ -31,6 +32,6 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("autoq.study").open_study
     if name == "load":
         return importlib.import_module("autoq.study").load_export
-    if name == "Study":
-        return importlib.import_module("autoq.study").Study
+    if name in ("Study", "sensitivity"):
+        return getattr(importlib.import_module("autoq.study"), name)
     raise AttributeError(f"module 'autoq' has no attribute {name!r}")

@@ -10,39 +10,44 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
-import torch.nn.functional as F  # noqa: N812 - the field's own abbreviation
+from numpy.typing import NDArray
 from torch import Tensor
 
 from autoq import plugins
 from autoq.assignment import Assignment
 from autoq.bank import Bank
 from autoq.cache import cache_dir
-from autoq.calibration import curvature
+from autoq.calibration import curvature, slopes
 from autoq.calibration.text import windows
+from autoq.chunks import chunks, mean_loss
 from autoq.device import fingerprint, threads
 from autoq.energy.meters import opened
 from autoq.errors import AutoQError, BadInput, ModelRefused, NotFinite, SchemeRefused
-from autoq.measurement import Measurement, Part
+from autoq.layer import Layer
+from autoq.measurement import Comparison, Measurement, Part, Probe
 from autoq.methods import Method, QuantizedWeight, Statistics
 from autoq.models import LoadedModel, load
-from autoq.objectives import Objective, TokenChunk, TokenObjective
-from autoq.reference import Reference, make_reference, row_blocks
+from autoq.models.prefix import PrefixStates
+from autoq.objectives import Objective, TokenObjective
+from autoq.reference import Reference, distance, make_reference
 from autoq.scheme import Keep, Scheme, parse_scheme
 from autoq.spec import StudySpec
-from autoq.statistics import mean_and_stderr
+from autoq.statistics import Rival, mean_and_stderr, shards
 from autoq.targets import CostTable, load_target
 
 _DISTANCE = {"encoder": "cosine_distance"}  # how far outputs are from the unquantized model's, by task
 CURVATURE_TOKENS = 4096  # more of them changed nothing
+SLOPE_TOKENS = 1024  # one backward pass over all of them at once, so memory grows with them
+_STATES_SHARE = 4  # hidden states get this part of the memory that a worker may fill
 
 
 class _Tally:
@@ -50,24 +55,6 @@ class _Tally:
 
     def __init__(self, objectives: Mapping[str, TokenObjective], data: Tensor) -> None:
         self.values = {name: torch.full(data.shape, torch.nan, dtype=torch.float64) for name in objectives}
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A runtime against the search, on the same `tokens` of the report part.
-
-    `here` is the quality as the search evaluates it, `there` what the runtime's outputs come to.
-    `apart` is the mean KL, in nats per token, of the runtime's distribution from the search's, and `moved`
-    that of the search's from the unquantized model's; for an encoder without a head mean cosine distances.
-    `paired` is per objective the standard error of the difference of `there` and `here`, token by token.
-    """
-
-    here: list[Measurement]
-    there: list[Measurement]
-    apart: float
-    moved: float
-    paired: dict[str, float]
-    tokens: int
 
 
 @contextlib.contextmanager
@@ -106,7 +93,8 @@ class Evaluator:
         self._hashes: dict[str, str] = {}
         self._path: Path | None = None
         self._calibrated: dict[tuple[str, Scheme], Callable[[Tensor], Tensor] | None] = {}
-        self._reference: tuple[Part, Reference] | None = None
+        self._reference: tuple[str, int, Reference] | None = None
+        self._kept_states: PrefixStates | None = None
         self._objectives: dict[str, TokenObjective] = {}
         for name in spec.measured:
             objective = plugins.load("objectives", name, Objective)
@@ -141,20 +129,117 @@ class Evaluator:
                 f"damaged, or its activations overflow in {self.spec.model.dtype}"
             )
 
-    def measure(self, assignment: Assignment, part: Part) -> list[Measurement]:
+    def measure(self, assignment: Assignment, part: Part, rival: Rival | None = None) -> list[Measurement]:
         """Quality of `assignment` on one part of the data, one measurement per token objective.
 
+        Goes shard by shard and ends as soon as `rival` is known to be better. Then details tell its number
+        as `rival`, how many tokens there are as `of`, and as `estimate` what all of them would most likely
+        give. `forward_passes` over the whole part is what it took.
         Raises `NotFinite` where the model's outputs or an objective are NaN or infinite.
         """
         if not self._objectives:
             return []
-        reference = self._reference_for(part)
         data = self._part(part)
+        reference = self._reference_for(part, data)
         tally = _Tally(self._objectives, data)
+        steps, passes, stopped = shards(*data.shape), 0.0, False
         with self._swapped(assignment), torch.inference_mode():
+            for shard in steps:
+                for index in shard:
+                    output, share = self._continued(assignment, data[index], part, index)
+                    self._judge(tally, data[index], output, reference, index)
+                    passes += share / len(data)
+                stopped = shard.stop < len(data) and self._worse(tally, rival, len(steps) - 1)
+                if stopped:
+                    break
+        detail: dict[str, Any] = {"forward_passes": passes}
+        if rival is not None and stopped:
+            detail |= {"of": data.numel(), "rival": rival.number}
+        return [
+            self._measurement(name, values.numpy(), part, detail, rival if stopped else None)
+            for name, values in tally.values.items()
+        ]
+
+    def measure_with_slopes(
+        self, assignment: Assignment, part: Part, choices: Mapping[str, Sequence[str]]
+    ) -> tuple[list[Measurement], dict[str, Any]]:
+        """`measure`, and what one backward pass tells of every choice (see `autoq.calibration.slopes`).
+
+        The second, over at most `SLOPE_TOKENS`, is `{"loss": …, "table": layer -> slope of each of its choices}`.
+        """
+        measurements, data = self.measure(assignment, part), self._part(part)
+        ids = data[: max(1, SLOPE_TOKENS // data.shape[1])]
+        reference = self._reference_for(part, data)
+
+        def weights(layer: Layer) -> list[Tensor]:
+            return [self._dequantized(layer.name, parse_scheme(text)) for text in choices[layer.name]]
+
+        self.model.swap(self._swappable(assignment)[0])
+        try:
+            loss = functools.partial(mean_loss, self.model, self._distance(), reference, ids)
+            value, table = slopes.gather(self.model, ids, loss, [self.info.layer(name) for name in choices], weights)
+        finally:
+            self.model.restore()
+        whole = np.isfinite([value, *itertools.chain.from_iterable(table.values())]).all()
+        return measurements, {"loss": value, "table": dict(table)} if whole else {}
+
+    def _worse(self, tally: _Tally, rival: Rival | None, looks: int) -> bool:
+        """Whether `rival` is known to be better in all that it is compared in."""
+        if rival is None or any(v.shape != tally.values[name].shape for name, v in rival.values.items()):
+            return False  # a study that was resumed on another text has no tokens in common
+        signs = {name: 1.0 if self.direction(name) == "minimize" else -1.0 for name in rival.values}
+        return all(rival.beats(name, tally.values[name].numpy(), sign, looks) for name, sign in signs.items())
+
+    def _continued(
+        self, assignment: Assignment, window: Tensor, part: str, index: int, keep: bool = True
+    ) -> tuple[Tensor, float]:
+        """Outputs (tokens, v) under the assignment, which is swapped in, from where hidden states are known.
+
+        And the share of a forward pass that this took. Only the search comes back to the same tokens.
+        """
+        if part == "report":
+            return self._outputs(window), 1.0
+        ids = window.unsqueeze(0).to(self.model.device)
+        output, share = self._states.outputs(ids, (part, index), self._texts(assignment), keep)
+        return output[0], share
+
+    @property
+    def _states(self) -> PrefixStates:
+        if self._kept_states is None:
+            data = self.parts.search
+            free = self._share_bytes if self.device == "cpu" else torch.cuda.mem_get_info()[0]
+            sample = data[:1].to(self.model.device)
+            self._kept_states = PrefixStates(self.model, sample, len(data), free // _STATES_SHARE)
+        return self._kept_states
+
+    @staticmethod
+    def _texts(assignment: Assignment) -> dict[str, str]:
+        return {name: str(scheme) for name, scheme in assignment.items() if not isinstance(scheme, Keep)}
+
+    def probe(self, perturbed: Sequence[tuple[str, str]], tokens: int) -> list[Probe]:
+        """The loss of each (layer, scheme) alone, on at most `tokens` tokens of the calibration part.
+
+        The blocks before the layer's are not run again: their output is the unquantized model's.
+        """
+        data = self.parts.calibration
+        data = data[: max(1, tokens // data.shape[1])]
+        reference = self._reference_for("calibration", data)
+        objective = self._distance()
+        values = torch.full((len(perturbed), *data.shape), torch.nan, dtype=torch.float64)
+        passes = [0.0] * len(perturbed)
+        alone = [Assignment({name: parse_scheme(text)}) for name, text in perturbed]
+        with torch.inference_mode():
             for index, window in enumerate(data):
-                self._judge(tally, window, self._outputs(window), reference, index)
-        return self._measurements(tally, part)
+                if perturbed and not self._states.has(("calibration", index), {}):
+                    passes[0] += self._continued(Assignment({}), window, "calibration", index)[1] / len(data)
+                for i, assignment in enumerate(alone):
+                    with self._swapped(assignment):
+                        output, share = self._continued(assignment, window, "calibration", index, keep=False)
+                    for rows, chunk in chunks(self.model, window, output, reference, index):
+                        values[i, index, rows] = objective.per_token(chunk).double().cpu()
+                    passes[i] += share / len(data)
+        found = [mean_and_stderr(each.numpy()) for each in values]
+        return [Probe(*each, forward_passes=spent) for each, spent in zip(found, passes, strict=True)]
 
     def compare(
         self, assignment: Assignment, outputs: Callable[[Tensor], Tensor], tokens: int | None = None
@@ -170,8 +255,7 @@ class Evaluator:
         with torch.inference_mode():
             reference = make_reference(self.model, data, self._share_bytes)
         here, there = _Tally(self._objectives, data), _Tally(self._objectives, data)
-        distance = plugins.load("objectives", _DISTANCE.get(self.info.task, "kl_nats_per_token"), Objective)
-        assert isinstance(distance, TokenObjective)
+        moves = self._distance()
         apart, moved = 0.0, 0.0
         with self._swapped(assignment), torch.inference_mode():
             for index, window in enumerate(data):
@@ -179,9 +263,9 @@ class Evaluator:
                 found = outputs(window).to(expected.device)
                 self._judge(here, window, expected, reference, index)
                 self._judge(there, window, found, reference, index)
-                apart += self._apart(expected, found)
-                for _, chunk in self._chunks(window, expected, reference, index):
-                    moved += float(distance.per_token(chunk).double().sum()) / len(expected)
+                apart += distance(expected, found, self.info.task)
+                for _, chunk in chunks(self.model, window, expected, reference, index):
+                    moved += float(moves.per_token(chunk).double().sum()) / len(expected)
         return Comparison(
             self._measurements(here, "report"),
             self._measurements(there, "report"),
@@ -191,22 +275,20 @@ class Evaluator:
             data.numel(),
         )
 
+    def _distance(self) -> TokenObjective:
+        """How far outputs are from the unquantized model's."""
+        distance = plugins.load("objectives", _DISTANCE.get(self.info.task, "kl_nats_per_token"), Objective)
+        assert isinstance(distance, TokenObjective)
+        return distance
+
     def _paired(self, name: str, here: _Tally, there: _Tally) -> float:
         mean, _, _ = mean_and_stderr(here.values[name].numpy())
         _, stderr, _ = mean_and_stderr((there.values[name] - here.values[name]).numpy())
         return self._objectives[name].transform(mean, stderr or 0.0)[1]
 
-    def _apart(self, expected: Tensor, found: Tensor) -> float:
-        """Mean over tokens of the KL of `found` from `expected` in nats; of an encoder without a head, of
-        the cosine distance."""
-        total = 0.0
-        for rows in row_blocks(expected):
-            one, two = expected[rows].float(), found[rows].float()
-            if self.info.task == "encoder":
-                total += float((1 - F.cosine_similarity(one.double(), two.double(), dim=-1)).sum())
-            else:
-                total += float(F.kl_div(two.log_softmax(-1), one.log_softmax(-1), log_target=True, reduction="sum"))
-        return total / len(expected)
+    def direction(self, objective: str) -> str:
+        """Whether an objective of this study is to `minimize` or to `maximize`."""
+        return self._objectives[objective].direction
 
     @contextlib.contextmanager
     def _swapped(self, assignment: Assignment) -> Iterator[None]:
@@ -221,12 +303,12 @@ class Evaluator:
         return self.model.outputs(window.unsqueeze(0).to(self.model.device))[0]
 
     def _judge(self, tally: _Tally, window: Tensor, output: Tensor, reference: Reference, index: int) -> None:
-        for rows, chunk in self._chunks(window, output, reference, index):
+        for rows, chunk in chunks(self.model, window, output, reference, index):
             for name, objective in self._objectives.items():
                 tally.values[name][index, rows] = objective.per_token(chunk).double().cpu()
 
     def _measurements(self, tally: _Tally, part: Part) -> list[Measurement]:
-        return [self._measurement(name, values.numpy(), part) for name, values in tally.values.items()]
+        return [self._measurement(name, values.numpy(), part, {}) for name, values in tally.values.items()]
 
     def calibrate(self) -> str:
         """Gather the statistics of the curvature proxy into this node's cache; returns the file.
@@ -341,16 +423,22 @@ class Evaluator:
         for name, scheme in assignment.items():
             if isinstance(scheme, Keep):
                 continue
-            original = self.model.weight(name)
-            statistics, calibration = self._statistics_for(name, scheme)
-            with _naming(name, scheme):
-                dequantized = self.bank.dequantized(
-                    original.cpu(), self._hash(name), scheme, original.dtype, statistics, calibration
-                )
-            weights[name] = dequantized.to(original.device)
+            weights[name] = self._dequantized(name, scheme)
             if (function := self.activation(name, scheme)) is not None:
                 activations[name] = function
         return weights, activations
+
+    def _dequantized(self, name: str, scheme: Scheme) -> Tensor:
+        """The layer's weight (out, in) under `scheme`, where and as the model has it."""
+        original = self.model.weight(name)
+        if isinstance(scheme, Keep):
+            return original
+        statistics, calibration = self._statistics_for(name, scheme)
+        with _naming(name, scheme):
+            dequantized = self.bank.dequantized(
+                original.cpu(), self._hash(name), scheme, original.dtype, statistics, calibration
+            )
+        return dequantized.to(original.device)
 
     def _statistics_path(self) -> Path:
         if self._path is None:
@@ -370,7 +458,7 @@ class Evaluator:
         told = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
         digest.update(json.dumps(told, sort_keys=True, default=str).encode())
         digest.update(self.parts.calibration.numpy().tobytes())
-        digest.update(f"{self.spec.data.seed} {self.info.task} {CURVATURE_TOKENS} 4".encode())
+        digest.update(f"{self.spec.data.seed} {self.info.task} {CURVATURE_TOKENS} 5".encode())
         return cache_dir() / "statistics" / f"{digest.hexdigest()[:32]}.safetensors"
 
     # -- the reference ----------------------------------------------------------------------------
@@ -378,42 +466,25 @@ class Evaluator:
     def _part(self, part: Part) -> Tensor:
         return self.parts.search if part == "search" else self.parts.report
 
-    def _reference_for(self, part: Part) -> Reference:
-        """The reference of a part; only one part's is in memory at a time."""
-        if self._reference is None or self._reference[0] != part:
+    def _reference_for(self, part: str, data: Tensor) -> Reference:
+        """The reference of a part's first windows `data`; only one is in memory at a time."""
+        if self._reference is None or self._reference[:2] != (part, len(data)):
             self._reference = None
             with torch.inference_mode():
-                self._reference = (part, make_reference(self.model, self._part(part), self._share_bytes))
-        return self._reference[1]
+                self._reference = (part, len(data), make_reference(self.model, data, self._share_bytes))
+        return self._reference[2]
 
-    # -- tokens -----------------------------------------------------------------------------------
-
-    def _next_tokens(self, window: Tensor) -> Tensor:
-        """What each position is to predict; a sequence-to-sequence decoder's input is already shifted."""
-        if self.info.task == "seq2seq":
-            return window
-        nothing = torch.full_like(window[:1], -1)
-        if self.info.task == "causal":
-            return torch.cat([window[1:], nothing])
-        return nothing.expand_as(window)
-
-    def _chunks(
-        self, window: Tensor, output: Tensor, reference: Reference, index: int
-    ) -> Iterator[tuple[slice, TokenChunk]]:
-        next_tokens = self._next_tokens(window).to(output.device)
-        for rows in row_blocks(output):
-            values = output[rows].float()
-            normalizer = None if self.info.task == "encoder" else values.logsumexp(-1)
-            if not torch.isfinite(values if normalizer is None else normalizer).all():
-                raise NotFinite("the model's outputs are NaN or infinite under this assignment")
-            kept, mass, entropy = reference.rows(index, rows)
-            yield rows, TokenChunk(values, next_tokens[rows], kept, normalizer, mass, entropy)
-
-    def _measurement(self, name: str, values: np.ndarray[Any, np.dtype[np.float64]], part: Part) -> Measurement:
+    def _measurement(
+        self, name: str, values: NDArray[np.float64], part: Part, detail: Mapping[str, Any], rival: Rival | None = None
+    ) -> Measurement:
+        """The measurement of values (windows, tokens), with an estimate if `rival` ended it early."""
         objective = self._objectives[name]
         mean, stderr, n = mean_and_stderr(values)
         value, error = objective.transform(mean, stderr if stderr is not None else 0.0)
-        if not np.isfinite(value):
+        if rival is not None:
+            expected = rival.expected(name, values) if name in rival.values else mean
+            detail = {**detail, "estimate": objective.transform(expected, 0.0)[0]}
+        if not np.isfinite([value, detail.get("estimate", value)]).all():
             raise NotFinite(f"{name} is {value} under this assignment")
         return Measurement(
             name,
@@ -424,5 +495,6 @@ class Evaluator:
             stderr=None if stderr is None else error,
             n=n,
             device=self.fingerprint,
-            detail={"threads": torch.get_num_threads(), "dtype": self.spec.model.dtype},
+            detail={"threads": torch.get_num_threads(), "dtype": self.spec.model.dtype, **detail},
+            per_token=values.astype(np.float32),
         )

@@ -233,10 +233,11 @@ def _read_bound(objective: str, sides: Mapping[str, object]) -> dict[str, object
 class SamplerSpec(_Section):
     """What proposes assignments after the baselines and `seeds` exact-budget proposals.
 
-    `options` go to the sampler. `seeds: null` spends half of the trials that the baselines leave.
+    `options` go to the sampler. `seeds: null` spends half of the trials that the baselines leave, or as many
+    as the sampler measures with slopes if that is less.
     """
 
-    name: str = "nsga2"
+    name: str = "frontier"
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = 0
     seeds: Annotated[int, Field(strict=True, ge=0)] | None = None
     options: dict[str, Any] = Field(default_factory=dict)
@@ -259,12 +260,14 @@ class SamplerSpec(_Section):
 
 class BudgetSpec(_Section):
     """When a study ends. `report_points` bounds how many frontier points are measured again on the
-    report data and timed end to end (null: all of them)."""
+    report data and timed end to end (null: all of them). A candidate that is worse than a finished trial
+    is given up once that is known with `stop_confidence` (null: never)."""
 
     trials: Count = 96
     wall_time: Seconds | None = None
     trial_time: Seconds | None = None
     report_points: Count | None = None
+    stop_confidence: Annotated[Number, Field(gt=0.5, lt=1)] | None = 0.99
 
 
 class WorkersSpec(_Section):
@@ -288,7 +291,8 @@ class WorkersSpec(_Section):
 class BankSpec(_Section):
     """The store of quantized layers: bytes on disk, and bytes of dequantized weights in memory.
 
-    Calibration statistics, which lie beside it, take at most a quarter of `disk` more.
+    Calibration statistics, which lie beside it, take at most a quarter of `disk` more, and hidden states
+    that trials have in common at most a quarter of `memory`.
     """
 
     disk: Bytes = 20 * 10**9

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
     from autoq.search.observer import Observer
-    from autoq.spec import StudySpec
+    from autoq.spec import Bound, StudySpec
 
 DEFAULT_DB = "autoq.db"
 Limits = Mapping[str, float | str]
@@ -56,6 +56,21 @@ def read_limits(limits: Limits, known: Sequence[str]) -> dict[str, float]:
         if numbers[name] != numbers[name]:
             raise BadInput(f"the limit on {name} must be a number (got {value!r})")
     return numbers
+
+
+def bounds(study: StudyRecord, maximum: Limits, minimum: Limits) -> dict[str, Bound]:
+    """Limits on objectives of the study as bounds of a spec. Raises as `read_limits` does, and `BadInput` where
+    a minimum is above its maximum."""
+    from autoq.spec import Bound
+
+    known = [objective.name for objective in study.objectives]
+    upper, lower = read_limits(maximum, known), read_limits(minimum, known)
+    for name in upper.keys() & lower.keys():
+        if lower[name] > upper[name]:
+            raise BadInput(
+                f"the limits on {name} exclude each other: at least {lower[name]:g}, at most {upper[name]:g}"
+            )
+    return {name: Bound(max=upper.get(name), min=lower.get(name)) for name in [*upper, *(lower.keys() - upper)]}
 
 
 def measured_objectives(trials: Sequence[TrialRecord], objectives: Sequence[StudyObjective]) -> dict[str, str]:
@@ -170,8 +185,14 @@ class Study:
         return Path(out)
 
     def frontier(self) -> pd.DataFrame:
-        """The frontier as a frame, one row a trial; columns as in `trials`."""
-        return _frame(self.record, self._store.frontier(self.id))
+        """The frontier as a frame, one row a trial; columns as in `trials`, and `ties_with`: the numbers of
+        the points that the measurements cannot tell from it."""
+        from autoq.display.ties import stored_ties
+
+        record, points = self.record, self._store.frontier(self.id)
+        frame = _frame(record, points)
+        frame["ties_with"] = list(stored_ties(self._store, record, points).values())
+        return frame
 
     def trials(self) -> pd.DataFrame:
         """All trials as a frame, indexed by number: state and origin, then for each objective the value
@@ -184,6 +205,20 @@ class Study:
 
         run_study(self._store, self.id, observer)
         return self
+
+    def refine(
+        self,
+        *,
+        max: Limits | None = None,  # noqa: A002
+        min: Limits | None = None,  # noqa: A002
+        n: int = 1,
+        observer: Observer | None = None,
+    ) -> list[TrialRecord]:
+        """Measure up to `n` assignments that the study's model offers for these limits, as new trials of the
+        study. Raises `BadInput` where it is not finished."""
+        from autoq.search.refining import refine_study
+
+        return refine_study(self._store, self.id, bounds(self.record, max or {}, min or {}), n, observer)
 
     def plot_frontier(self, x: str | None = None, y: str | None = None) -> go.Figure:
         """The frontier and the baselines as a Plotly figure: size against quality unless told otherwise.
@@ -275,21 +310,47 @@ def search(
     unless an `observer` is given. Raises `SpecError` before anything is loaded or written, and
     `AutoQError` where the study fails; what was measured until then is stored.
     """
-    from autoq import spec as specs
     from autoq.display.progress import default_observer
     from autoq.search.controller import create_study, run_study
 
-    if isinstance(spec, specs.StudySpec):
-        wanted = spec
-    elif isinstance(spec, Mapping):
-        wanted = specs.build_spec(spec)
-    else:
-        wanted = specs.load_spec(spec, overrides)
+    wanted = _wanted(spec, overrides)
     store = Store.open(db or default_db())
     study = create_study(store, wanted)
     with contextlib.ExitStack() as stack:
         run_study(store, study.id, observer or stack.enter_context(default_observer(study.objectives)))
     return Study(store, study.id)
+
+
+def _wanted(spec: str | Path | Mapping[str, Any] | StudySpec, overrides: Sequence[str]) -> StudySpec:
+    from autoq import spec as specs
+
+    if isinstance(spec, specs.StudySpec):
+        return spec
+    return specs.build_spec(spec) if isinstance(spec, Mapping) else specs.load_spec(spec, overrides)
+
+
+def sensitivity(
+    spec: str | Path | Mapping[str, Any] | StudySpec,
+    *,
+    db: str | None = None,
+    overrides: Sequence[str] = (),
+    observer: Observer | None = None,
+) -> pd.DataFrame:
+    """Predicted loss of each layer (row) under each scheme (column), without a search; NaN where it has no
+    such choice. `frame.attrs` holds the model, the losses' unit and the predicted frontier.
+
+    Arguments and errors as in `search`. What it finds is kept for later searches.
+    """
+    from autoq.display.progress import default_observer
+    from autoq.search.survey import survey
+
+    pandas = _optional("pandas")
+    wanted = _wanted(spec, overrides)
+    with Store.open(db or default_db()) as store, contextlib.ExitStack() as stack:
+        found = survey(store, wanted, observer or stack.enter_context(default_observer())).to_json()
+    frame: pd.DataFrame = pandas.DataFrame.from_dict(found["layers"], orient="index")
+    frame.attrs |= {key: found[key] for key in ("model", "kind", "unit", "frontier")}
+    return frame
 
 
 def load_export(folder: str | Path, threads: int | None = None) -> tuple[Any, Any]:

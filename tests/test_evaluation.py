@@ -1,8 +1,11 @@
 """The evaluator on tiny models: what it measures equals a direct computation, however it remembers."""
 
+import dataclasses
 import math
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +17,7 @@ from autoq.methods import Method
 from autoq.objectives import Objective, computed
 from autoq.scheme import Keep, parse_scheme
 from autoq.spec import build_spec
+from autoq.statistics import Rival
 
 DATA = {"calibration_tokens": 256, "search_tokens": 256, "report_tokens": 128, "window_tokens": 64}
 
@@ -105,7 +109,7 @@ def test_little_memory_changes_how_the_reference_is_kept_and_nothing_else(make, 
     if memory == "file":
         monkeypatch.setattr(reference, "_hidden_states", lambda *_: None)
     found = by_name(little.measure(assignment, "search"))
-    kept = little._reference[1]
+    kept = little._reference[-1]
     assert (kept.head_weight is not None) == (memory == "hidden states")
     assert (kept.kept.dtype == torch.bfloat16) == (memory == "file")
     for name, measurement in expected.items():
@@ -258,3 +262,88 @@ def test_a_predicted_loss_that_overflows_names_the_layer(make):
     evaluator.model.weight(name).mul_(1e38)
     with pytest.raises(NotFinite, match=rf"^layer {name} as rtn-int2-g32: its predicted loss is (inf|nan); exclude"):
         evaluator.sensitivities({name: ["rtn-int2-g32"]})
+
+
+def rival_of(evaluator, assignment, confidence=0.99):
+    found = evaluator.measure(assignment, "search")
+    return Rival(3, {m.objective: m.per_token for m in found}, confidence)
+
+
+def test_values_per_token_are_those_whose_mean_is_the_measurement(make):
+    evaluator = make()
+    found = by_name(evaluator.measure(uniform(evaluator, "rtn-int3-g32"), "search"))
+    kl, perplexity = found["kl_nats_per_token"], found["perplexity"]
+    assert kl.per_token.shape == perplexity.per_token.shape == evaluator.parts.search.shape
+    assert kl.per_token.mean(dtype=float) == pytest.approx(kl.value, rel=1e-12)
+    assert math.isnan(perplexity.per_token[0, -1])
+    assert math.exp(np.nanmean(perplexity.per_token, dtype=float)) == pytest.approx(perplexity.value, rel=1e-12)
+
+
+LONGER = {**DATA, "search_tokens": 2048, "window_tokens": 64}
+
+
+def test_a_candidate_is_given_up_where_its_rival_is_better_in_all_qualities(make):
+    evaluator = make(data=LONGER)
+    good, bad = (uniform(evaluator, text) for text in ("rtn-int8-channel", "rtn-int2-channel"))
+    whole = by_name(evaluator.measure(bad, "search"))
+    rival = rival_of(evaluator, good)
+    both = Rival(
+        3, {**rival.values, "perplexity": by_name(evaluator.measure(bad, "search"))["perplexity"].per_token}, 0.99
+    )
+    kl = Rival(3, {"kl_nats_per_token": rival.values["kl_nats_per_token"]}, 0.99)
+    found = by_name(evaluator.measure(bad, "search", kl))
+    stopped, other = found["kl_nats_per_token"], found["perplexity"]
+    assert (stopped.n, stopped.detail["of"], stopped.detail["rival"]) == (512, 2048, 3)
+    assert np.array_equal(stopped.per_token[:8], whole["kl_nats_per_token"].per_token[:8])
+    assert np.isnan(stopped.per_token[8:]).all()
+    difference = stopped.per_token[:8].astype(float) - kl.values["kl_nats_per_token"][:8]
+    expected = kl.values["kl_nats_per_token"].mean(dtype=float) + difference.mean()
+    assert stopped.detail["estimate"] == pytest.approx(expected, rel=1e-9)
+    assert other.detail["estimate"] == pytest.approx(other.value), "nothing is known of a rival's"
+    assert stopped.detail["forward_passes"] <= 512 / 2048
+    # In perplexity it is as good as this rival: worse in one quality is not worse in all.
+    assert "rival" not in evaluator.measure(bad, "search", both)[0].detail
+    assert by_name(evaluator.measure(good, "search", kl))["kl_nats_per_token"].n == 2048
+    other_text = Rival(3, {"kl_nats_per_token": kl.values["kl_nats_per_token"][:, :32]}, 0.99)
+    assert by_name(evaluator.measure(bad, "search", other_text))["kl_nats_per_token"].n == 2048
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bert-mlm", "t5"])
+def test_reuse_changes_no_bit_of_what_is_measured(make, family):
+    """One evaluator remembers, the other has no memory for it."""
+    objectives = ("kl_nats_per_token", "size_bytes")
+    reusing, forgetful = make(family, objectives), make(family, objectives, bank={"memory": 1000})
+    monitored = forgetful._reference_for("search", forgetful.parts.search)
+    reusing._reference = ("search", len(forgetful.parts.search), monitored)
+    rng = random.Random(0)
+    names = [layer.name for layer in reusing.info.layers if layer.kind in ("linear", "conv1d", "head")]
+    late = [layer.name for layer in reusing.info.layers if layer.block == 1]
+    chosen, passes = {}, []
+    for some in (names, names, late, names, late):
+        for name in rng.sample(some, 2):
+            chosen[name] = parse_scheme(rng.choice(["rtn-int2-channel", "rtn-int8-channel-sym-a8dyn", "keep"]))
+        (found,), (expected,) = (e.measure(Assignment(chosen), "search") for e in (reusing, forgetful))
+        assert found.value.hex() == expected.value.hex()
+        assert np.array_equal(found.per_token, expected.per_token)
+        passes.append(found.detail["forward_passes"])
+        assert expected.detail["forward_passes"] == 1
+    assert passes[0] == 1
+    assert (min(passes) < 1) == (family != "t5")
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+def test_a_probe_is_the_loss_of_one_layer_alone(make, family):
+    evaluator = make(family, objectives=("cosine_distance" if family == "bert" else "kl_nats_per_token",))
+    linear = [layer.name for layer in evaluator.info.layers if layer.block is not None]
+    perturbed = [(linear[0], "rtn-int2-channel"), (linear[-1], "rtn-int2-channel"), (linear[-1], "keep")]
+    probes = evaluator.probe(perturbed, 150)
+    evaluator.parts = dataclasses.replace(evaluator.parts, search=evaluator.parts.calibration[:2])
+    evaluator._reference = None
+    for (name, text), probe in zip(perturbed, probes, strict=True):
+        (found,) = evaluator.measure(Assignment({name: parse_scheme(text)}), "search")
+        assert (probe.loss, probe.stderr, probe.tokens) == (found.value, found.stderr, 128)
+    assert len({probe.loss for probe in probes}) == 3
+    if family != "t5":
+        # The first of them pays for the unquantized model's states, which the others take.
+        assert probes[0].forward_passes == 2
+        assert probes[1].forward_passes < 1

@@ -70,6 +70,17 @@ def test_command_and_options_exist(command: str) -> None:
         load_spec(arguments[0])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [line for line in commands() if line.startswith("autoq search ")])
+def test_searches_fit_their_model_and_target(command: str) -> None:
+    """Every check that comes before weights are loaded passes: layers, schemes, target, objectives."""
+    from autoq.search.setup import pose
+
+    name, *arguments = shlex.split(command)[2:]
+    changes = [value for option, value in itertools.pairwise(arguments) if option == "--set"]
+    assert pose(load_spec(name, changes)).space.variables
+
+
 @pytest.mark.parametrize("name", sorted(CHEAP))
 def test_cheap_commands_run(name: str, tmp_path: Path) -> None:
     assert f"$ autoq {name}\n" in README, "shown in the tour"

@@ -213,6 +213,9 @@ MISTAKES = [
     (MODEL + "budget: {trials: 0}", ["budget.trials: must be at least 1 (got 0)"]),
     (MODEL + "budget: {trials: true}", ["budget.trials: must be a whole number (got True)"]),
     (MODEL + "budget: {wall_time: 1h30}", ["budget.wall_time: must be a time such as", "s, m, h, d (got '1h30')"]),
+    (MODEL + "budget: {stop_confidence: 0.5}", ["budget.stop_confidence: must be more than 0.5 (got 0.5)"]),
+    (MODEL + "budget: {stop_confidence: 1}", ["budget.stop_confidence: must be less than 1 (got 1)"]),
+    (MODEL + "budget: {stop_confidence: true}", ["budget.stop_confidence: must be a number (got True)"]),
     (MODEL + "budget: {wall_time: 0}", ["budget.wall_time: must be more than 0"]),
     (
         MODEL + "workers: {executor: rai}",

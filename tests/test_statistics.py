@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from autoq.statistics import BLOCK_TOKENS, mean_and_stderr
+from autoq.statistics import BLOCK_TOKENS, LEAST_BLOCKS, PAIR_BLOCK_TOKENS, Rival, mean_and_stderr, paired, shards
 
 
 def test_mean_counts_only_tokens_that_count():
@@ -52,3 +52,85 @@ def test_blocks_of_different_counts_weigh_as_their_tokens():
     full, part = mean_and_stderr(values), mean_and_stderr(thinned)
     assert part[0] == pytest.approx(full[0], abs=0.05)
     assert part[1] == pytest.approx(full[1] * np.sqrt(2), rel=0.2)
+
+
+def test_a_difference_in_pairs_is_far_more_certain_than_its_two_sides():
+    rng = np.random.default_rng(3)
+    hardness = rng.lognormal(sigma=2, size=(8, 256))
+    ours, others = hardness * 1.1, hardness + 0.01 * rng.normal(size=hardness.shape)
+    difference, stderr, n = paired(ours, others)
+    assert (difference, n) == (pytest.approx(0.1 * hardness.mean(), abs=2e-3), hardness.size)
+    assert stderr is not None
+    assert stderr < mean_and_stderr(ours)[1] / 5
+    ours[0, :3] = np.nan
+    others[0, 2:5] = np.nan
+    assert paired(ours, others)[2] == hardness.size - 5
+
+
+@pytest.mark.parametrize(("windows", "tokens"), [(1, 512), (2, 512), (4, 512), (9, 512), (32, 64), (5, 100), (3, 4096)])
+def test_shards_cover_every_window_once_and_double(windows, tokens):
+    steps = shards(windows, tokens)
+    assert [index for step in steps for index in step] == list(range(windows))
+    assert all(step.stop == min(2 * step.start, windows) for step in steps[1:])
+    # The first is enough for a verdict, if there is as much.
+    assert len(steps) == 1 or len(steps[0]) * -(-tokens // PAIR_BLOCK_TOKENS) >= LEAST_BLOCKS
+    assert len(shards(4, 512)) == 3
+
+
+def losses(rng, windows=8, tokens=256):
+    """Losses of a trial, heavy-tailed, and correlated over neighbouring tokens."""
+    noise = rng.normal(size=(windows, tokens + 8))
+    smooth = np.stack([np.convolve(row, np.ones(9) / 3, "valid") for row in noise])
+    return np.exp(smooth - 2)
+
+
+def unseen(values, windows):
+    return np.where(np.arange(len(values))[:, None] < windows, values, np.nan)
+
+
+def stops(rival, values):
+    steps = shards(*values.shape)
+    return any(rival.beats("kl", unseen(values, step.stop), 1.0, len(steps) - 1) for step in steps[:-1])
+
+
+def test_a_candidate_that_is_not_worse_is_seldom_given_up():
+    """Candidates whose mean over all tokens is a little better than the rival's: each given up is a mistake."""
+    rng = np.random.default_rng(4)
+    mistakes = 0
+    for _ in range(400):
+        base = losses(rng)
+        values = base * np.exp(0.3 * rng.normal(size=base.shape))
+        values *= 0.999 * base.mean() / values.mean()
+        mistakes += stops(Rival(0, {"kl": base.astype(np.float32)}, 0.95), values)
+    assert mistakes <= 0.05 * 400
+
+
+def test_a_candidate_that_is_clearly_worse_is_given_up_at_the_first_look():
+    rng = np.random.default_rng(5)
+    base = losses(rng).astype(np.float32)
+    rival = Rival(7, {"kl": base}, 0.99)
+    worse = base * np.exp(0.3 * rng.normal(size=base.shape)) * 1.5
+    assert rival.beats("kl", unseen(worse, 2), 1.0, 2)
+    assert not rival.beats("kl", unseen(worse, 2), -1.0, 2), "where more is better it is not worse"
+    assert not rival.beats("kl", unseen(worse, 1), 1.0, 2), "too few blocks for any verdict"
+    assert not rival.beats("kl", base, 1.0, 2), "equal is not worse"
+
+
+def test_only_tokens_that_were_not_evaluated_are_in_doubt():
+    """A difference of 2 standard errors is beyond doubt after 7 of 8 windows, after 2 it is not."""
+    rng = np.random.default_rng(6)
+    base = np.zeros((8, 1024), np.float32)
+    noise = rng.normal(size=base.shape)
+    verdicts = []
+    for seen in (2, 7):
+        part = noise[:seen] - noise[:seen].mean()
+        values = unseen(np.zeros_like(noise), seen)
+        values[:seen] = part + 2.0 * mean_and_stderr(part, PAIR_BLOCK_TOKENS)[1]
+        verdicts.append(Rival(0, {"kl": base}, 0.99).beats("kl", values, 1.0, 1))
+    assert verdicts == [False, True]
+
+
+def test_the_estimate_joins_the_rivals_mean_and_the_difference_so_far():
+    base = np.arange(64, dtype=np.float32).reshape(4, 16)
+    values = unseen(base + 0.5, 1)
+    assert Rival(0, {"kl": base}, 0.9).expected("kl", values) == base.mean() + 0.5

@@ -37,6 +37,7 @@ class _Group(TyperGroup):
             _complain(line.rstrip(".") + hint, debug)
             sys.exit(problem.exit_code)
         except typer.Abort:
+            sys.stderr.write("autoq: interrupted\n")
             sys.exit(INTERRUPTED)
         except BrokenPipeError:
             # Whoever read this has read enough. Python would complain once more when it closes the stream.

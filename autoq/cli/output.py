@@ -53,12 +53,19 @@ def pairs(texts: Sequence[str], option: str) -> Mapping[str, str]:
     return found
 
 
-def document(study: StudyRecord, trials: Sequence[TrialRecord]) -> dict[str, Any]:
-    """`{"study", "objectives", "trials"}`: what `frontier` and `trials` print as JSON."""
+def document(
+    study: StudyRecord, trials: Sequence[TrialRecord], ties: Mapping[int, Sequence[int]] | None = None
+) -> dict[str, Any]:
+    """`{"study", "objectives", "trials"}`: what `frontier` and `trials` print as JSON.
+
+    With `ties`, each trial has `ties_with`, the numbers of those that it cannot be told from.
+    """
     return {
         "study": study.name,
         "objectives": [objective.to_json() for objective in study.objectives],
-        "trials": [trial.to_json() for trial in trials],
+        "trials": [
+            trial.to_json() | ({} if ties is None else {"ties_with": list(ties[trial.number])}) for trial in trials
+        ],
     }
 
 
@@ -99,14 +106,20 @@ def print_frontier(
         upper, lower = read_limits(maximum or {}, known), read_limits(minimum or {}, known)
         points = [trial for trial in points if not excess(trial, upper, lower)]
         uniform = [trial for trial in uniform if not excess(trial, upper, lower)]
-    if as_json:
-        print_json(document(study, points))
-    elif as_csv:
+    if as_csv:
         _print_csv(study, points)
-    else:
-        from autoq.display import tables
+        return
+    from autoq.display.hindsight import hindsight
+    from autoq.display.ties import stored_ties
 
-        show(tables.frontier(study, points, uniform, tables.console(), bool(maximum or minimum)))
+    ties, seen = stored_ties(store, study, points), hindsight(store, study)
+    if as_json:
+        print_json(document(study, points, ties) | seen.to_json())
+        return
+    from autoq.display import tables
+
+    limited = bool(maximum or minimum)
+    show(tables.frontier(study, points, uniform, tables.console(), limited, ties, seen.lines()))
 
 
 def _print_csv(study: StudyRecord, trials: Sequence[TrialRecord]) -> None:

@@ -31,10 +31,15 @@ class ExecutorName(StrEnum):
 
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only the result and errors.")]
+SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help="A YAML file, or a shipped spec by name: demo, …")]
+Assign = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a field of the spec; may be repeated."),
+]
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
+def terminable() -> Iterator[None]:
     """Let SIGTERM do what Ctrl-C does: the study is left resumable. A second one ends at once.
 
     Python drops an interrupt that arrives in a destructor or in a callback of the garbage collector:
@@ -82,22 +87,19 @@ def _run(store: Store, study_id: int, db: str, quiet: bool, as_json: bool) -> No
     epilog=examples(
         "autoq search demo",
         "autoq search studies/my.yaml --trials 200 --name second-try",
-        "autoq search demo --set space.bits=[4,8] --set budget.wall_time=10m",
+        "autoq search demo --set sampler.seed=1 --set budget.wall_time=10m",
         "autoq search demo --seed-from ./exported --seed-from quantize_config.json",
         "autoq search cluster --workers 8 --db postgresql+psycopg://host/autoq",
     )
 )
 def search(
-    spec: Annotated[str, typer.Argument(metavar="SPEC", help="A YAML file, or a shipped spec by name: demo, …")],
+    spec: SpecArgument,
     db: Db = DEFAULT_DB,
     executor: Annotated[ExecutorName | None, typer.Option(help="Instead of the spec's workers.executor.")] = None,
     workers: Annotated[int | None, typer.Option(help="Instead of the spec's workers.count.")] = None,
     trials: Annotated[int | None, typer.Option(help="Instead of the spec's budget.trials.")] = None,
     name: Annotated[str | None, typer.Option(help="Instead of the spec's name.")] = None,
-    assign: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a field of the spec; may be repeated."),
-    ] = None,
+    assign: Assign = None,
     seed_from: Annotated[
         list[str] | None,
         typer.Option(
@@ -129,7 +131,7 @@ def search(
     from autoq.search.controller import create_study
     from autoq.store import Store
 
-    with _terminable(), Store.open(db) as store:
+    with terminable(), Store.open(db) as store:
         study = create_study(store, wanted)
         if study.name != wanted.name and not quiet:
             sys.stderr.write(f"the name {wanted.name} is taken; this study is {study.name}\n")
@@ -142,7 +144,7 @@ def resume(study: StudyArgument, db: Db = DEFAULT_DB, quiet: Quiet = False, as_j
 
     Nothing that was measured is measured again, and the proposals are those of a run without a break.
     """
-    with _terminable(), open_store(db) as store:
+    with terminable(), open_store(db) as store:
         record = store.study(study)
         if record.state == "finished":
             sys.stderr.write(f"study {record.name} is finished\n")

@@ -29,6 +29,7 @@ class TrialStateName(StrEnum):
 
     running = "running"
     complete = "complete"
+    stopped = "stopped"
     failed = "failed"
     duplicate = "duplicate"
 
@@ -37,13 +38,17 @@ class TrialStateName(StrEnum):
 def studies(db: Db = DEFAULT_DB, as_json: Json = False) -> None:
     """List the studies of a database."""
     with open_store(db) as store:
+        from autoq.display.hindsight import stored_hindsight
+
         found = store.studies()
+        seen = {summary.id: stored_hindsight(store, summary.id) for summary in found}
     if as_json:
-        print_json({"studies": [summary.to_json() for summary in found]})
+        print_json({"studies": [summary.to_json() | seen[summary.id].to_json() for summary in found]})
         return
     from autoq.display import tables
 
-    show(tables.studies(found))
+    views = {summary.name: seen[summary.id].sampler_view for summary in found}
+    show([*tables.studies(found), *tables.sampler_views(views)])
 
 
 @app.command(epilog=examples("autoq trials demo", "autoq trials demo --state failed", "autoq trials demo --limit 10"))
@@ -95,6 +100,7 @@ def frontier(
     epilog=examples(
         "autoq pick demo --max size_bytes=90MB --best kl_nats_per_token",
         "autoq pick demo --max latency_decode_ms=12 --json",
+        "autoq pick demo --max size_bytes=90MB --refine 3",
     )
 )
 def pick(
@@ -105,29 +111,48 @@ def pick(
     best: Annotated[
         str | None, typer.Option(metavar="OBJECTIVE", help="What to be best in; default: the study's first objective.")
     ] = None,
+    refine: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="First measure N assignments that the study's model offers here."),
+    ] = None,
     as_yaml: Annotated[bool, typer.Option("--yaml", help="Print YAML (the default).")] = False,
     as_json: Json = False,
 ) -> None:
     """Pick the best trial within limits.
 
-    Prints the frontier's best one, with its measurements and its assignment.
+    Prints the frontier's best one, with its measurements and its assignment. Says what cannot be told from
+    it, and what the study's model predicts for a size limit that it leaves a gap to.
     """
     if as_json and as_yaml:
         raise BadInput("give either --json or --yaml, not both")
+    upper, lower = pairs(maximum or (), "--max"), pairs(minimum or (), "--min")
+    if refine is not None and not (upper or lower):
+        raise BadInput("--refine needs a limit to refine at: give --max or --min")
+    from autoq.cli import picking
+    from autoq.study import bounds
     from autoq.study import pick as choose
 
     with open_store(db) as store:
         record = store.study(study)
-        points = store.frontier(record.id)
-        chosen = choose(record, points, pairs(maximum or (), "--max"), pairs(minimum or (), "--min"), best)
+        if refine is not None:
+            picking.refine(store, record, bounds(record, upper, lower), refine)
+        chosen = choose(record, store.frontier(record.id), upper, lower, best)
         found = store.trial(record.id, chosen.number).to_json()
+        others = picking.tied(store, record, chosen, upper, lower)
+        found["ties_with"] = [trial.number for trial in others]
+        offer = picking.offered(store, record, chosen, upper, lower, best)
+    if others:
+        sys.stderr.write(picking.tie_line(record, chosen, others) + "\n")
+    if offer is not None:
+        found["offer"] = offer
+        sys.stderr.write(picking.offer_line(record, chosen, offer) + "\n")
     if as_json:
         print_json(found)
         return
     import yaml
 
-    wanted = ("study", "number", "baseline", "hash", "measurements", "assignment")
-    kept = {key: found[key] for key in wanted if found[key] is not None}
+    wanted = ("study", "number", "baseline", "hash", "measurements", "ties_with", "offer", "assignment")
+    kept = {key: found[key] for key in wanted if found.get(key)}
     for measurement in kept["measurements"].values():
         del measurement["detail"]
     sys.stdout.write(yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=1000))

@@ -1,4 +1,4 @@
-"""What a frontier says: which points are one and the same, and what the search gained over uniform.
+"""What a frontier says: what the search gained over uniform, and how well it was foretold.
 
 Only numbers that may be compared are compared: the same objective, the same part of the data, both
 measured. A gain is claimed only beyond twice the combined standard error.
@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from autoq.measurement import Measurement
+from autoq.search.sampler_view import spearman
 
 if TYPE_CHECKING:
     from autoq.store import StudyObjective, TrialRecord
 
-SAME = 0.01  # relative difference below which two values without an error count as equal
 SIZE_SLACK = 1.12  # how much larger than a baseline a point may be and still be set against it
-_COSTS = ("bytes", "ms", "bits/weight")  # units of what is paid; quality has others
+_COSTS = ("bytes", "ms", "bits/weight", "J")  # units of what is paid; quality has others
 MAX_GAINS = 3
 
 
 def quality_objective(objectives: Sequence[StudyObjective]) -> StudyObjective | None:
-    """The first objective that is neither size nor time."""
+    """The first objective that is neither size nor time nor energy."""
     return next((o for o in objectives if o.unit not in _COSTS), None)
 
 
@@ -40,38 +40,6 @@ def comparable(a: Measurement, b: Measurement) -> bool:
 
 def _error(a: Measurement, b: Measurement) -> float:
     return math.hypot(a.stderr or 0.0, b.stderr or 0.0)
-
-
-def told_apart(
-    a: Mapping[str, Measurement], b: Mapping[str, Measurement], objectives: Sequence[StudyObjective]
-) -> bool:
-    """Whether some objective separates two trials, given by their measurements: by more than two
-    combined standard errors where there is an error, by more than 1 % where there is none. Trials with
-    nothing uncertain about them always are told apart."""
-    uncertain = False
-    for objective in objectives:
-        x, y = a.get(objective.name), b.get(objective.name)
-        if x is None or y is None or not comparable(x, y):
-            return True
-        if x.stderr or y.stderr:
-            uncertain = True
-            if abs(x.value - y.value) > 2 * _error(x, y):
-                return True
-        elif abs(x.value - y.value) > SAME * max(abs(x.value), abs(y.value)):
-            return True
-    return not uncertain
-
-
-def twins(trials: Sequence[TrialRecord], objectives: Sequence[StudyObjective]) -> dict[int, int]:
-    """Trial number -> number of the nearest listed trial that it cannot be told apart from."""
-    measured = [trial.best_measurements() for trial in trials]
-    found: dict[int, int] = {}
-    for i, trial in enumerate(trials):
-        by_distance = sorted((j for j in range(len(trials)) if j != i), key=lambda j: abs(i - j))
-        near = next((j for j in by_distance if not told_apart(measured[i], measured[j], objectives)), None)
-        if near is not None:
-            found[trial.number] = trials[near].number
-    return found
 
 
 @dataclass(frozen=True)
@@ -167,18 +135,6 @@ def foretold(trials: Sequence[TrialRecord]) -> list[Foretold]:
     for name, both in sorted(pairs.items()):
         if len(both) >= 3:
             errors = [abs(predicted / measured - 1) for predicted, measured in both]
-            ranks = _spearman([predicted for predicted, _ in both], [measured for _, measured in both])
+            ranks = spearman([predicted for predicted, _ in both], [measured for _, measured in both])
             found.append(Foretold(name, len(both), statistics.median(errors), ranks))
     return found
-
-
-def _spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Rank correlation; equal values share the mean of their ranks."""
-    if len(set(a)) < 2 or len(set(b)) < 2:
-        return None
-    return statistics.correlation(_ranks(a), _ranks(b))
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    ordered = sorted(values)
-    return [ordered.index(value) + (ordered.count(value) - 1) / 2 for value in values]

@@ -1,7 +1,7 @@
 """Measurements as text: a unit that reads well, digits that carry information, and where it came from.
 
-Marks behind a value: `p` predicted and not measured, `s` measured on the search data only. A value that
-was computed exactly, or measured on the report data, has none.
+Marks behind a value: `p` predicted and not measured, `e` estimated from operations and bytes, `s` measured
+on the search data only. A value that was computed exactly, or measured on the report data, has none.
 """
 
 from __future__ import annotations
@@ -59,9 +59,11 @@ def with_error(value: float, stderr: float | None, unit: str) -> str:
 
 
 def mark(measurement: Measurement, also_reported: bool) -> str:
-    """`p`, `s` or nothing. `also_reported`: other values of the same column come from the report data."""
+    """`p`, `e`, `s` or nothing. `also_reported`: other values of the same column come from the report data."""
     if measurement.kind == "predicted":
         return "p"
+    if measurement.kind == "computed" and measurement.unit == "J":
+        return "e"
     return "s" if also_reported and measurement.kind == "measured" and measurement.part == "search" else ""
 
 

@@ -16,9 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from autoq.display import numbers
-from autoq.display.compare import gains
+from autoq.display.compare import gains, quality_objective
 from autoq.display.tables import console
 from autoq.search.observer import Observer
+from autoq.search.sampler_view import ENDED, sampler_view
 
 if TYPE_CHECKING:
     from autoq.store import StudyObjective, TrialRecord
@@ -37,17 +38,19 @@ STAGES = {
 
 
 class Tally(Observer):
-    """Counts what an observer shows. `best` says in one line what the search has found so far.
+    """Counts what an observer shows. `best` says in one line what the search has found so far, `view` what
+    the sampler's own predictions were worth.
 
     Use as a context manager: leaving it ends the display, whatever happened.
     """
 
     def __init__(self, objectives: Sequence[StudyObjective] = ()) -> None:
         self.objectives = objectives
-        self.best = ""
+        self.best = self.view = ""
+        self._proposed: list[TrialRecord] = []
         self._frontier: list[TrialRecord] = []
         self._baselines: list[TrialRecord] = []
-        self.failed = 0
+        self.failed = self.stopped = 0
         self.done = 0
         self.budget = 0
         self._began = time.monotonic()
@@ -72,6 +75,11 @@ class Tally(Observer):
         """Take one finished trial into account."""
         self.done, self.budget = done, budget
         self.failed += trial.state == "failed"
+        self.stopped += trial.state == "stopped"
+        quality = quality_objective(self.objectives)
+        if trial.origin == "sampler" and trial.state in ENDED and quality is not None:
+            self._proposed.append(trial)
+            self.view = str(sampler_view(self._proposed, quality.name) or "")
         if trial.state != "complete":
             return
         if trial.baseline is not None:
@@ -82,6 +90,11 @@ class Tally(Observer):
             return
         found = gains(self._frontier, self._baselines, self.objectives)
         self.best = f"best so far: {found[0] if found else self._extremes()}"
+
+    def ended(self) -> str:
+        """How many trials ended otherwise than complete."""
+        counts = ((self.stopped, "stopped early"), (self.failed, "failed"))
+        return ", ".join(f"{count} {how}" for count, how in counts if count)
 
     def _extremes(self) -> str:
         """The best of each objective among searched trials, each from a trial of its own."""
@@ -137,8 +150,8 @@ class RichObserver(Tally):
     def _picture(self) -> Group:
         lines = []
         if self._stage == "search":
-            failed = f", {self.failed} failed" if self.failed else ""
-            lines = [Text((self.pace() + failed).lstrip(", ")), Text(self.best, overflow="fold")]
+            lines = [Text(", ".join(filter(None, (self.pace(), self.ended())))), Text(self.best, overflow="fold")]
+            lines.append(Text(self.view, overflow="fold"))
         return Group(self._bar, *(line for line in lines if line.plain))
 
     def close(self) -> None:
@@ -217,8 +230,13 @@ class PlainObserver(Tally):
         if trial.error is not None:
             self._say(f"trial {trial.number} failed: {trial.error.type}: {trial.error.message}")
         if self._due() or done == budget:
-            failed = f"{self.failed} failed" if self.failed else ""
-            parts = [f"{done}/{budget} trials", failed, self.pace() if done < budget else "", self.best]
+            parts = [
+                f"{done}/{budget} trials",
+                self.ended(),
+                self.pace() if done < budget else "",
+                self.best,
+                self.view,
+            ]
             self._say("; ".join(part for part in parts if part))
 
     def note(self, text: str) -> None:

@@ -12,9 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from autoq.display import numbers
-from autoq.display.compare import foretold, gains, sort_objective, twins
+from autoq.display.compare import foretold, gains, sort_objective
 
 if TYPE_CHECKING:
+    from autoq.search.sampler_view import SamplerView
     from autoq.shipping.verify import Check
     from autoq.store import StudyRecord, StudySummary, TrialRecord
 
@@ -127,11 +128,14 @@ def frontier(
     baselines: Sequence[TrialRecord],
     out: Console,
     limited: bool = False,
+    ties: Mapping[int, Sequence[int]] | None = None,
+    remarks: Sequence[str] = (),
 ) -> list[RenderableType]:
-    """The frontier and, beside it, every baseline, with a legend and what the search gained.
+    """The frontier and, beside it, every baseline, with a legend, what the search gained, and `remarks`.
 
     `points` are the frontier's trials to show, `limited` to those within somebody's limits. Sorted by
-    the first objective that is a size, else by the last one.
+    the first objective that is a size, else by the last one. `ties` maps a trial's number to those that it
+    cannot be told from.
     """
     nothing = Text(f"study {study.name}: no feasible trial is {'within the limits' if limited else 'complete yet'}")
     if not points and not baselines:
@@ -139,9 +143,7 @@ def frontier(
     shown = {trial.number: trial for trial in [*baselines, *points]}
     key = sort_objective(study.objectives).name
     rows = sorted(shown.values(), key=lambda trial: (trial.best_measurements()[key].value, trial.number))
-    same = twins([trial for trial in rows if trial.on_frontier], study.objectives)
-    marks = {trial.number: "-" if not trial.on_frontier else "" for trial in rows}
-    marks |= {number: f"≈{other}" for number, other in same.items()}
+    marks = {trial.number: "-" if not trial.on_frontier else "" for trial in rows} | _tied(rows, ties or {})
     names = _columns(study, rows)
     table, errors = _fitting(rows, marks, names, out)
     parts: list[RenderableType] = [table]
@@ -153,7 +155,20 @@ def frontier(
         parts += [Text(), *(Text(str(gain)) for gain in found)]
     if known := foretold(rows):
         parts += [Text(), *(Text(str(each), style="dim") for each in known)]
+    if remarks:
+        parts += [Text(), *(Text(remark, style="dim") for remark in remarks)]
     return parts
+
+
+def _tied(rows: Sequence[TrialRecord], ties: Mapping[int, Sequence[int]]) -> dict[int, str]:
+    """Marks of the trials that tie with one above: `~` for the row above, else `~` and the nearest's number."""
+    marks = {}
+    numbers = [trial.number for trial in rows]
+    for place, number in enumerate(numbers):
+        above = [other for other in reversed(numbers[:place]) if other in ties.get(number, ())]
+        if above:
+            marks[number] = "~" if above[0] == numbers[place - 1] else f"~{above[0]}"
+    return marks
 
 
 def _legend(rows: Sequence[TrialRecord], marks: dict[int, str], names: Sequence[str], errors: bool) -> list[str]:
@@ -171,12 +186,14 @@ def _legend(rows: Sequence[TrialRecord], marks: dict[int, str], names: Sequence[
         lines.append("standard errors are left out for want of width; --json has them")
     if "p" in used:
         lines.append("p  predicted, not measured")
+    if "e" in used:
+        lines.append("e  estimated from operations and bytes, not metered")
     if "s" in used:
         lines.append("s  measured on the search part of the data only")
     if "-" in marks.values():
         lines.append("-  a baseline that is not on the frontier")
-    if any(mark.startswith("≈") for mark in marks.values()):
-        lines.append("≈  cannot be told apart from that trial: 2 standard errors, 1 % where none")
+    if any(mark.startswith("~") for mark in marks.values()):
+        lines.append("~  cannot be told from the row above, or from the trial of that number")
     return lines
 
 
@@ -209,7 +226,9 @@ def studies(rows: Sequence[StudySummary]) -> list[RenderableType]:
             str(row.id),
             row.name,
             row.state,
-            str(row.complete) + (f" +{row.failed} failed" if row.failed else ""),
+            str(row.complete)
+            + (f" +{row.stopped} stopped" if row.stopped else "")
+            + (f" +{row.failed} failed" if row.failed else ""),
             str(row.frontier),
             row.model,
             _moment(row.created_at),
@@ -217,6 +236,12 @@ def studies(rows: Sequence[StudySummary]) -> list[RenderableType]:
         for row in rows
     ]
     return [plain(["id", "study", "state", "trials", "frontier", "model", "created"], cells, right=(0, 4))]
+
+
+def sampler_views(views: Mapping[str, SamplerView | None]) -> list[RenderableType]:
+    """Study -> what its sampler's predictions were worth, one line each for those that have any."""
+    lines = [Text(f"{name}: {view}", style="dim") for name, view in views.items() if view is not None]
+    return [Text(), *lines] if lines else []
 
 
 def _moment(moment: datetime) -> str:
@@ -240,11 +265,15 @@ def targets(found: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
     """Each runtime: its name and what it is, then what can be done with it here."""
     lines: list[RenderableType] = []
     for target in found:
-        lines += [Text(target["name"], style="bold"), Text(f"  {target['summary']}")]
         verb = "predicts" if target["predicts_only"] else "times"
-        lines.append(Text(f"  {verb:<8} {', '.join(target['times']) or 'nothing'}"))
-        lines.append(Text(f"  exports  {target['exports'] or 'nothing'}"))
-        lines.append(
-            Text(f"  here     {target['unavailable'] or 'ready'}", style="dim" if target["unavailable"] else "")
-        )
+        facts = plain(("", ""), [], ())
+        facts.show_header = False
+        for name, text in (
+            ("", target["summary"]),
+            (verb, ", ".join(target["times"]) or "nothing"),
+            ("exports", target["exports"] or "nothing"),
+            ("here", target["unavailable"] or "ready"),
+        ):
+            facts.add_row(Text(f"  {name}"), Text(text))
+        lines += [Text(target["name"], style="bold"), facts]
     return lines

@@ -2,17 +2,21 @@
 
 Proposals come from the plan (baselines, seeds), then from the sampler. `workers.count` trials are out
 at a time. Results are stored as they come and told to the sampler in the order of trial numbers, and
-trial n is asked for once trial n − count has been told; so the proposals depend on the spec and its
-seed alone, not on which worker was faster, not on the executor, and not on interruptions.
+trial n is asked for when trial n − count has been told and no later one; so the proposals depend on the
+spec and its seed alone, not on which worker was faster, not on the executor, and not on interruptions.
+Neither does whom a proposal is held against while it is evaluated, and so when it is given up: a trial
+of those that had been told when it was asked for.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from autoq import plugins
 from autoq.assignment import Assignment
 from autoq.errors import AutoQError, NotFinite
 from autoq.measurement import Measurement
@@ -20,9 +24,14 @@ from autoq.objectives import computed
 from autoq.search.executors import MAX_ATTEMPTS, Executor, Failure, Job, Result, make_executor
 from autoq.search.observer import Observer
 from autoq.search.optuna_study import AskTell, Row, State
+from autoq.search.priors import make_prior
 from autoq.search.reporting import is_finite, report
-from autoq.search.setup import Problem, Proposal, create_study, make_plan, pose, run_job
+from autoq.search.samplers import SLOPES, Sampler
+from autoq.search.setup import Problem, Proposal, create_study, make_plan, pose
+from autoq.search.stages import run_job
+from autoq.search.stopping import Finished, choose, expected, was_stopped
 from autoq.spec import Bound, StudySpec
+from autoq.statistics import Rival
 from autoq.store import Store, StudyRecord, TrialRecord
 from autoq.store.records import Origin
 from autoq.targets import CostTable
@@ -77,7 +86,7 @@ def _leave_failed(store: Store, study_id: int, reason: str) -> None:
 
 def violations(constraints: Mapping[str, Bound], measurements: Sequence[Measurement]) -> dict[str, float]:
     """How far each bound is overstepped, relative to the bound; at most 0 where it is kept."""
-    values = {m.objective: m.value for m in measurements if m.part == "search"}
+    values = {m.objective: expected(m) for m in measurements if m.part == "search"}
     found = {}
     for name, bound in constraints.items():
         if bound.max is not None:
@@ -89,10 +98,14 @@ def violations(constraints: Mapping[str, Bound], measurements: Sequence[Measurem
 
 @dataclass
 class _Outcome:
-    """What the sampler is told of a trial: objective values, or None if it failed."""
+    """What the sampler is told of a trial: objective values, or None if it failed.
+
+    `beats` says whether it was evaluated in full and is feasible, so that others may be held against it.
+    """
 
     values: list[float] | None
     violations: list[float] = field(default_factory=list)
+    beats: bool = False
 
 
 class _Run:
@@ -157,8 +170,10 @@ class _Run:
             dict(self.spec.sampler.options),
             n_startup=sum(self.problem.space.indices(p.assignment) is not None for p in self.plan),
             n_constraints=sum((b.min is not None) + (b.max is not None) for b in self.spec.constraints.values()),
+            prior=make_prior(self.problem, self.store.table(self.study.id, "sensitivity"), self.costs),
         )
         trials = self.store.trials(self.study.id, with_assignments=True)
+        running = []
         for trial in trials:
             assert trial.number == self.asked, "trial numbers have a gap"
             self.asked += 1
@@ -169,12 +184,12 @@ class _Run:
                 continue
             self.by_hash[trial.hash] = trial.number
             if trial.state == "running":
-                self._take_up(trial, trial.assignment)
+                running.append(trial)
             else:
                 self.done += 1
                 self.outcomes[trial.number] = self._outcome(trial)
-        # The sampler had been told, in order, of all trials before the first that is still out.
-        while self._settle() is not None:
+        # What the sampler had been told of when it was asked last.
+        while self._waits() and self._settle() is not None:
             pass
         rows = []
         for trial in trials:
@@ -188,6 +203,9 @@ class _Run:
             values, excess = (told.values, told.violations) if told else (None, [])
             rows.append(Row(number, indices, state, values, excess, dict(trial.sampler_attrs)))
         self.asktell.restore(rows, self.study.sampler_attrs)
+        for trial in running:
+            assert trial.assignment is not None
+            self._take_up(trial, trial.assignment)
 
     def _take_up(self, trial: TrialRecord, assignment: Assignment) -> None:
         """Dispatch a trial again that was running when the study ended, unless it is what ended it.
@@ -228,7 +246,6 @@ class _Run:
             if result is None:
                 raise AutoQError("the workers stopped while trials were running")
             self._receive(result)
-            self._tell()
 
     def _refuse_nothing(self) -> None:
         """A study in which every trial failed has failed, for what is most likely one reason."""
@@ -243,7 +260,12 @@ class _Run:
             return False
         if budget.wall_time is not None and time.monotonic() - self.started >= budget.wall_time:
             return False
-        return self.asked - self.told < self.spec.workers.count
+        self._tell()
+        return not self._waits()
+
+    def _waits(self) -> bool:
+        """Whether the next proposal waits for another outcome to be told."""
+        return self.asked - self.told >= self.spec.workers.count
 
     def _propose(self) -> bool | None:
         """Take the next proposal: True if it is new, False if it repeats a trial, None if none is left."""
@@ -272,7 +294,6 @@ class _Run:
             trial = self.store.record_duplicate(self.study.id, number, assignment, original, attrs, origin)
             self.outcomes[number] = original
             self.observer.trial(trial, self.done, self.spec.budget.trials)
-            self._tell()
             return False
         self.by_hash[assignment.hash] = number
         trial = self.store.start_trial(self.study.id, number, assignment, origin, baseline, attrs)
@@ -282,8 +303,57 @@ class _Run:
     def _dispatch(self, trial: TrialRecord, assignment: Assignment, attempt: int) -> None:
         key = f"trial-{trial.number}"
         self.flying[key] = trial
-        arguments = {"assignment": assignment, "part": "search"}
+        arguments: dict[str, Any] = {"assignment": assignment, "part": "search"}
+        if self._wants_slopes(trial):
+            variables = self.problem.space.variables
+            choices = {layer.name: [str(s) for s in v.choices] for v in variables for layer in v.layers}
+            job = Job(key, "measure_with_slopes", {**arguments, "choices": choices}, attempt)
+            self.executor.submit(dataclasses.replace(job, limit_seconds=self.spec.budget.trial_time))
+            return
+        if trial.origin == "sampler" and (rival := self._rival(trial.number, assignment)) is not None:
+            arguments["rival"] = rival
         self.executor.submit(Job(key, "measure", arguments, attempt, limit_seconds=self.spec.budget.trial_time))
+
+    def _wants_slopes(self, trial: TrialRecord) -> bool:
+        """Whether it is one of the sampler's first: seeds, then its own proposals."""
+        sampler = plugins.load("search.samplers", self.spec.sampler.name, Sampler)
+        before = sum(proposal.baseline is not None for proposal in self.plan)
+        mine = trial.baseline is None and trial.number in self.sampler_numbers
+        return mine and bool(self.problem.qualities) and trial.number - before < sampler.slopes
+
+    def _learn(self, trial: TrialRecord, slopes: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What the trial is to remember of its slopes, per parameter of the space; None if there is nothing new."""
+        if not slopes:
+            return None
+        table = {
+            v.name: [float(f"{sum(own):.6g}") for own in zip(*(slopes["table"][x.name] for x in v.layers), strict=True)]
+            for v in self.problem.space.variables
+        }
+        found = {SLOPES: {"loss": slopes["loss"], "table": table}}
+        self.asktell.learn(self.sampler_numbers[trial.number], found)
+        return {**trial.sampler_attrs, **found}
+
+    def _rival(self, number: int, assignment: Assignment) -> Rival | None:
+        """Whom trial `number` is held against: a trial that was told before it was asked for."""
+        spec, problem = self.spec, self.problem
+        if spec.budget.stop_confidence is None:
+            return None
+        told = ((n, self.told_outcomes[n]) for n in range(max(0, number - spec.workers.count + 1)))
+        finished = [Finished(n, outcome.values) for n, outcome in told if outcome.beats and outcome.values is not None]
+        directions = [problem.objectives[name].direction for name in spec.objectives]
+        known = {m.objective: m.value for m in self._computed(assignment)}
+        chosen = choose(finished, spec.objectives, directions, problem.qualities, known)
+        if chosen is None:
+            return None
+        values = {}
+        for name in problem.qualities:
+            if name not in spec.objectives:
+                continue  # it bounds what is feasible; who beats whom is a matter of the objectives
+            found = self.store.token_values(self.study.id, chosen, name, "search")
+            if found is None:
+                return None
+            values[name] = found
+        return Rival(chosen, values, spec.budget.stop_confidence)
 
     def _receive(self, result: Result) -> None:
         trial = self.flying[result.job.key]
@@ -295,22 +365,20 @@ class _Run:
             return
         del self.flying[result.job.key]
         measurements: list[Measurement] = []
+        attrs = None
         if failure is None:
-            measurements = self._complete(result.value, assignment)
+            quality, slopes = result.value if result.job.action == "measure_with_slopes" else (result.value, {})
+            attrs = self._learn(trial, slopes)
+            measurements = self._complete(quality, assignment)
             if bad := next((m for m in measurements if not is_finite(m)), None):
                 failure = Failure.of(NotFinite(f"{bad.objective} is {bad.value} under this assignment"))
-        accepted = (
-            self._store_failure(trial, result, failure)
-            if failure is not None
-            else self.store.finish_trial(
-                trial.id,
-                result.job.attempt,
-                measurements,
-                violations(self.spec.constraints, measurements),
-                result.seconds,
-                result.worker,
-            )
-        )
+        if failure is not None:
+            accepted = self._store_failure(trial, result, failure)
+        else:
+            excess = violations(self.spec.constraints, measurements)
+            told = (trial.id, result.job.attempt, measurements, excess, result.seconds, result.worker)
+            stopped = was_stopped(measurements)
+            accepted = self.store.stop_trial(*told) if stopped else self.store.finish_trial(*told, attrs)
         if not accepted:  # somebody else finished this attempt; what is stored is what counts
             self.observer.note(f"trial {trial.number}: a late result was dropped")
         self.done += 1
@@ -319,10 +387,12 @@ class _Run:
         self.observer.trial(stored, self.done, self.spec.budget.trials)
 
     def _complete(self, quality: Sequence[Measurement], assignment: Assignment) -> list[Measurement]:
-        problem = self.problem
-        tables = computed(problem.objectives, problem.info, assignment, self.costs, self.spec.target, problem.target)
-        by_name = {m.objective: m for m in [*quality, *tables]}
+        by_name = {m.objective: m for m in [*quality, *self._computed(assignment)]}
         return [by_name[name] for name in self.spec.measured]
+
+    def _computed(self, assignment: Assignment) -> list[Measurement]:
+        problem = self.problem
+        return computed(problem.objectives, problem.info, assignment, self.costs, self.spec.target, problem.target)
 
     def _store_failure(self, trial: TrialRecord, result: Result, failure: Failure) -> bool:
         message = failure.message
@@ -333,11 +403,10 @@ class _Run:
         )
 
     def _outcome(self, trial: TrialRecord) -> _Outcome:
-        if trial.state != "complete":
+        if trial.state not in ("complete", "stopped"):
             return _Outcome(None)
-        return _Outcome(
-            list(trial.values(self.spec.objectives)), [trial.violations[k] for k in sorted(trial.violations)]
-        )
+        values = [expected(trial.measurements[name, "search"]) for name in self.spec.objectives]
+        return _Outcome(values, [trial.violations[k] for k in sorted(trial.violations)], bool(trial.feasible))
 
     def _settle(self) -> int | None:
         """Take the outcome that is next in order, if it is known, and return its trial's number."""
@@ -349,8 +418,8 @@ class _Run:
         return self.told - 1
 
     def _tell(self) -> None:
-        """Tell the sampler of every outcome that is next in order."""
-        while (number := self._settle()) is not None:
+        """Tell the sampler, in order, of the outcomes that the next proposal waits for, as far as they are known."""
+        while self._waits() and (number := self._settle()) is not None:
             if (known_as := self.sampler_numbers.get(number)) is not None:
                 outcome = self.told_outcomes[number]
                 self.asktell.tell(known_as, outcome.values, outcome.violations)

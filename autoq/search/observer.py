@@ -25,7 +25,7 @@ class Observer:
         """So many steps of the current stage are done."""
 
     def trial(self, trial: TrialRecord, done: int, budget: int) -> None:
-        """A trial ended (complete, failed or duplicate) and is stored; `done` of `budget` trials count."""
+        """A trial ended (complete, stopped, failed or duplicate) and is stored; `done` of `budget` trials count."""
 
     def reported(self, trial: TrialRecord) -> None:
         """A frontier point has its report measurements."""

@@ -33,6 +33,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from autoq import plugins
 from autoq.errors import BadInput
 from autoq.objectives import Direction
+from autoq.search.prior import Prior
 from autoq.search.samplers import Sampler, Value
 
 State = Literal["running", "complete", "failed"]
@@ -73,8 +74,10 @@ class AskTell:
         options: Mapping[str, Value] | None = None,
         n_constraints: int = 0,
         n_startup: int = 0,
+        prior: Prior | None = None,
     ) -> None:
-        """`parameters` are names with their numbers of choices; `n_startup` counts baselines and seeds.
+        """`parameters` are names with their numbers of choices; `n_startup` counts baselines and seeds; `prior`
+        is what is known of the study beforehand.
 
         Raises `UnknownName` for a sampler that does not exist and `BadInput` where it refuses the
         space or the options.
@@ -95,7 +98,7 @@ class AskTell:
         self._size = size if size <= COUNTED_ASSIGNMENTS else None
         self._proposed: set[tuple[int, ...]] = set()
         space = {name: self._distributions[name] for name, n in parameters if n > 1}
-        self._proposer = _Proposer(plugin, seed, n_startup, options, space)
+        self._proposer = _Proposer(plugin, seed, n_startup, options, space, prior or Prior())
         self._storage = InMemoryStorage()
         with _quiet():
             self._study = optuna.create_study(
@@ -145,6 +148,17 @@ class AskTell:
             trial.set_constraint(str(i), float(value))
         with _quiet():
             self._study.tell(number, [float(value) for value in values])
+
+    def solutions(self, budgets: Sequence[float]) -> list[list[int]]:
+        """The choices that a sampler with a model (`frontier`) would answer for totals of the first table."""
+        sampler = self._proposer.sampler(self._count())
+        found = sampler.solutions(self._study, self._proposer.space, budgets)
+        return [[int(choices.get(name, 0)) for name in self._names] for choices in found]
+
+    def learn(self, number: int, attrs: Mapping[str, Any]) -> None:
+        """Attach what was found out about trial `number` beside its values, before it is told."""
+        for key, value in attrs.items():
+            self._storage.set_trial_system_attr(number, key, value)
 
     def attrs(self, number: int) -> dict[str, Any]:
         """What the sampler remembers of trial `number`, as JSON-able data; complete once it is asked."""
@@ -256,23 +270,29 @@ class _Proposer(BaseSampler):
         n_startup: int,
         options: Mapping[str, Value],
         space: dict[str, BaseDistribution],
+        prior: Prior,
     ) -> None:
         self._plugin = plugin
         self._seed = seed
         self._n_startup = n_startup
         self._options = options
-        self._space = space
+        self.space = space
+        self._prior = prior
         self.fixed: dict[str, int] | None = None
 
+    def sampler(self, number: int) -> Any:
+        """The sampler of trial `number`."""
+        return self._plugin.make(self._seed, number, self._n_startup, self._options, self._prior)
+
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return self._space
+        return self.space
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         if not search_space:
             return {}
-        sampler = self._plugin.make(self._seed, trial.number, self._n_startup, self._options)
+        sampler = self.sampler(trial.number)
         if self.fixed is not None:
             if isinstance(sampler, BaseGASampler):
                 # Without a generation a trial would never be a parent.

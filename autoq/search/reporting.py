@@ -1,6 +1,7 @@
 """The report: frontier points and baselines on data that the search never saw, timed end to end.
 
-Nothing is selected again by these values; they say what the selection is worth.
+Nothing is selected again by these values; they say what the selection is worth, as do the tables
+`optimism` and `sampler_view` that are made from them.
 
 A machine's speed drifts over minutes by more than it varies within a run. So a target times every point
 in turns with the unquantized model, and what is stored is their ratio times the unquantized model's
@@ -14,12 +15,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from autoq.measurement import Measurement
+from autoq.objectives import TokenObjective
 from autoq.search.executors import Executor, Job, completed
 from autoq.search.observer import Observer
+from autoq.search.optimism import optimism
+from autoq.search.sampler_view import ENDED, sampler_view
 from autoq.search.setup import Problem
 from autoq.store import Store, TrialRecord
 from autoq.targets import UNQUANTIZED
@@ -32,13 +36,21 @@ def is_finite(measurement: Measurement) -> bool:
     return math.isfinite(measurement.value) and (measurement.stderr is None or math.isfinite(measurement.stderr))
 
 
-def report(problem: Problem, store: Store, study_id: int, executor: Executor, observer: Observer) -> None:
+def report(
+    problem: Problem,
+    store: Store,
+    study_id: int,
+    executor: Executor,
+    observer: Observer,
+    also: Collection[int] = (),
+) -> None:
     """Measure the study's frontier and baselines on the report part, and time them on the target.
 
-    What a former run has measured is not measured again. A point that cannot be measured is noted and
-    left with its search values.
+    `also` are numbers of trials that are measured too, whether or not they are on the frontier. What a
+    former run has measured is not measured again. A point that cannot be measured is noted and left with
+    its search values.
     """
-    points = _points(problem, store, study_id)
+    points = _points(problem, store, study_id, also)
     sweeps = SWEEPS if problem.timed else 0
     metered = bool(problem.energies) and problem.target.runs_on is not None
     observer.stage("report", len(points) * (bool(problem.qualities) + sweeps + metered))
@@ -49,18 +61,35 @@ def report(problem: Problem, store: Store, study_id: int, executor: Executor, ob
         stage.time(points if sweep % 2 == 0 else points[::-1], problem.timed, sweep)
     if metered:
         stage.meter(points, problem.energies)
+    _look_back(problem, store, study_id)
 
 
-def _points(problem: Problem, store: Store, study_id: int) -> list[TrialRecord]:
-    """Frontier points, at most `budget.report_points` of them, and all baselines."""
+def _look_back(problem: Problem, store: Store, study_id: int) -> None:
+    """Store what the study's own numbers say of its first quality objective."""
+    name = next((name for name in problem.spec.objectives if name in problem.qualities), None)
+    if name is None:
+        return
+    objective = problem.objectives[name]
+    assert isinstance(objective, TokenObjective)
+    if (found := optimism(store, study_id, name, objective)) is not None:
+        store.put_table(study_id, "optimism", found)
+    if (view := sampler_view(store.trials(study_id, states=ENDED), name)) is not None:
+        store.put_table(study_id, "sampler_view", view.to_json())
+
+
+def _points(problem: Problem, store: Store, study_id: int, also: Collection[int]) -> list[TrialRecord]:
+    """Frontier points, at most `budget.report_points` of them, all baselines, and those of `also`: where it is
+    given, no others than have been measured already."""
     frontier = store.frontier(study_id)
     limit = problem.spec.budget.report_points
-    if limit is not None and len(frontier) > limit:
+    if also:
+        frontier = [trial for trial in frontier if any(part == "report" for _, part in trial.measurements)]
+    elif limit is not None and len(frontier) > limit:
         # Evenly along the first objective: the ends and what lies between.
         frontier.sort(key=lambda trial: trial.values(problem.spec.objectives))
         kept = {round(i * (len(frontier) - 1) / max(limit - 1, 1)) for i in range(limit)}
         frontier = [frontier[i] for i in sorted(kept)]
-    numbers = {trial.number for trial in frontier}
+    numbers = {trial.number for trial in frontier} | set(also)
     complete = store.trials(study_id, states=["complete"], with_assignments=True)
     return [trial for trial in complete if trial.number in numbers or trial.baseline]
 

@@ -12,25 +12,27 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from autoq import errors, models, plugins, recipes
+from autoq import models, plugins, recipes
 from autoq.assignment import Assignment
-from autoq.errors import AutoQError, BadInput, SpecError
+from autoq.errors import SpecError
 from autoq.layer import ModelInfo
 from autoq.objectives import EnergyObjective, LatencyObjective, Objective, TableObjective, TokenObjective
 from autoq.search import seeds
-from autoq.search.executors import Executor, Job, Result, completed
+from autoq.search.executors import Executor, Job
 from autoq.search.observer import Observer
 from autoq.search.samplers import Sampler
+from autoq.search.sensitivity import gather
 from autoq.search.space import SearchSpace, build_space, refusal
+from autoq.search.stages import run_job
 from autoq.spec import StudySpec
 from autoq.store import Store, StudyRecord
 from autoq.targets import CostTable, Target, load_target
 
-_LAYERS_PER_JOB = 7  # one block of a Llama: small enough for a smooth progress bar
+RESTLESS = 0.25  # drift of a machine beyond which a latency table says more of the moment than of the machine
 
 
 @dataclass(frozen=True)
@@ -154,12 +156,16 @@ def make_plan(
     stored = store.study(study_id).plan
     if stored:
         return [Proposal.from_json(entry) for entry in stored["proposals"]], costs
-    plan = [*_baselines(problem), *made_elsewhere]
+    plan = [*baselines(problem), *made_elsewhere]
+    sampler = plugins.load("search.samplers", problem.spec.sampler.name, Sampler)
     wanted = problem.spec.sampler.seeds
     if wanted is None:
         wanted = max(0, problem.spec.budget.trials - len(plan)) // 2
-    if wanted and problem.qualities:
+        wanted = min(wanted, sampler.slopes) if sampler.slopes else wanted
+    sensitivities = None
+    if problem.qualities and (wanted or sampler.uses_losses):
         sensitivities = _sensitivities(problem, store, study_id, executor, observer)
+    if wanted and sensitivities is not None:
         bound = problem.spec.constraints.get("size_bytes")
         fixed = sum(v.nbytes(v.choices[0]) for v in problem.space.variables)
         others = _size(problem, [0] * len(problem.space.variables)) - fixed
@@ -183,7 +189,8 @@ def _size(problem: Problem, indices: Sequence[int]) -> float:
     return objective.compute(problem.info, problem.space.assignment(indices))
 
 
-def _baselines(problem: Problem) -> list[Proposal]:
+def baselines(problem: Problem) -> list[Proposal]:
+    """What people would do without a search: uniform assignments, and the runtime's own mixes."""
     refuses = refusal(problem.spec.target.name, problem.target)
     found: dict[str, Proposal] = {}
     for name, preference in problem.target.baselines().items():
@@ -227,23 +234,11 @@ def _recipes(problem: Problem, store: Store, study_id: int) -> list[Proposal]:
 def _sensitivities(
     problem: Problem, store: Store, study_id: int, executor: Executor, observer: Observer
 ) -> dict[str, dict[str, float]]:
-    table: dict[str, dict[str, float]] = store.table(study_id, "sensitivity") or {}
+    stored: dict[str, dict[str, float]] = store.table(study_id, "sensitivity") or {}
     choices = {name: [str(s) for s in schemes] for name, schemes in problem.space.choices.items()}
-    missing = [name for name in choices if name not in table]
-    if not missing:
-        return table
-    observer.stage("calibrate", 1)
-    run_job(executor, Job("calibrate", "calibrate", exclusive=True))
-    observer.advance()
-    observer.stage("quantize", len(missing))
-    batches = [missing[i : i + _LAYERS_PER_JOB] for i in range(0, len(missing), _LAYERS_PER_JOB)]
-    jobs = [
-        Job(f"sensitivities-{i}", "sensitivities", {"choices": {name: choices[name] for name in batch}})
-        for i, batch in enumerate(batches)
-    ]
-    for result in run_jobs(executor, jobs):
-        table |= result.value
-        observer.advance(len(result.value))
+    if all(text in stored.get(name, {}) for name, texts in choices.items() for text in texts):
+        return stored
+    table = gather(choices, store, executor, observer)
     store.put_table(study_id, "sensitivity", table)
     return table
 
@@ -261,7 +256,6 @@ def _costs(
         return None
     if (stored := store.table(study_id, "costs")) is not None:
         return CostTable(**stored)
-    observer.stage("time", 1)
     choices = _timed_choices(problem, made_elsewhere)
     table: CostTable
     if problem.target.predicts_only:
@@ -269,10 +263,17 @@ def _costs(
     elif (shared := _shared_costs(problem, store, choices, device)) is not None:
         table = shared
     else:
+        observer.stage("time", 1)
         table = run_job(executor, Job("costs", "cost_table", {"choices": choices}, exclusive=True)).value
-        store.put_costs(_costs_key(problem, device), device, asdict(table))
+        observer.advance()
+        if table.restlessness > RESTLESS:
+            observer.note(
+                f"the machine's speed moved by {table.restlessness:.0%} while latencies were timed: predictions are "
+                "worth no more than that, and no later study takes them over"
+            )
+        else:
+            store.put_costs(_costs_key(problem, device), device, asdict(table))
     store.put_table(study_id, "costs", asdict(table))
-    observer.advance()
     return table
 
 
@@ -307,25 +308,3 @@ def _timed_choices(problem: Problem, made_elsewhere: Sequence[Proposal]) -> dict
         more += [str(proposal.assignment[layer.name]) for proposal in made_elsewhere]
         choices[layer.name] = list(dict.fromkeys([*(str(s) for s in searched or ()), *more]))
     return choices
-
-
-def run_job(executor: Executor, job: Job) -> Result:
-    """Run one job of a stage. Raises as `run_jobs` does."""
-    (result,) = run_jobs(executor, [job])
-    return result
-
-
-def run_jobs(executor: Executor, jobs: Sequence[Job]) -> Iterator[Result]:
-    """Run jobs of a stage; yields their results as they come.
-
-    No study can do without its stages: raises `AutoQError` with the reason of the first failure, and
-    `BadInput` where it was that.
-    """
-    for result in completed(executor, jobs):
-        if (failure := result.failure) is not None:
-            # The failure names its type only, as it may come from another process.
-            known = getattr(errors, failure.error, None)
-            if isinstance(known, type) and issubclass(known, BadInput):
-                raise BadInput(failure.message)
-            raise AutoQError(f"{result.job.action}: {failure.message}")
-        yield result

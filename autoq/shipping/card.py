@@ -18,24 +18,23 @@ if TYPE_CHECKING:
 
 
 def frontier_picture(study: StudyRecord, frontier: Sequence[TrialRecord], trial: TrialRecord) -> str | None:
-    """The frontier and the baselines as SVG, quality against size; None where the study has only one objective
-    or nothing to draw."""
+    """The frontier and the baselines as SVG, quality against size; None where the study has no quality objective
+    beside a size."""
     quality, size_objective = quality_objective(study.objectives), sort_objective(study.objectives)
-    if quality is None or quality == size_objective:
+    if quality is None or quality == size_objective or quality.name not in trial.best_measurements():
         return None
+    # Values of the two parts of the data are not drawn as one: the trial's own part decides.
+    part = trial.best_measurements()[quality.name].part
     dots = []
     for other in {t.number: t for t in (*frontier, trial)}.values():
-        best = other.best_measurements()
-        if quality.name in best and size_objective.name in best:
-            x, y = best[size_objective.name], best[quality.name]
+        x, y = other.best_measurements().get(size_objective.name), other.measurements.get((quality.name, part))
+        if x is not None and y is not None:
             dots.append(picture.Dot(x.value, y.value, y.stderr or 0.0, other.baseline, other.number == trial.number))
-    if not dots:
-        return None
     in_bytes = size_objective.unit == "bytes"
     unit = "MB" if in_bytes else size_objective.unit
     return picture.svg(
         dots,
-        f"{study.name}: the frontier, and trial {trial.number} of it",
+        f"{study.name}: frontier and baselines; trial {trial.number} is circled",
         f"{size_objective.name} ({unit})",
         f"{quality.name} ({quality.unit})",
         1e6 if in_bytes else 1.0,

@@ -60,13 +60,28 @@ class _Axis:
         return [index * step for index in range(first, math.floor(self._high / step) + 1)]
 
 
+def _in_sight(dots: Sequence[Dot]) -> list[Dot]:
+    searched = [dot.y for dot in dots if dot.name is None and dot.y > 0]
+    floor = min(searched, default=0.0) / 100
+    return [dot for dot in dots if dot.picked or dot.name is None or dot.y >= floor]
+
+
 def svg(dots: Sequence[Dot], title: str, x_label: str, y_label: str, x_factor: float = 1.0) -> str:
-    """An SVG document: frontier dots joined in the order of `x`, baselines as rings with their names, the
-    exported one circled. `x_factor` divides the numbers on the x axis (10**6 for megabytes)."""
+    """An SVG document of dots that are better the lower and the further left: those without a name that no other
+    one beats in both are joined, baselines are rings with their names, the picked one is circled. `x_factor`
+    divides the numbers on the x axis (10**6 for megabytes).
+
+    A dot that all but vanishes on a logarithmic scale (an unquantized model, whose loss is rounding) is left out,
+    unless it is picked: it would press all others into a corner.
+    """
     assert dots
+    dots = _in_sight(dots)
     x = _Axis([dot.x for dot in dots], LEFT, WIDTH - RIGHT)
     y = _Axis([dot.y for dot in dots], HEIGHT - BOTTOM, TOP)
-    front = sorted((dot for dot in dots if dot.name is None), key=lambda dot: dot.x)
+    front: list[Dot] = []
+    for dot in sorted((dot for dot in dots if dot.name is None), key=lambda dot: (dot.x, dot.y)):
+        if not front or dot.y < front[-1].y:
+            front.append(dot)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">',
         f"<title>{escape(title)}</title><style>{_STYLE}</style>",

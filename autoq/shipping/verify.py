@@ -5,9 +5,10 @@ files say of each layer is the assignment; the runtime's outputs are those of th
 quality on the report data is the stored one; its latency is, within the machine's noise. What the files
 fail is not loaded.
 
-Quality is compared in pairs, on the same tokens: the runtime against the searched model within the
-stored standard error, three of the difference itself, or what rounding may do; and against the stored
-value within three combined standard errors, as fewer tokens are another sample. Latency is compared at
+Quality is compared in pairs, on the same tokens: the runtime may be worse than the searched model by the
+stored standard error, or three of the difference itself, and better by what rounding had taken from the
+searched model; and it must be the stored value within three combined standard errors, as fewer tokens are
+another sample. Latency is compared at
 one speed of the machine: the unquantized model is timed before and after the export, and what these two
 differ by counts as noise.
 """
@@ -38,7 +39,7 @@ SIZE_TOLERANCE = 0.005
 HEADER_BYTES = 1 << 16  # names and shapes in the files, which sizes leave out; nothing beside a real model
 ERRORS = 3  # combined standard errors that two samples of one quantity may be apart
 LEAST_NOISE = 0.05  # what two runs of one program differ by on a machine that does nothing else
-LEAST_DIFFERENCE = 1e-6
+ROUNDING, LEAST_DIFFERENCE = 1e-4, 1e-6
 REPORT_TOKENS = 4096
 _SHOWN = 3
 
@@ -181,12 +182,13 @@ def _quality(
         promise = manifest.measurements.get(there.objective)
         if promise is None:
             continue
-        # Two evaluations that round otherwise differ in quality by about as much as they are apart, which for a
-        # model that is all but the original is more than its standard error. Perplexity is relative to itself.
-        scale = abs(promise.value) if there.objective == "perplexity" else 1.0
-        rounding = max(scale * min(compared.apart, target.logits_tolerance), LEAST_DIFFERENCE)
+        rounding = max(ROUNDING * abs(promise.value), LEAST_DIFFERENCE)
         chance = ERRORS * compared.paired[there.objective]
-        pair = abs(there.value - here.value) <= max(promise.stderr or 0.0, chance, rounding)
+        worse = (there.value - here.value) * (1 if evaluator.direction(there.objective) == "minimize" else -1)
+        # The searched model's own rounding is noise that the runtime need not have: it may be better by that.
+        better = min(compared.apart, target.logits_tolerance)
+        slack = max(promise.stderr or 0.0, chance, rounding)
+        pair = -max(slack, better) <= worse <= slack
         reach = ERRORS * math.hypot(promise.stderr or 0.0, there.stderr or 0.0)
         stored = promise.part != "report" or abs(there.value - promise.value) <= max(reach, rounding)
         checks.append(

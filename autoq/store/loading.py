@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import sqlalchemy as sa
 
@@ -12,6 +12,10 @@ from autoq.assignment import Assignment
 from autoq.measurement import Measurement, Part
 from autoq.store import models as m
 from autoq.store.records import StudyObjective, StudyRecord, StudySummary, TrialError, TrialRecord, TrialState
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 _TRIAL = (
     *(column for column in m.trials.c if column.name != "assignment"),
@@ -29,6 +33,27 @@ def pack(assignment: Assignment) -> bytes:
 def unpack(body: bytes) -> Assignment:
     """The inverse of `pack`."""
     return Assignment.from_json(zlib.decompress(body).decode())
+
+
+def pack_values(values: NDArray[np.float32]) -> dict[str, Any]:
+    """The stored form of values (windows, tokens). What was not evaluated is NaN and takes no room."""
+    windows, tokens = values.shape
+    return {"windows": windows, "tokens": tokens, "body": zlib.compress(values.astype("<f4").tobytes())}
+
+
+def load_values(
+    connection: sa.Connection, study_id: int, number: int, objective: str, part: Part
+) -> NDArray[np.float32] | None:
+    """The values (windows, tokens) behind one measurement, None where none are stored."""
+    v, t = m.token_values, m.trials.c
+    query = sa.select(v.c.windows, v.c.tokens, v.c.body).select_from(v.join(m.trials))
+    query = query.where(t.study_id == study_id, t.number == number, v.c.objective == objective, v.c.part == part)
+    row = connection.execute(query).one_or_none()
+    if row is None:
+        return None
+    import numpy as np
+
+    return np.frombuffer(zlib.decompress(row.body), "<f4").reshape(row.windows, row.tokens).astype(np.float32)
 
 
 def load_trials(
@@ -70,7 +95,7 @@ def _load_measurements(connection: sa.Connection, ids: sa.Subquery) -> dict[int,
     return found
 
 
-# The columns are the fields of `Measurement`, but for the trial.
+# The columns are the fields of `Measurement`, but for the trial and the values per token.
 _MEASUREMENT = [column.name for column in m.measurements.c][1:]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.types import TypeDecorator
 
-SCHEMA = "0002"  # the newest revision in migrations/versions
+SCHEMA = "0003"  # the newest revision in migrations/versions
 VERSION_TABLE = "autoq_schema"  # not Alembic's default name, which other tools' databases have too
 
 
@@ -137,6 +137,18 @@ measurements = sa.Table(
     sqlite_with_rowid=False,
 )
 
+# One number per token behind a measurement, for comparisons in pairs on the same tokens.
+token_values = sa.Table(
+    "token_values",
+    metadata,
+    sa.Column("trial_id", sa.ForeignKey("trials.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("objective", sa.String(128), primary_key=True),
+    sa.Column("part", sa.String(16), primary_key=True),
+    sa.Column("windows", sa.Integer, nullable=False),
+    sa.Column("tokens", sa.Integer, nullable=False),
+    sa.Column("body", sa.LargeBinary, nullable=False),  # zlib of little-endian float32, window by window
+)
+
 frontier = sa.Table(
     "frontier",
     metadata,
@@ -160,6 +172,15 @@ costs = sa.Table(
     metadata,
     sa.Column("key", sa.String(64), primary_key=True),
     sa.Column("device", sa.Text, nullable=False),
+    sa.Column("body", Json, nullable=False),
+    sa.Column("created_at", Moment, nullable=False),
+)
+
+# Predicted losses per layer and scheme that studies share: they depend on model, data and method alone.
+sensitivities = sa.Table(
+    "sensitivities",
+    metadata,
+    sa.Column("key", sa.String(128), primary_key=True),
     sa.Column("body", Json, nullable=False),
     sa.Column("created_at", Moment, nullable=False),
 )

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from autoq.spec import StudySpec
 
 StudyState = Literal["created", "running", "finished", "interrupted", "failed"]
-TrialState = Literal["running", "complete", "failed", "duplicate"]
-Origin = Literal["baseline", "seed", "sampler"]
+TrialState = Literal["running", "complete", "stopped", "failed", "duplicate"]
+Origin = Literal["baseline", "seed", "sampler", "refine"]
 
 
 class StudyObjective(NamedTuple):
@@ -94,6 +94,7 @@ class StudySummary:
     message: str | None
     running: int
     complete: int
+    stopped: int
     failed: int
     duplicate: int
     frontier: int
@@ -115,6 +116,7 @@ class StudySummary:
             "trials": {
                 "running": self.running,
                 "complete": self.complete,
+                "stopped": self.stopped,
                 "failed": self.failed,
                 "duplicate": self.duplicate,
             },
@@ -144,9 +146,10 @@ class TrialRecord:
 
     `assignment` is None unless it was asked for; `hash` is always there. `measurements` is keyed by
     (objective, part). A duplicate has no measurements of its own: `duplicate_of` is the number of the
-    trial that has them. `feasible` is None until the trial is complete. `violations` maps a
-    constraint to its excess, feasible at <= 0. `attempt` counts dispatches. `changed` is the study's
-    count of changes when this trial last changed.
+    trial that has them. A stopped trial was seen to be worse than another one before all tokens were
+    evaluated: its measurements are of the tokens that were, and their detail says so. `feasible` is
+    None until the trial is complete. `violations` maps a constraint to its excess, feasible at <= 0.
+    `attempt` counts dispatches. `changed` is the study's count of changes when this trial last changed.
     """
 
     id: int

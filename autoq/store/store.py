@@ -20,14 +20,17 @@ import sqlalchemy as sa
 
 from autoq.assignment import Assignment
 from autoq.errors import NotFound
-from autoq.measurement import Measurement
+from autoq.measurement import Measurement, Part
 from autoq.store import dominance, writing
 from autoq.store import models as m
 from autoq.store.database import Database, open_database
-from autoq.store.loading import load_study, load_summaries, load_trials, unpack
+from autoq.store.loading import load_study, load_summaries, load_trials, load_values, unpack
 from autoq.store.records import Origin, StudyRecord, StudyState, StudySummary, TrialRecord, TrialState
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from autoq.spec import StudySpec
 
 _LISTED = 10
@@ -128,12 +131,22 @@ class Store:
     def put_costs(self, key: str, device: str, body: Any) -> None:
         """Store or replace the latency table that `key` stands for: device, runtime, workload and layers."""
         with self._database.writing() as connection:
-            writing.put_costs(connection, key, device, body)
+            writing.put_shared(connection, m.costs, key, device=device, body=body)
 
     def costs(self, key: str) -> Any:
         """The latency table of `key` as `put_costs` got it, None if there is none."""
         with self._database.reading() as connection:
             return connection.execute(sa.select(m.costs.c.body).where(m.costs.c.key == key)).scalar()
+
+    def put_sensitivities(self, key: str, table: Any) -> None:
+        """Store or replace the sensitivities (any JSON) that `key` stands for: model and calibration data."""
+        with self._database.writing() as connection:
+            writing.put_shared(connection, m.sensitivities, key, body=table)
+
+    def sensitivities(self, key: str) -> Any:
+        """The sensitivities of `key` as `put_sensitivities` got them, None if there are none."""
+        with self._database.reading() as connection:
+            return connection.execute(sa.select(m.sensitivities.c.body).where(m.sensitivities.c.key == key)).scalar()
 
     # Trials: written by the study's controller
 
@@ -175,7 +188,7 @@ class Store:
     def retry_trial(self, trial_id: int) -> int:
         """Send a running or failed trial out again: state `running`, and the new attempt's number.
 
-        Results of earlier attempts no longer count. Raises `StoreError` for a trial that is complete.
+        Results of earlier attempts no longer count. Raises `StoreError` for a trial that has a result.
         """
         with self._database.writing() as connection:
             return writing.retry(connection, trial_id)
@@ -205,6 +218,22 @@ class Store:
                 connection, trial_id, attempt, measurements, violations, seconds, worker,
                 sampler_attrs, study_sampler_attrs,
             )  # fmt: skip
+
+    def stop_trial(
+        self,
+        trial_id: int,
+        attempt: int,
+        measurements: Sequence[Measurement],
+        violations: Mapping[str, float],
+        seconds: float,
+        worker: str,
+    ) -> bool:
+        """Store what was measured of a trial before it was stopped; as `finish_trial`, but never on the frontier."""
+        writing.check_finite(measurements, violations)
+        with self._database.writing() as connection:
+            return writing.finish(
+                connection, trial_id, attempt, measurements, violations, seconds, worker, None, None, stopped=True
+            )
 
     def fail_trial(
         self,
@@ -284,12 +313,21 @@ class Store:
         return self.trials(study_id, states=("running",), with_assignments=True)
 
     def find(self, study_id: int, assignment_hash: str) -> TrialRecord | None:
-        """The trial of a study that holds the result for an assignment, complete before failed, if any."""
+        """The trial of a study that holds the result for an assignment, complete before others, if any."""
         t = m.trials.c
-        where = (t.study_id == study_id, t.assignment == assignment_hash, t.state.in_(("complete", "failed")))
+        ended = ("complete", "stopped", "failed")
+        where = (t.study_id == study_id, t.assignment == assignment_hash, t.state.in_(ended))
         with self._database.reading() as connection:
             found = load_trials(connection, where)
-        return min(found, key=lambda trial: (trial.state != "complete", trial.number), default=None)
+        return min(found, key=lambda trial: (ended.index(trial.state), trial.number), default=None)
+
+    def token_values(self, study_id: int, number: int, objective: str, part: Part) -> NDArray[np.float32] | None:
+        """The values (windows, tokens) whose mean is a trial's measurement, None where none are stored.
+
+        NaN marks tokens that do not count and, of a stopped trial, those that were not evaluated.
+        """
+        with self._database.reading() as connection:
+            return load_values(connection, study_id, number, objective, part)
 
     def frontier(self, study_id: int, with_assignments: bool = False) -> list[TrialRecord]:
         """The feasible complete trials that no other one dominates, in the order of their numbers."""

@@ -15,7 +15,7 @@ from autoq.errors import NotFinite, NotFound, StoreError
 from autoq.measurement import Measurement
 from autoq.store import dominance
 from autoq.store import models as m
-from autoq.store.loading import pack
+from autoq.store.loading import pack, pack_values
 from autoq.store.records import StudyState
 
 _TEXT_LIMIT = 65536
@@ -205,12 +205,13 @@ def finish(
     worker: str,
     sampler_attrs: Mapping[str, Any] | None,
     study_sampler_attrs: Mapping[str, Any] | None,
+    stopped: bool = False,
 ) -> bool:
-    """The end of a trial that succeeded, and what it does to the frontier."""
+    """The end of a trial that succeeded, and what it does to the frontier; nothing if it was stopped."""
     feasible = all(excess <= 0 for excess in violations.values())
     values = {
-        "state": "complete",
-        "feasible": feasible,
+        "state": "stopped" if stopped else "complete",
+        "feasible": None if stopped else feasible,
         "violations": {name: float(excess) for name, excess in violations.items()},
     }
     study = _end(
@@ -225,7 +226,7 @@ def finish(
     missing = [name for name, _, _ in study.objectives if name not in searched]
     assert not missing, f"no search value of {', '.join(missing)}"
     _put_measurements(connection, trial_id, measurements)
-    if feasible:
+    if feasible and not stopped:
         _update_frontier(connection, study, trial_id, [float(searched[name]) for name, _, _ in study.objectives])
     return True
 
@@ -295,16 +296,25 @@ def _put_measurements(connection: sa.Connection, trial_id: int, measurements: Se
         return
     keys = {(measurement.objective, measurement.part) for measurement in measurements}
     assert len(keys) == len(measurements), "an objective is measured twice in one part"
-    c = m.measurements.c
     # Delete and insert is an upsert in everybody's SQL; the study's lock makes it one step.
-    replaced = sa.or_(*(sa.and_(c.objective == objective, c.part == part) for objective, part in keys))
-    connection.execute(sa.delete(m.measurements).where(c.trial_id == trial_id, replaced))
+    for table in (m.measurements, m.token_values):
+        t = table.c
+        replaced = sa.or_(*(sa.and_(t.objective == objective, t.part == part) for objective, part in keys))
+        connection.execute(sa.delete(table).where(t.trial_id == trial_id, replaced))
     rows = [
         measurement.to_json()
         | {"trial_id": trial_id, "objective": measurement.objective, "value": float(measurement.value)}
         for measurement in measurements
     ]
     connection.execute(sa.insert(m.measurements), rows)
+    values = [
+        {"trial_id": trial_id, "objective": measurement.objective, "part": measurement.part}
+        | pack_values(measurement.per_token)
+        for measurement in measurements
+        if measurement.per_token is not None
+    ]
+    if values:
+        connection.execute(sa.insert(m.token_values), values)
 
 
 def _update_frontier(connection: sa.Connection, study: _Locked, trial_id: int, point: Sequence[float]) -> None:
@@ -320,14 +330,14 @@ def _update_frontier(connection: sa.Connection, study: _Locked, trial_id: int, p
         connection.execute(sa.insert(f).values(study_id=study.id, trial_id=trial_id, point=list(point)))
 
 
-def put_costs(connection: sa.Connection, key: str, device: str, body: Any) -> None:
-    """Store or replace a latency table. Of two studies that time the same at once, either may win."""
-    c = m.costs
-    values = {"device": device, "body": body, "created_at": _now()}
-    if connection.execute(sa.update(c).where(c.c.key == key).values(**values)).rowcount:
+def put_shared(connection: sa.Connection, table: sa.Table, key: str, **values: Any) -> None:
+    """Store or replace what studies share under `key`. Of two studies that make the same at once, either may win."""
+    c = table.c
+    values["created_at"] = _now()
+    if connection.execute(sa.update(table).where(c.key == key).values(**values)).rowcount:
         return
     try:
         with connection.begin_nested():
-            connection.execute(sa.insert(c).values(key=key, **values))
+            connection.execute(sa.insert(table).values(key=key, **values))
     except exc.IntegrityError:
         pass  # Another study stored its own since.

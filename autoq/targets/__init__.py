@@ -10,6 +10,7 @@ functions only: `refuses` and `grid` are asked before any model is loaded.
 from __future__ import annotations
 
 import abc
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,8 @@ class CostTable:
     `base_ms[phase]` is what the unquantized model costs beside its layers, measured end to end minus
     the table's own entries. `layer_ms[phase][layer][scheme text]` was timed on the target's kernel
     for that shape. Phases are objective names: `latency_decode_ms`, `latency_prefill_ms`.
-    `detail["unquantized_ms"][phase]` is the unquantized model's own latency while the table was timed.
+    `detail["unquantized_ms"][phase]` is the unquantized model's own latency while the table was timed, and
+    `detail["drift"][phase]` how far the machine's speed moved meanwhile, as a share.
     """
 
     device: str
@@ -56,6 +58,11 @@ class CostTable:
         return self.base_ms[phase] + sum(
             table[name][str(scheme)] for name, scheme in assignment.items() if name in table
         )
+
+    @property
+    def restlessness(self) -> float:
+        """How far the machine's own speed moved while the table was timed, as a share; 0 where that is not known."""
+        return max(self.detail.get("drift", {}).values(), default=0.0)
 
     def covers(self, choices: Mapping[str, Sequence[str]], phases: Sequence[str]) -> bool:
         """Whether there is an entry for every layer, each of its choices and each phase."""
@@ -245,3 +252,12 @@ class Target(abc.ABC):
 def load_target(workload: TargetSpec) -> Target:
     """The target that a spec's `target` section names and configures. Raises `SpecError`."""
     return plugins.load("targets", workload.plugin, Target).configured(workload)
+
+
+def missing_packages(packages: Sequence[str], extra: str) -> str | None:
+    """What `unavailable` says where some of `packages`, which `extra` installs, are not there; else None."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if not missing:
+        return None
+    verb = "is" if len(missing) == 1 else "are"
+    return f"{', '.join(missing)} {verb} not installed: pip install 'autoq[{extra}]'"

@@ -121,7 +121,7 @@ def _factor(changes: Sequence[float], measured: Sequence[float], unquantized: fl
     least squares; drawn towards 1 where the changes are small beside a tenth of the unquantized model."""
     x, y = np.array(changes), np.array(measured)
     trust = len(x) * (0.1 * unquantized) ** 2
-    return float(np.clip((x @ y + trust) / (x @ x + trust), 0.5, 2.0))
+    return float(np.clip((x @ y + trust) / (x @ x + trust), 0.25, 4.0))
 
 
 def engine_for(workload: TargetSpec) -> Chooser:

@@ -10,7 +10,6 @@ bfloat16 rounds there, by as much as an 8-bit type does.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +19,7 @@ from autoq.layer import Layer, ModelInfo
 from autoq.measurement import Measurement
 from autoq.scheme import Gguf, Keep, PerGroup, Scheme
 from autoq.spec import ModelSpec, TargetSpec
-from autoq.targets import CostTable, Exported, Runtime, Target
+from autoq.targets import CostTable, Exported, Runtime, Target, missing_packages
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,11 +94,7 @@ class LlamaCpp(Target):
 
     def unavailable(self) -> str | None:
         """See `Target.unavailable`."""
-        missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
-        if not missing:
-            return None
-        verb = "is" if len(missing) == 1 else "are"
-        return f"{', '.join(missing)} {verb} not installed: pip install 'autoq[llama-cpp]'"
+        return missing_packages(_PACKAGES, "llama-cpp")
 
     def runtime(self) -> str:
         """See `Target.runtime`."""
@@ -174,8 +169,6 @@ class LlamaCpp(Target):
 
     def reload(self, folder: Path, threads: int | None = None) -> Runtime:
         """See `Target.reload`."""
-        if (missing := self.unavailable()) is not None:
-            raise AutoQError(f"target llama-cpp: {missing}")
         from autoq.targets._llama_cpp_runtime import LlamaCppRuntime
 
         return LlamaCppRuntime(folder, threads, self.runtime())

@@ -9,7 +9,6 @@ A file holds float32 weights, 8-bit codes or packed blocks, and scales in bfloat
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from autoq.layer import Layer, ModelInfo
 from autoq.measurement import Measurement
 from autoq.scheme import Integer, Keep, PerChannel, PerGroup, Scheme
 from autoq.spec import ModelSpec, TargetSpec
-from autoq.targets import CostTable, Exported, Runtime, Target
+from autoq.targets import CostTable, Exported, Runtime, Target, missing_packages
 from autoq.targets._onnx_rules import kernel_for
 
 if TYPE_CHECKING:
@@ -91,10 +90,7 @@ class OnnxRuntimeCpu(Target):
 
     def unavailable(self) -> str | None:
         """See `Target.unavailable`."""
-        missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
-        if missing:
-            return f"{' and '.join(missing)} not installed; run pip install 'autoq[onnx]'"
-        return None
+        return missing_packages(_PACKAGES, "onnx")
 
     def runtime(self) -> str:
         """See `Target.runtime`."""

@@ -11,14 +11,13 @@ Which kernel runs which shape: `_vllm_rules`.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autoq.layer import Layer, ModelInfo
 from autoq.scheme import Float, Integer, Keep, PerChannel, PerGroup, Scheme
-from autoq.targets import Exported, Runtime, Target
+from autoq.targets import Exported, Runtime, Target, missing_packages
 from autoq.targets import _vllm_rules as rules
 
 if TYPE_CHECKING:
@@ -71,9 +70,7 @@ class Vllm(Target):
 
     def unavailable(self) -> str | None:
         """What measuring and exporting need; vLLM itself is asked only by who serves the checkpoint."""
-        if importlib.util.find_spec("compressed_tensors") is None:
-            return "compressed-tensors is not installed: pip install 'autoq[vllm]'"
-        return None
+        return missing_packages(("compressed_tensors",), "vllm")
 
     def runtime(self) -> str:
         """See `Target.runtime`: what reloads the export here."""

@@ -19,9 +19,9 @@ FRONTIER = """\
                                kl_nats_                 latency_
 trial      origin             per_token  size_bytes    decode_ms
     5      sampler          0.61 ±0.02s    72.00 MB       11.00p
-    4  ≈3  sampler         0.172 ±0.006    79.80 MB  12.30 ±0.10
+    4      sampler         0.172 ±0.006    79.80 MB  12.30 ±0.10
     2  -   uniform-int4    0.420 ±0.010    80.00 MB  12.40 ±0.10
-    3  ≈4  seed            0.170 ±0.006    80.00 MB  12.30 ±0.10
+    3  ~4  seed            0.170 ±0.006    80.00 MB  12.30 ±0.10
     1      uniform-int8  0.0040 ±0.0002    140.0 MB  17.50 ±0.10
     0      unquantized                0    270.0 MB    31.2 ±0.3
 
@@ -29,7 +29,7 @@ trial      origin             per_token  size_bytes    decode_ms
 p  predicted, not measured
 s  measured on the search part of the data only
 -  a baseline that is not on the frontier
-≈  cannot be told apart from that trial: 2 standard errors, 1 % where none
+~  cannot be told from the row above, or from the trial of that number
 
 trial 3 against uniform-int4: 1.00 × its size_bytes, 0.99 × its
 latency_decode_ms and 0.40 × its kl_nats_per_token (0.17 against 0.42)
@@ -66,7 +66,7 @@ size_bytes             80.00 MB      80.00 MB      0 B
 """
 
 COMMANDS = [
-    *["search", "resume", "export", "verify", "studies", "trials", "frontier", "pick", "diff"],
+    *["search", "resume", "sensitivity", "export", "verify", "studies", "trials", "frontier", "pick", "diff"],
     *["methods", "targets", "objectives", "samplers", "doctor"],
 ]
 
@@ -174,7 +174,7 @@ def test_studies(autoq):
     assert "demo   finished" in autoq("studies").stdout
     (study,) = json.loads(autoq("studies", "--json").stdout)["studies"]
     assert study["study"] == "demo"
-    assert study["trials"] == {"running": 0, "complete": 7, "failed": 1, "duplicate": 1}
+    assert study["trials"] == {"running": 0, "complete": 7, "stopped": 0, "failed": 1, "duplicate": 1}
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,11 @@ def test_doctor_reports_and_survives_what_is_absent(autoq, monkeypatch):
         (["pick", "demo", "--max", "size=1"], 2, "no measured objective 'size'; choose from kl_nats_per_token"),
         (["pick", "demo", "--best", "accuracy"], 2, "choose from kl_nats_per_token, latency_decode_ms, size_bytes"),
         (["pick", "demo", "--json", "--yaml"], 2, "either --json or --yaml"),
-        (["trials", "demo", "--state", "done"], 2, "'done' is not one of 'running', 'complete', 'failed', 'duplicate'"),
+        (
+            ["trials", "demo", "--state", "done"],
+            2,
+            "'done' is not one of 'running', 'complete', 'stopped', 'failed', 'duplicate'",
+        ),
         (["trials", "demo", "--limit", "0"], 2, "'--limit'"),
         (["diff", "demo", "99", "1"], 2, "no trial 99"),
         (["diff", "demo", "uniform-int5", "1"], 2, "uniform-int4, uniform-int8, unquantized"),

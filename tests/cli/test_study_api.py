@@ -9,7 +9,7 @@ import autoq as package
 from autoq.errors import AutoQError, BadInput, NotFound, UnknownName
 from autoq.measurement import Measurement
 from autoq.search.observer import Observer
-from autoq.spec import build_spec
+from autoq.spec import Bound, build_spec
 from autoq.store import Store
 from autoq.study import pick
 
@@ -119,3 +119,14 @@ def test_picking_compares_no_reported_value_with_one_that_is_not(database):
         assert pick(study, frontier, {}, {}, None).number == 0
         # A limit is held against what was reported.
         assert pick(study, frontier, {"kl_nats_per_token": 0.07}, {}, None).number == 1
+
+
+def test_frames_name_ties_and_limits_become_bounds(study, monkeypatch):
+    assert dict(study.frontier()["ties_with"]) == {0: [], 1: [], 3: [4], 4: [3], 5: []}
+    fake = types.ModuleType("autoq.search.refining")
+    fake.refine_study = lambda store, study_id, bounds, n, observer: (study_id, bounds, n)
+    monkeypatch.setitem(sys.modules, "autoq.search.refining", fake)
+    found = study.refine(max={"size_bytes": "90MB"}, min={"latency_decode_ms": 1}, n=3)
+    assert found == (1, {"size_bytes": Bound(max=90e6), "latency_decode_ms": Bound(min=1.0)}, 3)
+    with pytest.raises(UnknownName):
+        study.refine(max={"accuracy": 1})

@@ -358,7 +358,9 @@ def test_the_list_of_studies_counts(store):
     assert (a.id, a.name, a.model, a.target) == (first.id, "demo", "tiny", "torch-cpu")
     assert (a.running, a.complete, a.failed, a.duplicate, a.frontier) == (1, 3, 1, 1, 2)
     assert (b.id, b.running, b.complete, b.failed, b.duplicate, b.frontier) == (second.id, 0, 0, 0, 0, 0)
-    assert json.loads(json.dumps(a.to_json()))["trials"] == {"running": 1, "complete": 3, "failed": 1, "duplicate": 1}
+    assert json.loads(json.dumps(a.to_json()))["trials"] == {
+        "running": 1, "complete": 3, "stopped": 0, "failed": 1, "duplicate": 1
+    }  # fmt: skip
     assert json.loads(json.dumps(first.to_json()))["objectives"][1] == {
         "name": "size_bytes", "unit": "bytes", "direction": "minimize"
     }  # fmt: skip

@@ -3,8 +3,9 @@
 import pytest
 from scipy.stats import spearmanr
 
-from autoq.display.compare import _spearman, foretold
+from autoq.display.compare import foretold
 from autoq.measurement import Measurement
+from autoq.search.sampler_view import spearman
 
 
 class Trial:
@@ -30,5 +31,5 @@ def test_two_trials_say_nothing():
 
 def test_ranks_share_ties_and_have_no_meaning_without_order():
     a, b = [1.0, 2.0, 2.0, 5.0, 3.0], [2.0, 1.0, 4.0, 4.0, 3.0]
-    assert _spearman(a, b) == pytest.approx(spearmanr(a, b).statistic)
-    assert _spearman([1.0, 1.0], [1.0, 2.0]) is None
+    assert spearman(a, b) == pytest.approx(spearmanr(a, b).statistic)
+    assert spearman([1.0, 1.0], [1.0, 2.0]) is None

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from autoq.display.progress import PlainObserver, RichObserver
 from autoq.measurement import Measurement
+from autoq.search.sampler_view import PREDICTED
 from autoq.store import StudyObjective, TrialError, TrialRecord
 
 OBJECTIVES = [
@@ -133,3 +134,13 @@ def test_leaving_by_an_exception_ends_the_display(kind):
     with pytest.raises(KeyboardInterrupt), kind(console):
         raise KeyboardInterrupt
     console.print("still usable")
+
+
+def test_the_samplers_own_view_is_shown_as_it_goes():
+    out = io.StringIO()
+    observer = PlainObserver(Console(file=out, width=200), OBJECTIVES)
+    for number, (predicted, measured) in enumerate([(0.1, 0.12), (0.2, 0.24), (0.4, 0.48)]):
+        proposed = trial(number, measured, sampler_attrs={PREDICTED: predicted}, on_frontier=False)
+        observer.trial(proposed, number + 1, 3)
+    expected = "sampler's own predictions: rank correlation 1.00, measured / predicted 1.20 (3 trials)"
+    assert out.getvalue().splitlines() == [f"3/3 trials; {expected}"]

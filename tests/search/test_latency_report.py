@@ -17,7 +17,7 @@ DECODE = "latency_decode_ms"
 class Evaluator:
     """Times whatever it is asked to: 1 ms a layer, 2 ms unless kept, on a machine of `speed`."""
 
-    device, speed, tables = "machine A", 1.0, 0
+    device, speed, tables, drift = "machine A", 1.0, 0, 0.0
 
     def __init__(self, spec):
         self.spec = spec
@@ -31,8 +31,8 @@ class Evaluator:
     def cost_table(self, choices):
         type(self).tables += 1
         layers = {name: {text: 1.0 if text == "keep" else 2.0 for text in texts} for name, texts in choices.items()}
-        unquantized = {DECODE: 5.0 + len(layers)}
-        return CostTable(type(self).device, {DECODE: 5.0}, {DECODE: layers}, {UNQUANTIZED: unquantized})
+        detail = {UNQUANTIZED: {DECODE: 5.0 + len(layers)}, "drift": {DECODE: type(self).drift}}
+        return CostTable(type(self).device, {DECODE: 5.0}, {DECODE: layers}, detail)
 
     def time(self, assignment):
         slow = 1 / type(self).speed
@@ -100,6 +100,19 @@ def test_what_a_table_does_not_cover_is_timed(run, more, tiny_model_dir):
 def test_another_device_times_its_own(run, monkeypatch):
     run()
     monkeypatch.setattr(Evaluator, "device", "machine B")
+    run()
+    assert Evaluator.tables == 2
+
+
+def test_a_table_of_a_restless_machine_is_used_said_and_not_handed_on(run, monkeypatch):
+    monkeypatch.setattr(Evaluator, "drift", 0.3)
+    trials, notes = run()
+    assert trials
+    assert any("speed moved by 30% while latencies were timed" in note for note in notes)
+    monkeypatch.setattr(Evaluator, "drift", 0.2)
+    _, notes = run()
+    assert Evaluator.tables == 2
+    assert notes == []
     run()
     assert Evaluator.tables == 2
 

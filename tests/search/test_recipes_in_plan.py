@@ -58,6 +58,7 @@ def spec(tiny_model_dir):
     def build(recipes, **more):
         tree = {
             "model": {"id": str(tiny_model_dir("llama")), "dtype": "bfloat16"},
+            "sampler": {"name": "nsga2"},
             "target": {"name": "generic"},
             "space": {"schemes": ["rtn-int3-g32", "rtn-int4-g32"], "exclude": ["*.down_proj"]},
             "objectives": ["kl_nats_per_token", "size_bytes"],

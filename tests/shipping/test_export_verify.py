@@ -195,6 +195,27 @@ def test_a_quality_that_was_never_measured_fails(copy):
     assert checks["kl_nats_per_token"].ok is False
 
 
+@pytest.mark.parametrize(("shift", "ok"), [(0.0, True), (2.0, True), (-0.5, True), (-3.0, False), (0.5, False)])
+def test_quality_may_be_better_by_rounding_and_worse_by_its_error_only(monkeypatch, shipped, shift, ok):
+    """`shift` below 0 is better, in units of what the outputs are apart; above 1, in units of the error."""
+    from autoq.evaluation import Comparison, Evaluator
+    from autoq.measurement import Measurement
+
+    promise = files.read(shipped).measurements["kl_nats_per_token"]
+    apart, error = 4e-3, promise.stderr
+    assert error is not None
+    moved = shift * apart if shift < 0 or shift == 0.5 else shift * 0.4 * error
+
+    def compare(self, assignment, outputs, tokens):
+        here = Measurement("kl_nats_per_token", promise.value, "nats/token", "measured", "report", error)
+        there = Measurement("kl_nats_per_token", promise.value + moved, "nats/token", "measured", "report", apart)
+        return Comparison([here], [there], apart, 0.1, {"kl_nats_per_token": error / 100}, 128)
+
+    monkeypatch.setattr(Evaluator, "compare", compare)
+    checks = {check.name: check.ok for check in verify(shipped, latency=False).checks}
+    assert checks["kl_nats_per_token"] is ok
+
+
 def test_out_must_be_new_and_its_parent_there(study, trial, tmp_path):
     store, record, _ = study
     with pytest.raises(BadInput, match="exists; name a folder that is not there"):
@@ -262,3 +283,14 @@ def test_what_a_killed_export_left_is_swept_by_the_next(study, trial, tmp_path):
 def test_the_picture_survives_odd_numbers():
     for dots in ([Dot(1.0, 0.0)], [Dot(5.0, -1.0, 2.0), Dot(5.0, -1.0, name="a<b&c")], [Dot(1, 1e-6), Dot(1e9, 10.0)]):
         ET.fromstring(svg(dots, "a & b", "x <", "y >"))
+
+
+def test_the_picture_joins_what_nothing_beats_and_leaves_out_what_would_hide_it():
+    dots = [Dot(1, 1.0), Dot(2, 0.5), Dot(3, 0.7), Dot(4, 0.1), Dot(9, 1e-6, name="unquantized")]
+    tree = ET.fromstring(svg(dots, "t", "x", "y"))
+    space = "{http://www.w3.org/2000/svg}"
+    (line,) = [path for path in tree.iter(f"{space}path") if path.get("class") == "line"]
+    assert line.get("d").count(",") == 3
+    assert len([c for c in tree.iter(f"{space}circle") if c.get("class") == "front"]) == 4
+    assert "unquantized" not in ET.tostring(tree, encoding="unicode")
+    assert "unquantized" in svg([*dots[:4], Dot(9, 1e-6, name="unquantized", picked=True)], "t", "x", "y")

@@ -217,3 +217,5 @@ def test_a_database_of_the_first_schema_still_opens(path):
         }  # fmt: skip
         assert trials[3].duplicate_of == 1
         assert store.retry_trial(trials[5].id) == 2
+        assert store.token_values(study.id, 0, "kl_nats_per_token", "search") is None
+        assert store.sensitivities("anything") is None

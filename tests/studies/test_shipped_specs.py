@@ -4,7 +4,7 @@ import pytest
 
 from autoq.spec import load_spec, shipped_specs
 
-NAMES = ["cluster", "demo", "encoder", "llama-8b-gpu", "llama-cpp", "qwen-llama-cpp"]
+NAMES = ["cluster", "demo", "edge-npu", "encoder", "llama-8b-gpu", "llama-cpp", "qwen-llama-cpp"]
 
 
 def test_these_are_shipped():
@@ -27,8 +27,8 @@ def test_the_demo_needs_no_hub_and_no_ray():
     assert spec.objectives == ("kl_nats_per_token", "size_bytes", "latency_decode_ms")
 
 
-def test_what_has_no_kernels_has_no_latency():
+def test_what_has_no_kernels_and_no_description_has_no_latency():
     for name in NAMES:
         spec = load_spec(name)
         timed = [objective for objective in spec.measured if objective.startswith("latency_")]
-        assert bool(timed) == (spec.target.name in ("torch-cpu", "llama-cpp")), name
+        assert bool(timed) == (spec.target.name in ("torch-cpu", "llama-cpp", "described")), name

@@ -426,4 +426,4 @@ def test_availability_names_the_package(monkeypatch):
 
     assert VLLM.unavailable() is None
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert VLLM.unavailable() == "compressed-tensors is not installed: pip install 'autoq[vllm]'"
+    assert VLLM.unavailable() == "compressed_tensors is not installed: pip install 'autoq[vllm]'"

@@ -20,6 +20,7 @@ from autoq.scheme import Keep, parse_scheme
 from autoq.search.controller import create_study, run_study
 from autoq.search.executors import Executor, Job, LocalExecutor, make_evaluator
 from autoq.spec import StudySpec, WorkersSpec, build_spec
+from autoq.statistics import Rival
 from autoq.store import Store, TrialRecord
 from autoq.targets import CostTable
 from autoq.workers.executor import RayExecutor
@@ -77,7 +78,12 @@ def search(path: Path, spec: StudySpec, make: Callable[[StudySpec], Executor]) -
 
 
 def found(trials: Sequence[TrialRecord]) -> list[Any]:
-    """What a study says, without when and by whom; floats to the last bit."""
+    """What a study says, without when, by whom and what it took; floats to the last bit."""
+
+    def told(measurement: Measurement) -> Any:
+        detail = {key: value for key, value in measurement.detail.items() if key != "forward_passes"}
+        return measurement.value.hex(), measurement.to_json() | {"detail": detail}
+
     return [
         (
             trial.number,
@@ -87,7 +93,7 @@ def found(trials: Sequence[TrialRecord]) -> list[Any]:
             trial.hash,
             trial.attempt,
             trial.on_frontier,
-            {key: (m.value.hex(), m.to_json()) for key, m in trial.measurements.items()},
+            {key: told(m) for key, m in trial.measurements.items()},
         )
         for trial in trials
     ]
@@ -123,8 +129,8 @@ class Watched(Evaluator):
             file.write(f"{action} {start} {time.monotonic()}\n")
         return value
 
-    def measure(self, assignment: Assignment, part: Part) -> list[Measurement]:
-        return self._watch("measure", lambda: super(Watched, self).measure(assignment, part))
+    def measure(self, assignment: Assignment, part: Part, rival: Rival | None = None) -> list[Measurement]:
+        return self._watch("measure", lambda: super(Watched, self).measure(assignment, part, rival))
 
     def cost_table(self, choices: Mapping[str, Sequence[str]]) -> CostTable:
         return self._watch("cost_table", lambda: super(Watched, self).cost_table(choices))

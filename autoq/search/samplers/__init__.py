@@ -18,7 +18,11 @@ from autoq.errors import UnknownName
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
 
+    from autoq.search.prior import Prior
+
 Value = int | float | bool | str | None
+
+SLOPES = "slopes"
 
 
 @dataclass(frozen=True)
@@ -56,11 +60,16 @@ class Sampler(abc.ABC):
     """One way of proposing assignments. `options` are the settings that a spec may give.
 
     `ordinal` says whether parameters are integers to it, indices into choices sorted by bytes, or
-    categories without an order.
+    categories without an order. `uses_losses` says whether it looks at the losses that are predicted of
+    layers, which take a pass over the calibration data. `slopes` is how many of a study's first seeds and
+    proposals are measured with a backward pass (`autoq.calibration.slopes`), which `SLOPES` of a trial's
+    system attributes then holds: `{"loss": …, "table": {parameter: [one per choice]}}`.
     """
 
     options: ClassVar[Mapping[str, Option]] = {}
     ordinal: ClassVar[bool] = True
+    uses_losses: ClassVar[bool] = False
+    slopes: ClassVar[int] = 0
 
     def refuses(self, choices: Sequence[int], n_objectives: int, options: Mapping[str, Value]) -> str | None:
         """Why this sampler cannot search (one clause, naming field, value and choices), or None.
@@ -79,11 +88,12 @@ class Sampler(abc.ABC):
         return None
 
     @abc.abstractmethod
-    def make(self, seed: int, number: int, n_startup: int, options: Mapping[str, Value]) -> BaseSampler:
+    def make(self, seed: int, number: int, n_startup: int, options: Mapping[str, Value], prior: Prior) -> BaseSampler:
         """An Optuna sampler that proposes trial `number` of a study with that `seed`.
 
         `n_startup` is how many trials (baselines and seeds) the study starts with. `options` were
-        accepted by `refuses`. Constraints need no mention: Optuna finds them on the trials.
+        accepted by `refuses`. `prior` is what is known beforehand. Constraints that are learned from
+        trials need no mention: Optuna finds them on the trials.
         """
 
 

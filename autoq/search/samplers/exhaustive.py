@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.trial import FrozenTrial
 
+from autoq.search.prior import Prior
 from autoq.search.samplers import Sampler, Value
 
 MAX_ASSIGNMENTS = 100_000
@@ -76,5 +77,7 @@ class Exhaustive(Sampler):
             return f"it enumerates at most {MAX_ASSIGNMENTS:,} assignments and the space has {shown}"
         return None
 
-    def make(self, seed: int, number: int, n_startup: int, options: Mapping[str, Value]) -> optuna.samplers.BaseSampler:
+    def make(
+        self, seed: int, number: int, n_startup: int, options: Mapping[str, Value], prior: Prior
+    ) -> optuna.samplers.BaseSampler:
         return _Enumeration(seed)

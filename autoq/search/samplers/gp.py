@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import optuna
 
+from autoq.search.prior import Prior
 from autoq.search.samplers import Option, Sampler, Value, given, trial_seed
 
 MAX_PARAMETERS = 30
@@ -37,6 +38,8 @@ class GaussianProcess(Sampler):
             )
         return None
 
-    def make(self, seed: int, number: int, n_startup: int, options: Mapping[str, Value]) -> optuna.samplers.BaseSampler:
+    def make(
+        self, seed: int, number: int, n_startup: int, options: Mapping[str, Value], prior: Prior
+    ) -> optuna.samplers.BaseSampler:
         arguments: dict[str, Any] = {"n_startup_trials": max(n_startup, MIN_STARTUP), **given(options, *self.options)}
         return optuna.samplers.GPSampler(seed=trial_seed(seed, number), warn_independent_sampling=False, **arguments)

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import optuna
 
+from autoq.search.prior import Prior
 from autoq.search.samplers import Option, Sampler, Value, given, trial_seed
 
 MIN_POPULATION = 20
@@ -39,5 +40,7 @@ class Nsga2(Sampler):
 
     options: ClassVar[Mapping[str, Option]] = GENETIC_OPTIONS
 
-    def make(self, seed: int, number: int, n_startup: int, options: Mapping[str, Value]) -> optuna.samplers.BaseSampler:
+    def make(
+        self, seed: int, number: int, n_startup: int, options: Mapping[str, Value], prior: Prior
+    ) -> optuna.samplers.BaseSampler:
         return optuna.samplers.NSGAIISampler(**genetic_arguments(seed, number, n_startup, options))

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import optuna
 
+from autoq.search.prior import Prior
 from autoq.search.samplers import Option, Sampler, Value, given
 from autoq.search.samplers.nsga2 import GENETIC_OPTIONS, genetic_arguments
 
@@ -23,6 +24,8 @@ class Nsga3(Sampler):
         "dividing_parameter": Option(int, "divisions between reference points on each axis; default: 3", 1, 100),
     }
 
-    def make(self, seed: int, number: int, n_startup: int, options: Mapping[str, Value]) -> optuna.samplers.BaseSampler:
+    def make(
+        self, seed: int, number: int, n_startup: int, options: Mapping[str, Value], prior: Prior
+    ) -> optuna.samplers.BaseSampler:
         arguments = genetic_arguments(seed, number, n_startup, options)
         return optuna.samplers.NSGAIIISampler(**arguments, **given(options, "dividing_parameter"))

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import optuna
 
+from autoq.search.prior import Prior
 from autoq.search.samplers import Option, Sampler, Value, given
 
 MAX_SOBOL_PARAMETERS = 21_201  # the direction numbers of Joe & Kuo 2008 that SciPy has
@@ -29,6 +30,8 @@ class QuasiMonteCarlo(Sampler):
             return f"it spans at most {MAX_SOBOL_PARAMETERS} parameters and the space has {len(choices)}"
         return None
 
-    def make(self, seed: int, number: int, n_startup: int, options: Mapping[str, Value]) -> optuna.samplers.BaseSampler:
+    def make(
+        self, seed: int, number: int, n_startup: int, options: Mapping[str, Value], prior: Prior
+    ) -> optuna.samplers.BaseSampler:
         arguments: dict[str, Any] = {"scramble": True, **given(options, *self.options)}
         return optuna.samplers.QMCSampler(seed=seed, warn_independent_sampling=False, **arguments)

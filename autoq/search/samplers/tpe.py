@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import optuna
 
+from autoq.search.prior import Prior
 from autoq.search.samplers import Option, Sampler, Value, given, trial_seed
 
 MIN_STARTUP = 10
@@ -31,6 +32,8 @@ class Tpe(Sampler):
         "constant_liar": Option(bool, "keep away from running trials; default: true"),
     }
 
-    def make(self, seed: int, number: int, n_startup: int, options: Mapping[str, Value]) -> optuna.samplers.BaseSampler:
+    def make(
+        self, seed: int, number: int, n_startup: int, options: Mapping[str, Value], prior: Prior
+    ) -> optuna.samplers.BaseSampler:
         arguments: dict[str, Any] = {"n_startup_trials": max(n_startup, MIN_STARTUP), **given(options, *self.options)}
         return optuna.samplers.TPESampler(multivariate=True, seed=trial_seed(seed, number), **arguments)

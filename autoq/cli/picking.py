@@ -1,0 +1,115 @@
+"""What `pick` says beside its trial: what ties with it, and what the study's model offers in a gap."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from autoq.errors import AutoQError
+
+if TYPE_CHECKING:
+    from autoq.spec import Bound
+    from autoq.store import Store, StudyRecord, TrialRecord
+
+GAP = 0.02  # how far below a bound on the size a pick must be for an offer to be worth a look
+
+
+def tied(
+    store: Store, study: StudyRecord, chosen: TrialRecord, maximum: Mapping[str, str], minimum: Mapping[str, str]
+) -> list[TrialRecord]:
+    """The frontier's trials within the limits that cannot be told from `chosen`."""
+    from autoq.display.ties import stored_ties
+    from autoq.study import excess, measured_objectives, read_limits
+
+    points = store.frontier(study.id)
+    known = tuple(measured_objectives(points, study.objectives))
+    upper, lower = read_limits(maximum, known), read_limits(minimum, known)
+    within = [trial for trial in points if not excess(trial, upper, lower)]
+    numbers = set(stored_ties(store, study, within)[chosen.number])
+    return [trial for trial in within if trial.number in numbers]
+
+
+def tie_line(study: StudyRecord, chosen: TrialRecord, others: list[TrialRecord]) -> str:
+    """One line that names the others, each with its size."""
+    from autoq.display.compare import sort_objective
+    from autoq.display.numbers import quantity
+
+    key = sort_objective(study.objectives)
+    named = [f"{t.number} ({quantity(t.best_measurements()[key.name].value, key.unit)})" for t in others]
+    return f"the measurements cannot tell trial {chosen.number} from {', '.join(named)}"
+
+
+def offered(
+    store: Store,
+    study: StudyRecord,
+    chosen: TrialRecord,
+    maximum: Mapping[str, str],
+    minimum: Mapping[str, str],
+    best: str | None,
+) -> dict[str, Any] | None:
+    """`{"predicted": {objective: {"value", "low", "high", "kind"}}, "assignment"}` of what the study's model
+    offers between `chosen` and the bound on the size; None where that is full, or nothing better is offered."""
+    from autoq.study import bounds
+
+    names = {objective.name for objective in study.objectives}
+    if "size_bytes" not in names or not names.issuperset({*maximum, *minimum}):
+        return None  # no model predicts what the search did not steer by
+    limits = bounds(study, maximum, minimum)
+    size = limits["size_bytes"].max if "size_bytes" in limits else None
+    if size is None or chosen.values(["size_bytes"])[0] >= (1 - GAP) * size:
+        return None
+    objective = next(o for o in study.objectives if o.name == (best or study.objectives[0].name))
+    sign = 1 if objective.direction == "minimize" else -1
+    value = chosen.values([objective.name])[0]
+    if all(sign * trial.values([objective.name])[0] >= sign * value for trial in store.frontier(study.id)):
+        return None  # the limits keep nothing better out
+    if store.table(study.id, "sensitivity") is None:
+        return None  # nothing to predict from
+    from autoq.search.offers import offer
+
+    try:
+        found = offer(store, study, limits)
+    except AutoQError as problem:
+        sys.stderr.write(f"nothing is offered between trial {chosen.number} and the bounds: {problem}\n")
+        return None
+    if store.find(study.id, found.assignment.hash) is not None:
+        return None
+    if objective.name in found.predicted and sign * found.predicted[objective.name][0] >= sign * value:
+        return None
+    predicted = {
+        name: {"value": value, "low": low, "high": high, "kind": "predicted"}
+        for name, (value, low, high) in found.predicted.items()
+    }
+    return {"predicted": predicted, "assignment": found.assignment.to_dict()}
+
+
+def offer_line(study: StudyRecord, chosen: TrialRecord, found: Mapping[str, Any]) -> str:
+    """The offer as a prediction, and how to have it measured."""
+    from autoq.display.numbers import number, quantity
+
+    said = []
+    for objective in study.objectives:
+        if (predicted := found["predicted"].get(objective.name)) is not None:
+            text = f"{objective.name} {quantity(predicted['value'], objective.unit)}"
+            if predicted["low"] != predicted["high"]:
+                low, high = (number(predicted[side], objective.unit) for side in ("low", "high"))
+                text += f" ({low} to {high})"
+            said.append(text)
+    return (
+        f"beyond trial {chosen.number} an assignment is predicted, not measured, to have {', '.join(said)}; "
+        "measure it: the same command with --refine 1"
+    )
+
+
+def refine(store: Store, study: StudyRecord, bounds: Mapping[str, Bound], count: int) -> None:
+    """Have `count` offers measured, with progress on standard error."""
+    gc.enable()
+    from autoq.cli.run import terminable
+    from autoq.display.progress import default_observer
+    from autoq.search.refining import refine_study
+
+    with terminable(), contextlib.ExitStack() as stack:
+        refine_study(store, study.id, bounds, count, stack.enter_context(default_observer(study.objectives)))
