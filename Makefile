@@ -8,10 +8,11 @@ PYTHONS := python3.11 python3.12 python3.13 python3
 PIP_FLAGS ?=         # given to every pip install, such as an index with CPU wheels of torch
 JOBS ?= 0            # test processes; 0 runs the tests in one
 PYTEST_FLAGS ?=
+SEARCH_FLAGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test test-fast lint format bench clean help install install-dev
+.PHONY: demo test test-fast lint format bench bench-search clean help install install-dev
 
 demo: install  ## search SmolLM2-135M for this machine and show the frontier
 	$(BIN)/autoq search demo
@@ -32,14 +33,17 @@ format: install-dev  ## rewrite the code as ruff formats it
 	$(BIN)/ruff format .
 
 bench: install-dev  ## print the tables of the README
-	@set -e; for script in benchmarks/[a-z]*.py; do echo "# $$script"; $(BIN)/python $$script; done
+	@set -e; for script in $(filter-out benchmarks/search.py,$(wildcard benchmarks/[a-z]*.py)); do echo "# $$script"; $(BIN)/python $$script; done
+
+bench-search: install-dev  ## all samplers side by side on one evaluator (hours; SEARCH_FLAGS='--long --out FILE')
+	$(BIN)/python benchmarks/search.py $(SEARCH_FLAGS)
 
 clean:  ## remove the environment and everything that is built; databases stay
 	rm -rf $(VENV) build dist *.egg-info .coverage .coverage.* htmlcov .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find autoq workers studies dashboards tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # A stamp is written last, so an interrupted install leaves none and is taken up again.
 install: $(VENV)/.installed

@@ -51,6 +51,7 @@ def main() -> None:
         }
     )
     evaluator = Evaluator(spec)
+    evaluator._states.chain = None  # trials that have nothing in common
     linears = [layer.name for layer in evaluator.info.layers if layer.kind in ("linear", "conv1d")]
     pattern = itertools.cycle(SCHEMES)
     assignments = [Assignment({name: next(pattern) for name in linears}) for _ in SCHEMES]
