@@ -155,6 +155,7 @@ class Evaluator:
         detail: dict[str, Any] = {"forward_passes": passes}
         if rival is not None and stopped:
             detail |= {"of": data.numel(), "rival": rival.number}
+            self._states.give_up(self._texts(assignment))
         return [
             self._measurement(name, values.numpy(), part, detail, rival if stopped else None)
             for name, values in tally.values.items()
@@ -458,7 +459,7 @@ class Evaluator:
         told = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
         digest.update(json.dumps(told, sort_keys=True, default=str).encode())
         digest.update(self.parts.calibration.numpy().tobytes())
-        digest.update(f"{self.spec.data.seed} {self.info.task} {CURVATURE_TOKENS} 5".encode())
+        digest.update(f"{self.spec.data.seed} {self.info.task} {CURVATURE_TOKENS} 6".encode())
         return cache_dir() / "statistics" / f"{digest.hexdigest()[:32]}.safetensors"
 
     # -- the reference ----------------------------------------------------------------------------

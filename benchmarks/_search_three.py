@@ -23,7 +23,7 @@ from autoq import plugins
 from autoq.search import seeds
 from autoq.search.optuna_study import AskTell
 from autoq.search.prior import Additive, Prior
-from autoq.search.samplers import Sampler
+from autoq.search.samplers import SLOPES, Sampler
 from autoq.spec import build_spec
 
 TRIALS, SEEDS, CALIBRATION = 48, 3, 2048
@@ -108,7 +108,7 @@ def volume(points: Sequence[Point]) -> float:
 def run(task: Task, sampler: str, seed: int, count: int, slopes: int | None) -> tuple[list[Point], float]:
     """The points of `count` different trials, and what they cost in passes."""
     yard, meter = task.yard, Meter(task.yard, seed)
-    losses = meter.losses(CALIBRATION)
+    losses = meter.losses(CALIBRATION, own=True)
     first = [] if sampler in UNSEEDED else task.seeds(losses, count // 4)
     study = AskTell(yard.parameters, ["minimize"] * 3, sampler, seed, n_startup=len(first), prior=task.prior(losses))
     if slopes is None:
@@ -124,7 +124,7 @@ def run(task: Task, sampler: str, seed: int, count: int, slopes: int | None) -> 
         repeats = repeats + 1 if choices in known else 0
         if not repeats and len(known) < slopes:
             known[choices], table = meter.slopes(choices, 1)
-            study.learn(number, {f"{sampler}:slopes": {"loss": known[choices], "table": table}})
+            study.learn(number, {SLOPES: {"loss": known[choices], "table": table}})
         elif not repeats:
             known[choices] = meter.kl(choices, 1)
         study.tell(number, [known[choices], yard.total(choices), task.ms(choices)])

@@ -133,6 +133,45 @@ class Yardstick:
 
         return self._table(loss)
 
+    @functools.lru_cache(maxsize=8)  # noqa: B019 - one yardstick lives as long as the process
+    def position_losses(self, windows: int, seed: int) -> Table:
+        """Predicted losses as other tools have them: ½ E[Σ_i g_i² (ΔW x)_i²] over positions, for every choice."""
+        data = self.evaluator.parts.calibration.roll(-seed, 0)[:windows]
+        generator = torch.Generator().manual_seed(seed)
+        sums = {name: [0.0] * len(schemes) for name, schemes in self.space.choices.items()}
+        handles = []
+
+        def watch(name: str, module: torch.nn.Module) -> None:
+            def on_gradient(grad: Tensor, x: Tensor) -> None:
+                for i, scheme in enumerate(self.space.choices[name]):
+                    if (dense := self._dense.get((name, str(scheme)))) is not None:
+                        moved = x @ (dense - self.model.weight(name)).t()
+                        sums[name][i] += 0.5 * float((grad * moved).float().square().sum()) / data.numel()
+
+            def on_forward(_: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+                if not output.requires_grad:
+                    output.requires_grad_()
+                output.register_hook(lambda grad: on_gradient(grad.detach(), inputs[0].detach()))
+
+            handles.append(module.register_forward_hook(on_forward))
+
+        for layer in self.model.info.layers:
+            if layer.name in self.space.choices:
+                for module in self.model.modules_of(layer):
+                    watch(layer.name, module)
+        try:
+            with torch.enable_grad():
+                for window in data:
+                    output = self.model.outputs(window.unsqueeze(0).to(self.model.device)).float()[0]
+                    labels = torch.multinomial(output.detach().softmax(-1).cpu(), 1, generator=generator).squeeze(-1)
+                    torch.nn.functional.cross_entropy(output, labels.to(output.device), reduction="sum").backward()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [
+            np.array([sum(own) for own in zip(*(sums[x.name] for x in v.layers), strict=True)]) for v in self.variables
+        ]
+
     def squared_errors(self) -> Table:
         """Squared error of the weights relative to their own squares: known without any data."""
 
@@ -209,9 +248,11 @@ class Meter:
         self.cost += 3 * windows
         return self.yardstick.slopes(choices, self._windows(windows, skipped))
 
-    def losses(self, tokens: int) -> Table:
-        """Predicted losses from so many calibration tokens: a forward and a backward pass."""
+    def losses(self, tokens: int, own: bool) -> Table:
+        """Predicted losses from so many calibration tokens, by AutoQ's `own` proxy or the usual one: both take a
+        forward and a backward pass."""
         there, window = self.yardstick.evaluator.parts.calibration.shape
         windows = min(max(1, tokens // window), there)
         self.cost += 3 * windows
-        return self.yardstick.losses(windows, self.seed)
+        find = self.yardstick.losses if own else self.yardstick.position_losses
+        return find(windows, self.seed)

@@ -17,13 +17,14 @@ from autoq.models.loaded import LoadedModel
 
 @dataclass
 class Sums:
-    """Running sums of one module. The saliency of a position is the squared norm of its output's gradient."""
+    """Running sums of one module over passes; G (out, in) is the gradient of a pass with respect to the weight."""
 
-    grad_square: Tensor | None = None  # (out,) sum over positions
-    input_square: Tensor | None = None  # (in, in) sum over positions, weighted by saliency
-    inputs: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # or input (tokens, in), saliency (tokens,)
-    row_saliency: Tensor | None = None  # (rows,) sum over an embedding row's readings
-    step_square: Tensor | None = None  # () sum over passes of the input's squared 8-bit step, weighted by saliency
+    output_square: Tensor | None = None  # (out,) diagonal of G Gᵀ; of an embedding (columns,) that of Gᵀ G
+    input_square: Tensor | None = None  # (in, in) Gᵀ G
+    inputs: list[Tensor] = field(default_factory=list)  # or rows (≤ tokens, in) whose sum of squares is Gᵀ G
+    row_square: Tensor | None = None  # (rows,) diagonal of an embedding's G Gᵀ
+    grad_square: Tensor | None = None  # (out,) squared gradients of the output, summed over positions
+    step_square: Tensor | None = None  # () squared 8-bit step of the input, times the sum of a pass's squared gradients
     plain_square: Tensor | None = None  # (in,) sum over positions of the squared input
     positions: int = 0  # in `plain_square`
     low: float = 0.0  # the least input
@@ -71,29 +72,27 @@ class Gatherer:
             if not output.requires_grad:
                 output.requires_grad_()
             if isinstance(module, nn.Embedding):
-                on_saliency = self._rows_seen(own, self._look_ups.ids, module.num_embeddings)
+                on_gradient = self._rows_seen(own, self._look_ups.ids, module.num_embeddings)
             else:
-                on_saliency = self._inputs_seen(own, inputs[0].detach())
-
-            def on_gradient(grad: Tensor) -> None:
-                # Not in place: a float32 gradient would go on squared.
-                square = grad.detach().reshape(-1, grad.shape[-1]).float().square()
-                own.grad_square = _plus(own.grad_square, square.sum(0))
-                on_saliency(square.sum(1))
-
-            output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
+                on_gradient = self._inputs_seen(own, inputs[0].detach())
+            output.register_hook(lambda grad: on_gradient(grad.detach().reshape(-1, grad.shape[-1]).float()))  # type: ignore[no-untyped-call]
 
         return hook
 
     def _rows_seen(self, own: Sums, ids: Tensor, rows: int) -> Callable[[Tensor], None]:
-        """What to do with the saliency (positions,) once it is known; so for `_inputs_seen`."""
+        """What to do with the output's gradient (positions, out) once it is known; so for `_inputs_seen`."""
 
-        def on_saliency(saliency: Tensor) -> None:
+        def on_gradient(grad: Tensor) -> None:
             # Not on a GPU, where the order of the additions is another one each time.
-            found = torch.bincount(ids.reshape(-1).cpu(), weights=saliency.cpu(), minlength=rows)
-            own.row_saliency = _plus(own.row_saliency, found)
+            read, place = torch.unique(ids.reshape(-1).cpu(), return_inverse=True)
+            whole = torch.zeros(len(read), grad.shape[1]).index_add_(0, place, grad.cpu())
+            square = whole.square()
+            own.output_square = _plus(own.output_square, square.sum(0))
+            if own.row_square is None:
+                own.row_square = torch.zeros(rows)
+            own.row_square[read] += square.sum(1)
 
-        return on_saliency
+        return on_gradient
 
     def _inputs_seen(self, own: Sums, x: Tensor) -> Callable[[Tensor], None]:
         low, high = torch.aminmax(x)
@@ -103,15 +102,22 @@ class Gatherer:
         own.plain_square = _plus(own.plain_square, flat.float().square().sum(0))
         own.positions += len(flat)
 
-        def on_saliency(saliency: Tensor) -> None:
-            own.step_square = _plus(own.step_square, step_square * saliency.sum())
-            if self.tokens < flat.shape[1]:
-                own.inputs.append((flat, saliency))
-            else:
-                weighted = flat.float() * saliency.sqrt().unsqueeze(1)
-                own.input_square = _plus(own.input_square, weighted.t() @ weighted)
+        def on_gradient(grad: Tensor) -> None:
+            # Not in place: a float32 gradient would go on squared.
+            square = grad.square().sum(0)
+            own.grad_square = _plus(own.grad_square, square)
+            own.step_square = _plus(own.step_square, step_square * square.sum())
+            inputs = flat.float()
+            whole = grad.t() @ inputs
+            own.output_square = _plus(own.output_square, whole.square().sum(1))
+            if self.tokens >= whole.shape[1]:
+                own.input_square = _plus(own.input_square, whole.t() @ whole)
+            elif len(grad) >= whole.shape[0]:
+                own.inputs.append(whole)
+            else:  # g gᵀ = Rᵀ R, so xᵀ g gᵀ x are the squares of the rows of R x, which are fewer
+                own.inputs.append(torch.linalg.qr(grad.t(), mode="r").R @ inputs)
 
-        return on_saliency
+        return on_gradient
 
 
 def _plus(total: Tensor | None, more: Tensor) -> Tensor:

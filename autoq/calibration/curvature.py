@@ -1,36 +1,39 @@
 """The curvature proxy: what a perturbed layer costs, from a few backward passes.
 
 For labels drawn from the model itself, the Hessian of the KL divergence at the unquantized weights is
-the Fisher matrix. For one layer y = W x, and without what different outputs and positions share, a
-perturbation ΔW costs
+the Fisher matrix. For one layer y = W x and a perturbation ΔW it gives
 
-    KL per token ≈ ½ E[Σ_i g_i² (ΔW x)_i²]
+    KL per token ≈ ½ E[⟨G, ΔW⟩²] / T        G = Σ_t g_t x_tᵀ
 
-with x the input (in,) and g the gradient of the sequence's summed loss with respect to the output (out,)
-at one position t, and E the mean over positions. As that would need a second moment per output, g_ti² is
-taken as E[g_i²] s_t / E[s] with the saliency s_t = |g_t|²: its sums over positions and over outputs are
-right.
+with x_t the input (in,) and g_t the gradient of the sequence's summed loss with respect to the output
+(out,) at position t, G (out, in) that with respect to the weight, T the sequence's tokens, and E the mean
+over sequences and labels. As E[vec G vec Gᵀ] has (out · in)² entries, it is taken as a Kronecker product of
 
-    KL per token ≈ ½ Σ_i E[g_i²] (ΔW H ΔWᵀ)_ii        H = Σ_t s_t x_t x_tᵀ / Σ_t s_t
+    E[G Gᵀ]   (out, out), of which the diagonal is kept
+    E[Gᵀ G]   (in, in)
 
-K-FAC (Martens & Grosse 2015) has H = E[x xᵀ], as if gradients and inputs were independent. In a
-transformer they are not: an attention sink has huge inputs, and next to nothing depends on its outputs.
-GuidedQuant (Kim et al. 2025) weighs the inputs likewise, per group of outputs, and has no E[g_i²].
-OBQ/GPTQ use the same second-order form (inputs only), and HAWQ-V2 (traces only).
+over the trace of either. These are Shampoo's factors (Gupta et al. 2018), and close to the best such product
+(Morwani et al. 2024). K-FAC (Martens & Grosse 2015) has E[g gᵀ] and E[x xᵀ] instead, as if gradients and inputs
+were independent, and so were positions. Neither is so in a transformer. An attention sink has huge inputs,
+and next to nothing depends on its outputs. And an error that is alike at all positions adds up where
+attention takes means over them: `v_proj` of SmolLM2 costs three times what its positions cost one by one.
 
-    E[g²]     `grad_square`        (out,)
-    H         `input_square`       (in, in), or `inputs` (tokens, in) where that is smaller: rows
-                                   x_t √(s_t / E[s]), so their mean square is H
-    ΔW        original minus dequantized weight, (out, in)
-    E[x²]     `input_mean_square`  (in,), not weighted: for methods that weigh a layer's inputs
+    KL per token ≈ ½ Σ_i A_i (ΔW H ΔWᵀ)_ii
 
-Activation quantization with step Δ perturbs x by noise of variance Δ²/12, which adds
-½ Σ_i E[g_i²] Σ_j W_ij² E[s Δ²]/(12 E[s]). An embedding's input is one-hot, which makes H diagonal: row v
-is read with frequency f_v, weighted as above, and the cost is ½ Σ_v f_v Σ_j E[g_j²] ΔW_vj²; a tied weight
-pays as head and as embedding.
+    A    `output_square`      (out,)  diagonal of E[G Gᵀ] / T
+    H    `input_square`       (in, in) E[Gᵀ G] over its trace, or `inputs` (k, in) where that is smaller: rows
+                              whose mean square is H
+    ΔW   original minus dequantized weight, (out, in)
 
-An encoder without a head has no labels: there g is the gradient of Σ v·h/|h| with Gaussian v, and the
-proxy is that of half the squared change of its normalized hidden states.
+Activation quantization with step Δ perturbs x by noise of variance Δ²/12, which positions do not share: it
+adds ½ Σ_i E[g_i²] Σ_j W_ij² E[|g|² Δ²] / (12 E[|g|²]), with `grad_square` E[g²] (out,). An embedding's input is
+one-hot, so E[G Gᵀ] is diagonal for rows that are read and the cost is ½ Σ_v f_v Σ_j A_j ΔW_vj² with f the rows'
+share of the trace; a tied weight pays as head and as embedding.
+
+    E[x²]  `input_mean_square`  (in,), not weighted: for methods that weigh a layer's inputs
+
+An encoder without a head has no labels: there the loss is Σ v·h/|h| with Gaussian v, and the proxy is that of
+half the squared change of its normalized hidden states.
 """
 
 from __future__ import annotations
@@ -71,12 +74,11 @@ def gather(
 ) -> dict[str, dict[str, Tensor]]:
     """Statistics of every layer from one forward and one backward pass over `windows` (n, tokens).
 
-    Returns layer name -> tensors: `grad_square`, `input_square` or `inputs`, `step_square`, `input_range`
-    (least and greatest input, widened to hold 0), `input_mean_square`, and for a layer that is read as an
-    embedding `row_frequency` and `row_grad_square`. Squared gradients are sums over all positions by the
-    number of tokens, so a module that runs twice pays twice; inputs, steps and rows are averages that the
-    saliency weighs, `input_mean_square` a plain one. Float32, but `inputs` may be bfloat16. Deterministic
-    for a seed.
+    Returns layer name -> tensors: `output_square`, `input_square` or `inputs`, `grad_square`, `step_square`,
+    `input_range` (least and greatest input, widened to hold 0), `input_mean_square`, and for a layer that is
+    read as an embedding `row_frequency` and `row_output_square`. What is squared is a sum over all positions by
+    the number of tokens, so a module that runs twice pays twice; H, steps and rows are shares of such sums,
+    `input_mean_square` is a plain mean. Float32. Each window is a sequence of its own. Deterministic for a seed.
     """
     generator = torch.Generator().manual_seed(seed)
     gatherer = Gatherer(model, windows.numel())
@@ -95,31 +97,30 @@ def _averages(model: LoadedModel, layer: Layer, gatherer: Gatherer) -> dict[str,
         if own.plain_square is not None:
             result["input_range"] = torch.tensor([own.low, own.high])
             result["input_mean_square"] = (own.plain_square / own.positions).cpu()
-        if own.grad_square is None:  # nothing depends on this module's output, or the model did not run it
+        if own.output_square is None:  # nothing depends on this module's output, or the model did not run it
             continue
-        mean_square = (own.grad_square / gatherer.tokens).cpu()
+        output_square = (own.output_square / gatherer.tokens).cpu()
         # All zeros where the loss does not move, and then so are the sums that it divides.
-        saliency = own.grad_square.sum().clamp(min=torch.finfo(torch.float32).tiny)
-        if own.row_saliency is not None:
-            result["row_frequency"] = own.row_saliency / saliency.cpu()
-            result["row_grad_square"] = mean_square
+        trace = _divisor(own.output_square)
+        if own.row_square is not None:
+            result["row_frequency"] = own.row_square / trace.cpu()
+            result["row_output_square"] = output_square
             continue
+        assert own.grad_square is not None
         assert own.step_square is not None
-        result["grad_square"] = mean_square
-        result["step_square"] = (own.step_square / saliency).reshape(1).cpu()
+        result["output_square"] = output_square
+        result["grad_square"] = (own.grad_square / gatherer.tokens).cpu()
+        result["step_square"] = (own.step_square / _divisor(own.grad_square)).reshape(1).cpu()
         if own.input_square is not None:
-            result["input_square"] = (own.input_square / saliency).cpu()
+            result["input_square"] = (own.input_square / trace).cpu()
         else:
-            result["inputs"] = _weighted_rows(own.inputs, saliency).cpu()
+            rows = torch.cat(own.inputs)
+            result["inputs"] = (rows / trace.sqrt() * len(rows) ** 0.5).cpu()
     return result
 
 
-def _weighted_rows(inputs: list[tuple[Tensor, Tensor]], total: Tensor) -> Tensor:
-    """Rows (positions, in) whose mean square is the inputs' second moment, weighted by their saliency."""
-    x = torch.cat([x for x, _ in inputs])
-    share = torch.cat([saliency for _, saliency in inputs]) / total
-    # A rare large row would not fit into float16.
-    return (x * (share * len(x)).sqrt().unsqueeze(1)).to(torch.promote_types(x.dtype, torch.bfloat16))
+def _divisor(sums: Tensor) -> Tensor:
+    return sums.sum().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def proxy(statistics: dict[str, Tensor], weight: Tensor, dequantized: Tensor, dynamic_activation: bool) -> float:
@@ -131,17 +132,17 @@ def proxy(statistics: dict[str, Tensor], weight: Tensor, dequantized: Tensor, dy
     delta = dequantized.float() - original
     cost = 0.0
     if "row_frequency" in statistics:
-        per_row = delta.square() @ statistics["row_grad_square"].float()
+        per_row = delta.square() @ statistics["row_output_square"].float()
         cost += 0.5 * float(per_row @ statistics["row_frequency"].float())
-    if "grad_square" in statistics:
-        grad_square = statistics["grad_square"].float()
+    if "output_square" in statistics:
         if "input_square" in statistics:
             spread = ((delta @ statistics["input_square"].float()) * delta).sum(1)
         else:
             spread = (statistics["inputs"].float() @ delta.t()).square().mean(0)
+        cost += 0.5 * float(statistics["output_square"].float() @ spread)
         if dynamic_activation:
-            spread = spread + original.square().sum(1) * statistics["step_square"].float() / 12
-        cost += 0.5 * float(grad_square @ spread)
+            noise = original.square().sum(1) * statistics["step_square"].float() / 12
+            cost += 0.5 * float(statistics["grad_square"].float() @ noise)
     return cost
 
 

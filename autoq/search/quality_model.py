@@ -11,109 +11,34 @@ and b get Gaussian priors and are fitted by Gauss-Newton steps: a Bayesian linea
 own mode (MacKay 1992). θ_depth are Legendre polynomials of a layer's place. e is a Gaussian process of
 exponential covariance over what is left (Rasmussen & Williams 2006, algorithm 2.1).
 
-Slopes. One backward pass at an assignment x gives for every layer and choice P[l, c] = <∂loss/∂W_l, W_l,c − W_l>.
-If loss is quadratic in the perturbations u of outputs, loss = ½ |Σ_l u_l|², then P[l, c] = <u_l,c , Σ_m u_m>:
-½ P[l, x_l] sums to the loss and is what layer l answers for *in this context*, one equation per layer where
-a trial alone gives one in all. Its noise comes from the other layers' perturbations, of variance ∝ loss / s
-relative to s. That noise is shared by what is measured later as far as the choices stay, so it is a
-direction too: e[l, c] = P[l, c] − 2 s'[l, c] (the second term at c = x_l only) adds ½ (Σ_l e[l, x_l])² / e·x
-to the additive loss, a symmetric rank-one update that makes the model's gradient at x the measured one
-(SR1, Nocedal & Wright 2006, section 6.2). Half of what exceeds the prediction is ascribed to either; on
-SmolLM2 either alone gained half as much (`benchmarks/LOG.md`).
+A slope (`autoq.search.interactions`) is one equation per layer, where a trial alone gives one in all: ½ P[l, x_l]
+is what layer l answers for at x. Its noise comes from the other layers' perturbations, of variance ∝ loss / s
+relative to s.
 """
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_solve, solve_triangular
 
+from autoq.search.interactions import Context, Interactions, Slopes
+from autoq.search.layers import Layers
+
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
-_DEGREES = 4  # of the polynomials in depth
 _KIND_SD, _LAYER_SD, _LEVEL_SD = 0.3, 0.3, 0.15  # of log factors, where losses were predicted from the model
 _ASSUMED_SD = 3.0  # times as much where they were only assumed
 _OFFSET_SD, _POWER_SD = 3.0, 0.3
 _LEAST_NOISE = 0.02  # standard deviation of a log loss that no fit goes below
 _STEPS = 3
-_NEARBY = 0.35  # distance in log predicted loss at which a slope counts for e^-1/2
-_FAR = 1.0  # the same for what kinds and depths have in common
-_COHERENT = 0.5  # share of the excess over the prediction that is ascribed to a common direction, and its weight
 _PROCESS_TRIALS = 256
 _BROKEN = 0.3  # least residual of a log loss, and _TAIL times the usual one, that counts as a broken trial's
 _TAIL = 6.0
-
-
-@dataclass(frozen=True, eq=False)
-class Layers:
-    """The parameters as arrays: predicted `loss` (n, choices), +inf beyond a parameter's last choice.
-
-    `known` tells whether losses were predicted from the model or only assumed.
-    """
-
-    names: tuple[str, ...]
-    loss: Floats
-    known: bool = True
-
-    @cached_property
-    def counts(self) -> Indices:
-        """Choices of each parameter (n,)."""
-        counts: Indices = np.isfinite(self.loss).sum(1)
-        return counts
-
-    @cached_property
-    def basis(self) -> Floats:
-        """What a parameter's factor depends on beside itself (n, features): its kind and its depth."""
-        kinds = [re.sub(r"\d+", "*", name) for name in self.names]
-        shared = sorted(kind for kind, count in Counter(kinds).items() if count > 1)
-        columns = [np.array([float(kind == other) for kind in kinds]) for other in shared]
-        numbers = [re.search(r"\d+", name) for name in self.names]
-        # A head or an embedding has no number, and no depth among those that have one.
-        placed = np.array([number is not None for number in numbers])
-        if shared and placed.any():
-            depth = np.array([float(found.group()) for found in numbers if found])
-            if np.ptp(depth) > 0:
-                place = 2 * (depth - depth.min()) / np.ptp(depth) - 1
-                for degree in range(1, _DEGREES + 1):
-                    columns.append(np.zeros(len(self.names)))
-                    columns[-1][placed] = np.polynomial.Legendre.basis(degree)(place)
-        return np.stack(columns, 1) if columns else np.zeros((len(self.names), 0))
-
-    @cached_property
-    def least(self) -> float:
-        """The least loss of a choice that is not 0: what a sum that is less is taken for."""
-        positive = self.loss[np.isfinite(self.loss) & (self.loss > 0)]
-        return float(positive.min()) if positive.size else 1.0
-
-    def pick(self, table: Floats, choices: Indices) -> Floats:
-        """Entries of a table (n, choices) under assignments (…, n): (…, n)."""
-        picked: Floats = table[np.arange(len(table)), choices]
-        return picked
-
-
-@dataclass(frozen=True, eq=False)
-class Slopes:
-    """What one backward pass found at the assignment `choices` (n,): `loss` there and `table` P (n, choices)."""
-
-    choices: Indices
-    loss: float
-    table: Floats
-
-
-@dataclass(frozen=True, eq=False)
-class Context:
-    """The loss of assignments near some place: Σ `cost`[l, x_l] + ½ `weight` (Σ `direction`[l, x_l])²."""
-
-    cost: Floats
-    direction: Floats
-    weight: float
 
 
 class QualityModel:
@@ -137,6 +62,7 @@ class QualityModel:
         self.noise = 0.1
         self._fit()
         self._process = _Process(self, self._choices, self._log)
+        self._interactions = Interactions(layers, self.slopes) if self.slopes else None
 
     # -- the parametric part ----------------------------------------------------------------------
 
@@ -253,73 +179,28 @@ class QualityModel:
             np.isfinite(self.layers.loss), self.layers.loss * self._factors(self._mode + heat * draw), np.inf
         )
 
-    def context(self, near: Indices, cost: Floats | None = None) -> Context:
-        """The loss of assignments near `near` (n,); `cost` are additive losses, by default the fitted ones."""
+    def own(self, near: Indices, cost: Floats | None = None) -> Floats:
+        """Additive losses (n, choices) of assignments about as good as `near` (n,).
+
+        `cost` are those of a draw (`sample`); by default the fitted ones, which slopes know better near them.
+        """
         cost = self.cost if cost is None else cost
-        nothing = Context(cost, np.zeros_like(cost), 0.0)
-        if not self.slopes:
-            return nothing
-        place = np.log(max(float(self.layers.pick(self.layers.loss, near).sum()), 1e-300))
-        there = [np.log(max(float(self.layers.pick(self.layers.loss, s.choices).sum()), 1e-300)) for s in self.slopes]
-        weights = np.exp(-0.5 * ((np.array(there) - place) / _NEARBY) ** 2)
-        if weights.max() < 0.1:
-            return nothing
-        wide = np.exp(-0.5 * ((np.array(there) - place) / _FAR) ** 2)
-        shared = self.layers.loss * self._answers(weights, wide)[:, None] * (cost / self._usable)
-        weights /= weights.sum()
-        direction, along = np.zeros_like(shared), 0.0
-        rows = np.arange(len(near))
-        for w, slopes, t in zip(weights, self.slopes, there, strict=True):
-            # A direction is in units of the root of the loss: slopes of other places are scaled to this one.
-            residual = slopes.table * np.exp((place - t) / 2)
-            residual[rows, slopes.choices] -= 2 * self.layers.pick(shared, slopes.choices)
-            direction += w * residual
-            along += w * float(self.layers.pick(residual, slopes.choices).sum())
-        if along <= 1e-3 * float(self.layers.pick(shared, near).sum()):
-            return Context(shared, np.zeros_like(shared), 0.0)
-        return Context(shared, np.where(np.isfinite(shared), direction, 0.0), _COHERENT / along)
+        if self._interactions is None:
+            return cost
+        return self._interactions.own(self._interactions.place(near)) * (cost / self._usable)
+
+    def context(self, near: Indices, cost: Floats | None = None) -> Context:
+        """The loss of assignments about as good as `near` (n,); `cost` as in `own`."""
+        own = self.own(near, cost)
+        if self._interactions is None:
+            return Context(own, np.zeros_like(own), 0.0)
+        return self._interactions.around(self._interactions.anchor(near), own)
 
     @cached_property
     def _usable(self) -> Floats:
         """The fitted additive losses, 1 where there are none: what a draw is divided by."""
         divisor: Floats = np.where((self.cost > 0) & np.isfinite(self.cost), self.cost, 1.0)
         return divisor
-
-    def _answers(self, near: Floats, wide: Floats) -> Floats:
-        """How much more than predicted every parameter answers for (n,), half of it.
-
-        Bayesian linear regression of ½ P / s around 1: what kinds and depths have in common from slopes at all
-        sizes (weights `wide`), what a parameter has for itself from those `near`.
-        """
-        basis = self.layers.basis
-        design = np.concatenate([np.ones((len(basis), 1)), basis], 1)
-        spread = np.concatenate([[0.05], np.full(basis.shape[1], _KIND_SD)])
-        mean, trust, _ = self._ratios(wide)
-        noise, common = 1.0, np.ones(len(basis))
-        for _ in range(8):
-            # A parameter's own part is noise to what is common.
-            use = trust / (noise + trust * _LAYER_SD**2)
-            left = (design.T * use) @ design + np.diag(spread**-2.0)
-            common = 1 + design @ np.linalg.solve(left, design.T @ (use * (mean - 1)))
-            noise = max(float(((mean - common) ** 2 * trust).mean()), 1e-9)
-        mean, trust, scale = self._ratios(near)
-        kept = trust / noise * _LAYER_SD**2
-        factor = common + (mean - common) * kept / (1 + kept)
-        answered: Floats = np.clip(1 + _COHERENT * (scale * np.clip(factor, 0.2, None) - 1), 0.2, None)
-        return answered
-
-    def _ratios(self, weights: Floats) -> tuple[Floats, Floats, float]:
-        """½ P / s over its mean (n,), in the mean over slopes; the trust in it (n,); and that mean."""
-        total, trust, log_scale = np.zeros(len(self.layers.names)), np.zeros(len(self.layers.names)), 0.0
-        for weight, slopes in zip(weights, self.slopes, strict=True):
-            parts = self.layers.pick(self.layers.loss, slopes.choices)
-            own = parts / slopes.loss * weight
-            ratio = 0.5 * self.layers.pick(slopes.table, slopes.choices) / np.where(parts > 0, parts, 1.0)
-            scale = max(float((ratio * own).sum() / max(own.sum(), 1e-300)), 0.2)
-            total += own * ratio / scale
-            trust += own
-            log_scale += weight * np.log(scale)
-        return total / np.where(trust > 0, trust, 1.0), trust, float(np.exp(log_scale / weights.sum()))
 
 
 class _Process:

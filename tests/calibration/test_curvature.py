@@ -53,34 +53,64 @@ class Toy:
         return torch.cat(self.inputs), torch.cat([run for window in windows[::-1] for run in window])
 
 
-def by_position(x, g, delta):
-    """½ E[Σ_i g_i² (ΔW x)_i²]: the Fisher matrix without what positions and outputs share."""
-    return 0.5 * float((g * (x @ delta.t())).square().sum()) / WINDOWS.numel()
+def by_sequence(x, g, delta):
+    """½ E[⟨G, ΔW⟩²] / T: the Fisher matrix, of uses of 12 positions each."""
+    whole = (g * (x @ delta.t())).sum(1).view(-1, 12).sum(1)
+    return 0.5 * float(whole.square().sum()) / WINDOWS.numel()
 
 
 @pytest.mark.parametrize("columns", [5, 40])  # fewer and more than tokens
 @pytest.mark.parametrize(("task", "runs"), [("causal", 1), ("causal", 2), ("encoder", 1)])
-def test_a_layer_of_one_output_costs_what_its_positions_cost(columns, task, runs):
-    """With one output the saliency is g² itself. A layer that runs twice in a pass pays for both."""
+def test_a_layer_of_one_output_costs_what_the_fisher_matrix_says(columns, task, runs):
+    """With one output the Kronecker product is the whole matrix. A layer that runs twice in a pass pays for both."""
     toy = Toy(columns, 1, task, runs)
     found = gather(toy, WINDOWS, 0)["layer"]
     assert ("inputs" in found) == (columns == 40)
     delta = torch.randn(1, columns, generator=torch.Generator().manual_seed(1))
     weight = toy.layer.weight
-    assert proxy(found, weight, weight + delta, False) == pytest.approx(by_position(*toy.seen(), delta), rel=1e-4)
+    assert proxy(found, weight, weight + delta, False) == pytest.approx(by_sequence(*toy.seen(), delta), rel=1e-4)
+
+
+@pytest.mark.parametrize("outputs", [8, 30])  # fewer and more than a window's tokens
+def test_factors_are_those_of_the_gradients_of_the_weight(outputs):
+    """However they are stored: gradients have few rows or many."""
+    for columns in (5, 40):
+        toy = Toy(columns, outputs)
+        found = gather(toy, WINDOWS, 0)["layer"]
+        x, g = (each.view(2, 12, -1) for each in toy.seen())
+        whole = g.transpose(1, 2) @ x
+        assert torch.allclose(found["output_square"], whole.square().sum((0, 2)) / 24, rtol=1e-4)
+        square = found["input_square"] if columns == 5 else found["inputs"].t() @ found["inputs"] / len(found["inputs"])
+        expected = (whole.transpose(1, 2) @ whole).sum(0) / whole.square().sum()
+        assert torch.allclose(square, expected, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_an_error_that_is_alike_at_all_positions_adds_up():
+    """Inputs that are the same everywhere: what positions cost one by one is a small part of it."""
+    toy = Toy(5, 8)
+    toy.x = toy.x[:1].expand(24, 5).contiguous()
+    toy.size = torch.ones(24, 1)
+    found = gather(toy, WINDOWS, 0)["layer"]
+    x, g = toy.seen()
+    alone = {"output_square": g.square().mean(0), "input_square": x.t() @ x / len(x)}
+    weight, deltas = toy.layer.weight, torch.randn(40, 8, 5, generator=torch.Generator().manual_seed(1))
+    exact = sum(by_sequence(x, g, delta) for delta in deltas)
+    told, by_position = (sum(proxy(s, weight, weight + delta, False) for delta in deltas) for s in (found, alone))
+    assert abs(math.log(told / exact)) < 0.3
+    assert abs(math.log(by_position / exact)) > 1.0
 
 
 def test_inputs_that_nothing_depends_on_count_little():
-    """The weighted inputs come far closer to the cost by position than K-FAC, which takes both as independent."""
+    """K-FAC takes inputs and gradients as independent, and is far off where they are not."""
     toy = Toy(5, 8)
     found = gather(toy, WINDOWS, 0)["layer"]
     x, g = toy.seen()
-    independent = {"grad_square": g.square().mean(0), "input_square": x.t() @ x / len(x)}
-    weight, delta = toy.layer.weight, torch.randn(8, 5, generator=torch.Generator().manual_seed(1))
-    exact = by_position(x, g, delta)
-    assert torch.allclose(found["grad_square"], independent["grad_square"])
-    assert abs(math.log(proxy(found, weight, weight + delta, False) / exact)) < 0.3
-    assert proxy(independent, weight, weight + delta, False) > 10 * exact
+    independent = {"output_square": g.square().mean(0), "input_square": x.t() @ x / len(x)}
+    weight, deltas = toy.layer.weight, torch.randn(40, 8, 5, generator=torch.Generator().manual_seed(1))
+    exact = sum(by_sequence(x, g, delta) for delta in deltas)
+    assert torch.allclose(found["grad_square"], independent["output_square"])
+    assert abs(math.log(sum(proxy(found, weight, weight + delta, False) for delta in deltas) / exact)) < 0.3
+    assert sum(proxy(independent, weight, weight + delta, False) for delta in deltas) > 10 * exact
 
 
 def test_what_is_not_weighted_and_how_steps_are():
@@ -114,9 +144,10 @@ def test_positions_are_looked_up_inside_their_table(tiny_model_dir, family, name
 
 
 def test_linear_layer_by_hand():
-    """½ Σ_i g_i² (ΔW H ΔWᵀ)_ii on a 2×2 layer."""
+    """½ Σ_i A_i (ΔW H ΔWᵀ)_ii on a 2×2 layer."""
     statistics = {
-        "grad_square": torch.tensor([1.0, 4.0]),
+        "output_square": torch.tensor([1.0, 4.0]),
+        "grad_square": torch.tensor([2.0, 3.0]),
         "input_square": torch.tensor([[2.0, 1.0], [1.0, 3.0]]),
         "step_square": torch.tensor([1.2]),
     }
@@ -125,35 +156,37 @@ def test_linear_layer_by_hand():
     # rows of ΔW: (1, 0) -> 2; (1, -1) -> 2 - 2 + 3 = 3
     assert proxy(statistics, weight, dequantized, False) == pytest.approx(0.5 * (1 * 2 + 4 * 3))
     # noise of the input: rows of W squared are 1 and 4, times 1.2 / 12
-    assert proxy(statistics, weight, dequantized, True) == pytest.approx(7.0 + 0.5 * 0.1 * (1 * 1 + 4 * 4))
+    assert proxy(statistics, weight, dequantized, True) == pytest.approx(7.0 + 0.5 * 0.1 * (2 * 1 + 3 * 4))
 
 
 def test_inputs_and_their_second_moment_say_the_same():
     torch.manual_seed(0)
     x, weight = torch.randn(7, 5), torch.randn(3, 5)
     dequantized = weight + 0.1 * torch.randn(3, 5)
-    grad_square = torch.rand(3)
-    a = proxy({"grad_square": grad_square, "inputs": x}, weight, dequantized, False)
-    b = proxy({"grad_square": grad_square, "input_square": x.t() @ x / 7}, weight, dequantized, False)
+    square = torch.rand(3)
+    a = proxy({"output_square": square, "inputs": x}, weight, dequantized, False)
+    b = proxy({"output_square": square, "input_square": x.t() @ x / 7}, weight, dequantized, False)
     assert a == pytest.approx(b, rel=1e-5)
 
 
-def test_an_embedding_row_counts_by_the_saliency_of_its_readings():
-    """With one column the cost is by position, too, for any change of the table."""
+def test_an_embedding_row_counts_by_what_its_readings_sum_to():
+    """With one column and each row's change alone, the cost is that of the summed gradients of its readings."""
     toy = Toy(1, 1)
     toy.layer = nn.Embedding(9, 1).requires_grad_(False)
     toy.layer.weight.copy_(torch.linspace(-1, 1, 9).unsqueeze(1))
     toy.x = torch.arange(24) % 7
     found = gather(toy, WINDOWS, 0)["layer"]
-    rows, g = toy.seen()
-    delta = torch.randn(9, 1, generator=torch.Generator().manual_seed(1))
-    exact = 0.5 * float((g * delta[rows]).square().sum()) / 24
-    assert proxy(found, toy.layer.weight, toy.layer.weight + delta, False) == pytest.approx(exact, rel=1e-4)
+    rows, g = (each.view(2, 12) for each in toy.seen())
+    for row in range(7):
+        delta = torch.zeros(9, 1)
+        delta[row] = 0.3
+        exact = 0.5 * float((0.3 * (g * (rows == row)).sum(1)).square().sum()) / 24
+        assert proxy(found, toy.layer.weight, toy.layer.weight + delta, False) == pytest.approx(exact, rel=1e-4)
     assert found["row_frequency"][7:].tolist() == [0, 0]
 
 
 def test_embedding_rows_count_as_often_as_they_are_read():
-    statistics = {"row_frequency": torch.tensor([0.5, 0.0]), "row_grad_square": torch.tensor([1.0, 2.0])}
+    statistics = {"row_frequency": torch.tensor([0.5, 0.0]), "row_output_square": torch.tensor([1.0, 2.0])}
     weight = torch.zeros(2, 2)
     assert proxy(statistics, weight, torch.tensor([[1.0, 1.0], [9.0, 9.0]]), False) == pytest.approx(0.5 * 0.5 * 3)
 

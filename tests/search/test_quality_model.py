@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from autoq.search.quality_model import Layers, QualityModel, Slopes
+from autoq.search.interactions import Slopes
+from autoq.search.layers import Layers
+from autoq.search.quality_model import QualityModel
 
 KINDS = ["attn.q", "attn.o", "mlp.up", "mlp.down"]
 BLOCKS, WIDTH = 8, 5

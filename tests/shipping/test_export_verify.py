@@ -41,7 +41,7 @@ def study(tiny_model_dir, tmp_path_factory):
                 "space": {"schemes": SCHEMES, "kinds": ["linear", "head"], "overrides": [
                     {"match": "lm_head", "schemes": ["rtn-int8-channel-sym", "keep"]}]},
                 "objectives": ["kl_nats_per_token", "size_bytes", "latency_decode_ms", "latency_prefill_ms"],
-                "budget": {"trials": 12, "report_points": 3},
+                "budget": {"trials": 12},
                 "workers": {"cpus": 1},
             }
         )  # fmt: skip
@@ -54,8 +54,9 @@ def study(tiny_model_dir, tmp_path_factory):
 @pytest.fixture(scope="module")
 def trial(study):
     store, record, _ = study
+    # The smallest: which others are on the frontier depends on how fast this machine was.
     frontier = store.frontier(record.id, with_assignments=True)
-    return max(frontier, key=lambda t: len(set(t.assignment.values())))
+    return min(frontier, key=lambda t: t.best_measurements()["size_bytes"].value)
 
 
 @pytest.fixture(scope="module")
@@ -229,9 +230,7 @@ def test_out_must_be_new_and_its_parent_there(study, trial, tmp_path):
 
 def test_a_target_that_cannot_run_the_assignment_names_layers_and_rules(study, trial, tmp_path):
     store, record, _ = study
-    with pytest.raises(
-        SchemeRefused, match=rf"llama-cpp cannot run trial {trial.number}: model\.layers\.\S+ as rtn-int"
-    ):
+    with pytest.raises(SchemeRefused, match=rf"llama-cpp cannot run trial {trial.number}: \S+ as rtn-int"):
         export(store, record, trial, tmp_path / "out", "llama-cpp")
     with pytest.raises(BadInput, match=r"generic exports nothing; choose --target from .*torch-cpu"):
         export(store, record, trial, tmp_path / "out", "generic")

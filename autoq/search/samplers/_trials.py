@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from autoq.search.interactions import Slopes
+from autoq.search.layers import Layers
 from autoq.search.prior import Prior
-from autoq.search.quality_model import Layers, QualityModel, Slopes
+from autoq.search.quality_model import QualityModel
 from autoq.search.samplers import SLOPES
 from autoq.search.samplers._known import Floats, Indices, Known
 

@@ -49,9 +49,11 @@ _HANDFUL = 12  # layers of which the best is switched
 def solution(model: QualityModel, table: Table, counts: Indices, budget: float) -> Indices:
     """The assignment (n,) of least expected loss within a budget of the table, nearly exactly."""
     near = coherent.knapsack(model.cost, table.parts, counts, budget)
+    if model.slopes:
+        near = coherent.knapsack(model.own(near), table.parts, counts, budget)
     context = model.context(near)
     if context.weight <= 0.0:
-        return coherent.knapsack(context.cost, table.parts, counts, budget)
+        return near
     return coherent.solve(context.cost, context.direction, context.weight, table.parts, counts, budget)
 
 
@@ -221,12 +223,14 @@ class _Proposal:
     def _solution(self, table: Table, budget: float, drawn: bool) -> Indices:
         cost = self.model.sample(self.rng, _HEAT) if drawn else self.model.cost
         found = coherent.quick(cost, table.parts, self.counts, budget)
+        if self.model.slopes:
+            found = coherent.quick(self.model.own(found, cost), table.parts, self.counts, budget)
         context = self.model.context(found, cost)
-        if context.weight > 0.0 or context.cost is not cost:
+        if context.weight > 0.0:
             of = (context.cost, context.direction, context.weight)
             found = coherent.solve(*of, table.parts, self.counts, budget, coherent.quick)
         if self.known.limits and self.known.excess(found) > 0.0:
-            found = self.known.mend(found, context.cost, table, math.inf)
+            found = self.known.mend(found, self.model.own(found, cost), table, math.inf)
         return found
 
     def _moves(self, target: float | None) -> Indices:

@@ -1,0 +1,174 @@
+"""What layers do to each other: the loss around an assignment, from backward passes at quantized models.
+
+One backward pass at an assignment a gives for every layer and choice P[l, c] = ⟨∂loss/∂W_l, W_l,c − W_l⟩. If
+the loss is ½ |Σ_l u_l|², quadratic in the perturbations u of outputs, then P[l, c] = ⟨u_l,c , U⟩ with U = Σ_m u_m,a.
+Two things follow from it.
+
+*Own losses.* ½ P[l, a_l] sums to the loss. Where losses just added up it would be the predicted s[l, a_l]; where
+much is perturbed already, layers of some kinds and depths lose more. Their factors are a Bayesian linear
+regression of ½ P / s (MacKay 1992), a little stronger the closer a place is in predicted loss: t = s · factor.
+
+*What others do.* r[l, c] = P[l, c] − 2 t[l, c] (the second term at c = a_l only) is what the choice meets of the
+other layers' perturbations: as cosines, E = r / (2 √(t[l, c] T)) with T = Σ_l t[l, a_l]. They are as large as
+the own losses, of both signs, and as measured on few tokens half of them is noise. Two assignments have as much
+of them in common as they have choices in common, so E is a Gaussian process over assignments (Rasmussen &
+Williams 2006) of covariance κ(x, y) = Σ_l √(t_x t_y / (T_x T_y)) over layers with the same choice, and noise
+that is relatively larger where the loss is small. One ratio of noise to signal is chosen by evidence.
+
+With q what P at a is after that, perturbations are measured along U, and across it only predicted. So
+
+    loss(x) ≈ Σ_{l: x_l ≠ a_l} (t[l, x_l] + t[l, a_l]) + (Σ_l q[l, x_l])² / (2 Σ_l q[l, a_l])
+
+which has the loss and the gradient of a, costs whatever leaves it, and knows that choices which all undo U
+overshoot together: the BFGS update of the additive model (Nocedal & Wright 2006, section 6.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoq.search.layers import Layers
+
+Floats = NDArray[np.float64]
+Indices = NDArray[np.int64]
+
+_FACTOR_SD, _COMMON_SD = 0.2, 0.05  # of own factors: of a kind or a polynomial in depth; of all, beside their mean
+_NEARBY = 0.5  # distance in log predicted loss at which a slope's own factors count for e^-1/2
+_UNKNOWN = 0.02  # weight of what was predicted beside them
+_SAME_PLACE, _SAME_CHOICES = (
+    0.12,
+    0.5,
+)  # distance in log predicted loss, and covariance, up to which a slope is an anchor
+_NOISES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # of a slope, relative to the signal, at a loss of `_NOISE_LOSS`
+_USUAL_NOISE, _NOISE_PULL = 2.0, 0.08  # what it is taken for where slopes tell nothing, and how strongly
+_NOISE_LOSS, _NOISE_POWER = 0.3, 0.35
+
+
+@dataclass(frozen=True, eq=False)
+class Slopes:
+    """What one backward pass found at the assignment `choices` (n,): `loss` there and `table` P (n, choices)."""
+
+    choices: Indices
+    loss: float
+    table: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """The loss of assignments near some place: Σ `cost`[l, x_l] + ½ `weight` (Σ `direction`[l, x_l])²."""
+
+    cost: Floats
+    direction: Floats
+    weight: float
+
+
+class Interactions:
+    """Fitted to at least one slope. `layers` hold the predicted losses s."""
+
+    def __init__(self, layers: Layers, slopes: Sequence[Slopes]) -> None:
+        self.layers, self.slopes = layers, slopes
+        self._choices = np.stack([s.choices for s in slopes])
+        parts = layers.pick(layers.loss, self._choices)
+        self._shares = parts / parts.sum(1, keepdims=True)
+        self._places = np.log(parts.sum(1))
+        answered = np.stack([0.5 * layers.pick(s.table, s.choices) for s in slopes])
+        self._answered = answered / parts.sum(1, keepdims=True)
+        self._cosines, self._roots = [], []
+        for s, place in zip(slopes, self._places, strict=True):
+            own = self.own(place)
+            there, total = _picked(own, s.choices)
+            others = s.table.copy()
+            others[np.arange(len(others)), s.choices] -= 2 * there
+            self._cosines.append(_over(others, 2 * np.sqrt(np.where(np.isfinite(own), own, 0.0) * total)))
+            self._roots.append(np.sqrt(there / total))
+        losses = np.array([s.loss for s in slopes])
+        self._smoothing = self._fit((losses / _NOISE_LOSS) ** -_NOISE_POWER)
+
+    def place(self, choices: Indices) -> float:
+        """The log predicted loss of an assignment (n,)."""
+        return float(np.log(max(self.layers.pick(self.layers.loss, choices).sum(), 1e-300)))
+
+    def own(self, place: float) -> Floats:
+        """t (n, choices): what layers lose by themselves where others lose exp(`place`) as predicted."""
+        near = np.exp(-0.5 * ((self._places - place) / _NEARBY) ** 2)
+        near = np.append(near, _UNKNOWN) / (near.sum() + _UNKNOWN)
+        share = near[:-1] @ self._shares + near[-1] * self._shares.mean(0)
+        ratio = _over(near[:-1] @ self._answered + near[-1] * self._shares.mean(0), share)
+        mean = max(float(ratio @ share), 0.2)
+        trust = share * len(share)
+        basis = np.concatenate([np.ones((len(share), 1)), self.layers.basis], 1)
+        spread = np.concatenate([[_COMMON_SD], np.full(basis.shape[1] - 1, _FACTOR_SD)])
+        excess, noise = ratio / mean - 1, 1.0
+        factor = np.ones(len(share))
+        for _ in range(5):
+            left = (basis.T * (trust / noise)) @ basis + np.diag(spread**-2.0)
+            factor = 1 + basis @ np.linalg.solve(left, basis.T @ (trust / noise * excess))
+            noise = max(float(((ratio / mean - factor) ** 2 * trust).mean()), 1e-6)
+        own: Floats = self.layers.loss * (mean * np.clip(factor, 0.3, 3.0))[:, None]
+        return own
+
+    def _fit(self, noises: Floats) -> Floats:
+        """What weighs cosines when they are smoothed: (K + λ diag(noises))⁻¹ (slopes, slopes)."""
+        count = len(self._choices)
+        covariance = np.array([self._covariance(c, r) for c, r in zip(self._choices, self._roots, strict=True)])
+        flat = np.stack([cosines.ravel() for cosines in self._cosines])
+        gram, entries = flat @ flat.T, int(np.isfinite(self.layers.loss).sum())
+        best, inverse = -np.inf, np.eye(count)
+        for noise in _NOISES:
+            whole = covariance + np.diag(noise * noises)
+            found = np.linalg.inv(whole)
+            power = float((found * gram).sum()) / (entries * count)
+            evidence = -0.5 * (float(np.linalg.slogdet(whole)[1]) + count * np.log(max(power, 1e-300)))
+            # Of one slope alone nothing can be told of noise.
+            evidence -= 0.5 * (np.log(noise / _USUAL_NOISE) * _NOISE_PULL) ** 2
+            if evidence > best:
+                best, inverse = evidence, found
+        return inverse
+
+    def _covariance(self, choices: Indices, roots: Floats) -> Floats:
+        """κ of an assignment and all slopes (slopes,)."""
+        return np.where(self._choices == choices, np.stack(self._roots) * roots, 0.0).sum(1)  # type: ignore[no-any-return]
+
+    def smoothed(self, choices: Indices, own: Floats) -> Floats:
+        """q (n, choices) at an assignment, with own losses `own`."""
+        there, total = _picked(own, choices)
+        weights = self._covariance(choices, np.sqrt(there / max(total, 1e-300))) @ self._smoothing
+        cosines = sum(w * cosines for w, cosines in zip(weights, self._cosines, strict=True))
+        found: Floats = 2 * np.sqrt(np.where(np.isfinite(own), own, 0.0) * total) * cosines
+        found[np.arange(len(found)), choices] += 2 * there
+        return found
+
+    def anchor(self, near: Indices) -> Indices:
+        """Where to look from for assignments about as good as `near`: the latest slope there, or `near` itself."""
+        own = self.own(self.place(near))
+        there, total = _picked(own, near)
+        alike = self._covariance(near, np.sqrt(there / max(total, 1e-300))) >= _SAME_CHOICES
+        close = np.flatnonzero(alike & (np.abs(self._places - self.place(near)) <= _SAME_PLACE))
+        return self._choices[close[-1]] if len(close) else near
+
+    def around(self, choices: Indices, own: Floats) -> Context:
+        """The loss around an assignment (n,), with own losses `own`."""
+        direction = self.smoothed(choices, own)
+        rows = np.arange(len(choices))
+        there = self.layers.pick(own, choices)
+        cost = own + there[:, None]
+        cost[rows, choices] = 0.0
+        total = float(direction[rows, choices].sum())
+        if total <= 0.1 * float(there.sum()):  # slopes that say a perturbed model is better than the model itself
+            return Context(own, np.zeros_like(own), 0.0)
+        return Context(cost, direction, 1 / total)
+
+
+def _picked(own: Floats, choices: Indices) -> tuple[Floats, float]:
+    there = own[np.arange(len(own)), choices]
+    return there, float(there.sum())
+
+
+def _over(a: Floats, b: Floats) -> Floats:
+    """a / b, 0 where nothing is divided by: choices that lose nothing meet nothing."""
+    quotient: Floats = np.where(b > 0, a / np.where(b > 0, b, 1.0), 0.0)
+    return quotient
