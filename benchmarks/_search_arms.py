@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -29,10 +30,11 @@ class Trial:
 class Arm:
     """One row of the table.
 
-    `cost` is the most that it may spend, in passes, on all of it; `calibration` the tokens that its predicted
-    losses come from, 0 for none; a trial runs on `windows` of the search part. `seeded` arms begin with exact
-    solutions of the predicted losses, at the sizes and between them. The first `slopes` trials measure slopes
-    (None: as many as the sampler wants).
+    `cost` is the most that it may spend, in passes, on all of it; `calibration` the tokens that its predicted losses
+    come from, 0 for none, and `own` whether these are AutoQ's or the usual ones; a trial runs on `windows` of the
+    search part. `seeded` arms begin with exact solutions of the predicted losses, at the sizes and between them. The
+    first `slopes` trials measure slopes (None: as many as the sampler wants). A search that has taken `seconds` of
+    CPU time, which other work does not lengthen, begins no more trials.
     """
 
     name: str
@@ -40,10 +42,12 @@ class Arm:
     run: Callable[[Arm, Meter, Sequence[float]], list[Choices]]
     cost: float = math.inf
     calibration: int = 4096
+    own: bool = False
     windows: int = 1
     seeded: bool = True
     slopes: int | None = None
     options: Mapping[str, Value] = field(default_factory=dict)
+    seconds: float = math.inf
 
 
 def uniform(arm: Arm, meter: Meter, budgets: Sequence[float]) -> list[Choices]:
@@ -56,7 +60,7 @@ def uniform(arm: Arm, meter: Meter, budgets: Sequence[float]) -> list[Choices]:
 
 def predicted(arm: Arm, meter: Meter, budgets: Sequence[float]) -> list[Choices]:
     """Exact solutions of the predicted losses, nothing measured."""
-    return meter.yardstick.solve(meter.losses(arm.calibration), budgets)
+    return meter.yardstick.solve(meter.losses(arm.calibration, arm.own), budgets)
 
 
 def probed(arm: Arm, meter: Meter, budgets: Sequence[float]) -> list[Choices]:
@@ -80,14 +84,14 @@ def probed(arm: Arm, meter: Meter, budgets: Sequence[float]) -> list[Choices]:
 
 def measured(arm: Arm, meter: Meter, budgets: Sequence[float]) -> list[Choices]:
     """One study of (KL, size) for all sizes."""
-    losses = meter.losses(arm.calibration) if arm.calibration else None
+    losses = meter.losses(arm.calibration, arm.own) if arm.calibration else None
     trials = search(arm, meter, arm.cost, losses, first=_seeds(arm, meter, losses, budgets))
     return final(trials, budgets)
 
 
 def split(arm: Arm, meter: Meter, budgets: Sequence[float]) -> list[Choices]:
     """A study of KL alone for each size, bounded by it; they share the cost evenly."""
-    losses = meter.losses(arm.calibration) if arm.calibration else None
+    losses = meter.losses(arm.calibration, arm.own) if arm.calibration else None
     share = (arm.cost - meter.cost) / len(budgets)
     trials: list[Trial] = []
     for i, budget in enumerate(budgets):
@@ -98,20 +102,23 @@ def split(arm: Arm, meter: Meter, budgets: Sequence[float]) -> list[Choices]:
 
 
 def modelled(arm: Arm, meter: Meter, budgets: Sequence[float]) -> list[Choices]:
-    """One study that proposes at exactly the sizes, in rounds, each on windows that no round has seen; then what
-    its model says of them all. Every trial measures slopes."""
+    """One study that proposes at exactly the sizes in turns, from large to small; then what its model says of them.
+
+    Predictions are most reliable where much is kept, so whole rounds come last and the smallest get what is over.
+    Every trial measures slopes, on the windows after the last trial's.
+    """
     yard = meter.yardstick
-    losses = meter.losses(arm.calibration)
-    options = {"budgets": ",".join(f"{math.floor(budget)}" for budget in budgets), **arm.options}
-    prior = yard.prior(losses)
-    study = AskTell(yard.parameters, ["minimize"] * 2, arm.sampler, meter.seed, options, prior=prior)
-    number = 0
-    while meter.cost + 3 * arm.windows <= arm.cost:
+    losses = meter.losses(arm.calibration, arm.own)
+    count = int((arm.cost - meter.cost) // (3 * arm.windows))
+    turns = sorted(budgets, reverse=True)
+    turns = turns[-count % len(turns) :] + turns[: -count % len(turns)]
+    options = {"budgets": ",".join(f"{math.floor(budget)}" for budget in turns), **arm.options}
+    study = AskTell(yard.parameters, ["minimize"] * 2, arm.sampler, meter.seed, options, prior=yard.prior(losses))
+    for number in range(count):
         choices = tuple(study.ask(number) or ())
-        kl, table = meter.slopes(choices, arm.windows, arm.windows * (number // len(budgets)))
+        kl, table = meter.slopes(choices, arm.windows, arm.windows * number)
         study.learn(number, {SLOPES: {"loss": kl, "table": table}})
         study.tell(number, [kl, yard.total(choices)])
-        number += 1
     return [tuple(choices) for choices in study.solutions(budgets)]
 
 
@@ -163,7 +170,8 @@ def search(
         sloped = getattr(plugins.load("search.samplers", arm.sampler, Sampler), "slopes", 0)
     known: dict[Choices, Trial] = {}
     number = repeats = 0
-    while repeats < MAX_REPEATS:
+    deadline = time.process_time() + arm.seconds
+    while repeats < MAX_REPEATS and time.process_time() < deadline:
         wants_slopes = len(known) < sloped
         if meter.cost + arm.windows * (3 if wants_slopes else 1) > until:
             break

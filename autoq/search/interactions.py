@@ -44,7 +44,8 @@ _SAME_PLACE, _SAME_CHOICES = (
     0.5,
 )  # distance in log predicted loss, and covariance, up to which a slope is an anchor
 _NOISES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # of a slope, relative to the signal, at a loss of `_NOISE_LOSS`
-_USUAL_NOISE, _NOISE_PULL = 2.0, 0.08  # what it is taken for where slopes tell nothing, and how strongly
+_USUAL_NOISE, _NOISE_PULL = 2.0, 0.08  # what it is taken for where slopes tell nothing, and how strongly per entry
+_KIND_SD = 1.0  # of the log of a kind's noise around that of all
 _NOISE_LOSS, _NOISE_POWER = 0.3, 0.35
 
 
@@ -77,14 +78,15 @@ class Interactions:
         self._places = np.log(parts.sum(1))
         answered = np.stack([0.5 * layers.pick(s.table, s.choices) for s in slopes])
         self._answered = answered / parts.sum(1, keepdims=True)
-        self._cosines, self._roots = [], []
+        cosines, self._roots = [], []
         for s, place in zip(slopes, self._places, strict=True):
             own = self.own(place)
             there, total = _picked(own, s.choices)
             others = s.table.copy()
             others[np.arange(len(others)), s.choices] -= 2 * there
-            self._cosines.append(_over(others, 2 * np.sqrt(np.where(np.isfinite(own), own, 0.0) * total)))
+            cosines.append(_over(others, 2 * np.sqrt(np.where(np.isfinite(own), own, 0.0) * total)))
             self._roots.append(np.sqrt(there / total))
+        self._cosines = np.stack(cosines)  # (slopes, n, choices)
         losses = np.array([s.loss for s in slopes])
         self._smoothing = self._fit((losses / _NOISE_LOSS) ** -_NOISE_POWER)
 
@@ -112,22 +114,33 @@ class Interactions:
         return own
 
     def _fit(self, noises: Floats) -> Floats:
-        """What weighs cosines when they are smoothed: (K + λ diag(noises))⁻¹ (slopes, slopes)."""
-        count = len(self._choices)
+        """What weighs cosines when they are smoothed: (K + λ diag(noises))⁻¹ for each kind (kinds, slopes, slopes)."""
         covariance = np.array([self._covariance(c, r) for c, r in zip(self._choices, self._roots, strict=True)])
-        flat = np.stack([cosines.ravel() for cosines in self._cosines])
-        gram, entries = flat @ flat.T, int(np.isfinite(self.layers.loss).sum())
-        best, inverse = -np.inf, np.eye(count)
-        for noise in _NOISES:
-            whole = covariance + np.diag(noise * noises)
-            found = np.linalg.inv(whole)
-            power = float((found * gram).sum()) / (entries * count)
-            evidence = -0.5 * (float(np.linalg.slogdet(whole)[1]) + count * np.log(max(power, 1e-300)))
-            # Of one slope alone nothing can be told of noise.
-            evidence -= 0.5 * (np.log(noise / _USUAL_NOISE) * _NOISE_PULL) ** 2
-            if evidence > best:
-                best, inverse = evidence, found
-        return inverse
+        inverses = [np.linalg.inv(covariance + np.diag(noise * noises)) for noise in _NOISES]
+        logs = np.log(_NOISES)
+        # Of one slope alone nothing can be told of noise.
+        everywhere = np.ones(len(self.layers.names), dtype=np.bool_)
+        evidence = self._evidence(everywhere, inverses)
+        evidence -= 0.5 * self._entries(everywhere) * ((logs - np.log(_USUAL_NOISE)) * _NOISE_PULL) ** 2
+        usual = logs[int(evidence.argmax())]
+        found = []
+        for kind in range(int(self.layers.kinds.max()) + 1):
+            evidence = self._evidence(self.layers.kinds == kind, inverses)
+            evidence -= 0.5 * ((logs - usual) / _KIND_SD) ** 2
+            found.append(inverses[int(evidence.argmax())])
+        return np.stack(found)
+
+    def _entries(self, some: NDArray[np.bool_]) -> int:
+        return int(np.isfinite(self.layers.loss[some]).sum())
+
+    def _evidence(self, some: NDArray[np.bool_], inverses: Sequence[Floats]) -> Floats:
+        """Of some layers' cosines under each (K + noise)⁻¹, whatever the signal's variance is."""
+        flat = self._cosines[:, some].reshape(len(self._cosines), -1)
+        gram, entries = flat @ flat.T, self._entries(some)
+        powers = np.array([(inverse * gram).sum() for inverse in inverses]) / (entries * len(gram))
+        dets = np.array([-np.linalg.slogdet(inverse)[1] for inverse in inverses])
+        found: Floats = -0.5 * entries * (dets + len(gram) * np.log(np.maximum(powers, 1e-300)))
+        return found
 
     def _covariance(self, choices: Indices, roots: Floats) -> Floats:
         """κ of an assignment and all slopes (slopes,)."""
@@ -136,8 +149,8 @@ class Interactions:
     def smoothed(self, choices: Indices, own: Floats) -> Floats:
         """q (n, choices) at an assignment, with own losses `own`."""
         there, total = _picked(own, choices)
-        weights = self._covariance(choices, np.sqrt(there / max(total, 1e-300))) @ self._smoothing
-        cosines = sum(w * cosines for w, cosines in zip(weights, self._cosines, strict=True))
+        weights = self._covariance(choices, np.sqrt(there / max(total, 1e-300))) @ self._smoothing  # (kinds, slopes)
+        cosines = np.einsum("ns,snc->nc", weights[self.layers.kinds], self._cosines)
         found: Floats = 2 * np.sqrt(np.where(np.isfinite(own), own, 0.0) * total) * cosines
         found[np.arange(len(found)), choices] += 2 * there
         return found

@@ -34,6 +34,12 @@ class Layers:
         return counts
 
     @cached_property
+    def kinds(self) -> Indices:
+        """Which parameters are of one kind (n,), by their names without numbers: 0, 1, …"""
+        _, kinds = np.unique([re.sub(r"\d+", "*", name) for name in self.names], return_inverse=True)
+        return kinds.astype(np.int64)
+
+    @cached_property
     def basis(self) -> Floats:
         """What a parameter's factor depends on beside itself (n, features): its kind and its depth."""
         kinds = [re.sub(r"\d+", "*", name) for name in self.names]

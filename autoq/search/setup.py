@@ -106,7 +106,7 @@ def pose(spec: StudySpec) -> Problem:
     sampler = plugins.load("search.samplers", spec.sampler.name, Sampler)
     rule = sampler.refuses([len(v.choices) for v in space.variables], len(spec.objectives), spec.sampler.options)
     if rule is not None:
-        raise SpecError(f"sampler: {spec.sampler.name} cannot search this space: {rule}")
+        raise SpecError(f"sampler: {spec.sampler.name}: {rule}")
     problem = Problem(spec, info, target, space, objectives)
     _refuse_out_of_reach(problem)
     return problem
@@ -161,16 +161,18 @@ def make_plan(
     wanted = problem.spec.sampler.seeds
     if wanted is None:
         wanted = max(0, problem.spec.budget.trials - len(plan)) // 2
-        wanted = min(wanted, sampler.slopes) if sampler.slopes else wanted
+        # The other half of its slopes is better measured where the first half leads.
+        wanted = min(wanted, sampler.slopes // 2) if sampler.slopes else wanted
     sensitivities = None
     if problem.qualities and (wanted or sampler.uses_losses):
         sensitivities = _sensitivities(problem, store, study_id, executor, observer)
     if wanted and sensitivities is not None:
         bound = problem.spec.constraints.get("size_bytes")
+        ends = (bound.max, bound.min) if bound is not None else (None, None)
         fixed = sum(v.nbytes(v.choices[0]) for v in problem.space.variables)
         others = _size(problem, [0] * len(problem.space.variables)) - fixed
-        limit = bound.max - others if bound is not None and bound.max is not None else None
-        found = seeds.proposals(problem.space, sensitivities, costs, problem.latencies, wanted, limit)
+        most, least = (None if end is None else end - others for end in ends)
+        found = seeds.proposals(problem.space, sensitivities, costs, problem.latencies, wanted, most, least)
         plan += [Proposal(problem.space.assignment(indices)) for indices in found]
     first: dict[str, Proposal] = {}
     for proposal in plan:

@@ -69,63 +69,6 @@ def test_kinds_and_depths_are_learned_from_slopes_alone():
     assert learned(no_trials(known, slopes), factor) > 0.95
 
 
-class Coherent:
-    """Loss ½ |Σ_l u_l|²: perturbations share a direction, so that pairs of layers count."""
-
-    def __init__(self, known, seed):
-        rng = np.random.default_rng(seed)
-        common = rng.normal(size=40) / np.sqrt(40)
-        mixed = rng.normal(size=(N, 40)) / np.sqrt(40) + 0.5 * common * rng.uniform(0, 2, (N, 1))
-        self.u = np.sqrt(2 * known.loss)[:, :, None] * mixed[:, None, :]
-
-    def of(self, choices):
-        return np.array([0.5 * (self.u[np.arange(N), x].sum(0) ** 2).sum() for x in choices])
-
-    def slopes(self, choices):
-        at = self.u[np.arange(N), choices].sum(0)
-        return Slopes(choices, float(0.5 * at @ at), self.u @ at)
-
-
-def test_slopes_tell_how_layers_interact():
-    """Near one assignment, the change of the loss is predicted far better with its slopes than without."""
-    known, rng = layers(), np.random.default_rng(4)
-    gains = []
-    for seed in range(5):
-        truth = Coherent(known, seed)
-        start = np.full(N, 2)
-        near = np.where(rng.random((200, N)) < 0.15, rng.integers(1, 4, (200, N)), start)
-        change = truth.of(near) - truth.of([start])
-
-        def error(model, near=near, start=start, change=change):
-            context = model.context(start)
-
-            def loss(x):
-                turned = known.pick(context.direction, x).sum(-1)
-                return known.pick(context.cost, x).sum(-1) + 0.5 * context.weight * turned**2
-
-            told = loss(near) - loss(start)
-            return 1 - np.corrcoef(told, change)[0, 1]
-
-        gains.append(error(no_trials(known, [truth.slopes(start)])) / error(no_trials(known)))
-    assert np.median(gains) < 0.6
-
-
-def test_the_gradient_of_a_context_leans_towards_the_measured_one():
-    """Half of what exceeds the prediction is ascribed to the direction, so it goes part of the way, never past it."""
-    known = layers()
-    truth, start = Coherent(known, 1), np.full(N, 2)
-    slopes = truth.slopes(start)
-    context = no_trials(known, [slopes]).context(start)
-    total = known.pick(context.direction, start).sum()
-    rows = np.arange(N)
-    assert context.weight > 0
-    assert context.weight * total == pytest.approx(0.5)
-    # In the direction alone: e is the measured gradient less what the additive part has of it.
-    extra = slopes.table.copy()
-    extra[rows, start] -= 2 * context.cost[rows, start]
-    assert context.direction == pytest.approx(extra)
-
-
 @pytest.mark.parametrize("broken", [np.inf, 1e6, 1e-9])
 def test_a_broken_trial_does_not_bend_it(broken):
     known, rng = layers(), np.random.default_rng(5)
@@ -161,9 +104,9 @@ def test_what_loses_nothing_is_no_infinite_evidence():
     assert model.predict(fresh)[0] == pytest.approx(alone.predict(fresh)[0], abs=0.25)
 
 
-def test_it_is_surer_with_every_trial_and_repeats_what_it_was_told():
+def test_it_is_surer_with_every_trial_and_repeats_what_it_was_told(Coherent):
     known, rng = layers(), np.random.default_rng(7)
-    truth = Coherent(known, 7)
+    truth = Coherent(known.loss, 7)
     choices, fresh = drawn(rng, 120), drawn(rng, 100)
     losses = truth.of(choices)
     spreads = []

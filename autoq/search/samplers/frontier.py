@@ -324,7 +324,7 @@ class Frontier(Sampler):
     """The default. Its first trials also measure slopes, one backward pass each."""
 
     uses_losses: ClassVar[bool] = True
-    slopes: ClassVar[int] = 12
+    slopes: ClassVar[int] = 16
     options: ClassVar[Mapping[str, Option]] = {
         "budgets": Option(str, "totals of the first table to keep to, separated by commas; default: all its range"),
     }
