@@ -32,12 +32,15 @@ def chunks(
 
 
 def mean_loss(
-    model: LoadedModel, objective: TokenObjective, reference: Reference, ids: Tensor, outputs: Tensor
+    model: LoadedModel, objective: TokenObjective, reference: Reference, first: int, ids: Tensor, outputs: Tensor
 ) -> Tensor:
-    """The mean of an objective over `ids` (windows, tokens), as a scalar through which gradients flow."""
+    """The mean of an objective over `ids` (windows, tokens), as a scalar through which gradients flow.
+
+    They are the windows of the reference from number `first` on.
+    """
     total = outputs.new_zeros((), dtype=torch.float32)
     for index, output in enumerate(outputs):
-        for _, chunk in chunks(model, ids[index], output, reference, index):
+        for _, chunk in chunks(model, ids[index], output, reference, first + index):
             # The reference was made in inference mode, where autograd may not look.
             mass, entropy = (None if t is None else t.clone() for t in (chunk.reference_mass, chunk.reference_entropy))
             usable = replace(chunk, reference=chunk.reference.clone(), reference_mass=mass, reference_entropy=entropy)

@@ -162,14 +162,17 @@ class Evaluator:
         ]
 
     def measure_with_slopes(
-        self, assignment: Assignment, part: Part, choices: Mapping[str, Sequence[str]]
+        self, assignment: Assignment, part: Part, choices: Mapping[str, Sequence[str]], turn: int = 0
     ) -> tuple[list[Measurement], dict[str, Any]]:
         """`measure`, and what one backward pass tells of every choice (see `autoq.calibration.slopes`).
 
-        The second, over at most `SLOPE_TOKENS`, is `{"loss": …, "table": layer -> slope of each of its choices}`.
+        The second is `{"loss": …, "table": layer -> slope of each of its choices}`, over at most `SLOPE_TOKENS`:
+        those of its `turn`, as what several trials say of other tokens is worth more than of the same.
         """
         measurements, data = self.measure(assignment, part), self._part(part)
-        ids = data[: max(1, SLOPE_TOKENS // data.shape[1])]
+        count = min(max(1, SLOPE_TOKENS // data.shape[1]), len(data))
+        first = turn % (len(data) // count) * count
+        ids = data[first : first + count]
         reference = self._reference_for(part, data)
 
         def weights(layer: Layer) -> list[Tensor]:
@@ -177,7 +180,7 @@ class Evaluator:
 
         self.model.swap(self._swappable(assignment)[0])
         try:
-            loss = functools.partial(mean_loss, self.model, self._distance(), reference, ids)
+            loss = functools.partial(mean_loss, self.model, self._distance(), reference, first, ids)
             value, table = slopes.gather(self.model, ids, loss, [self.info.layer(name) for name in choices], weights)
         finally:
             self.model.restore()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,22 +41,39 @@ def default_db() -> str:
 def read_limits(limits: Limits, known: Sequence[str]) -> dict[str, float]:
     """Limits per objective as numbers; `120MB` is read where the objective is in bytes.
 
-    Raises `UnknownName` with the measured objectives, and `BadInput` for what is no number.
+    Raises `UnknownName` with the measured objectives, and `BadInput` for what is no finite number.
     """
     from autoq.spec import parse_bound
 
+    if not isinstance(limits, Mapping):
+        raise BadInput(f"limits must map objectives to values, as {{'size_bytes': '90MB'}} does (got {limits!r})")
     numbers: dict[str, float] = {}
     for name, value in limits.items():
         if name not in known:
             raise UnknownName("measured objective", name, known)
         try:
+            if isinstance(value, bool):
+                raise TypeError
             numbers[name] = float(parse_bound(name, value))  # type: ignore[arg-type]
         except (ValueError, TypeError) as problem:
-            what = problem if name.endswith("_bytes") else "must be a number"
-            raise BadInput(f"the limit on {name} {what} (got {value!r})") from None
-        if numbers[name] != numbers[name]:
+            sized = isinstance(problem, ValueError) and name.endswith("_bytes")
+            raise BadInput(f"the limit on {name} {problem if sized else 'must be a number'} (got {value!r})") from None
+        if math.isnan(numbers[name]):
             raise BadInput(f"the limit on {name} must be a number (got {value!r})")
+        if math.isinf(numbers[name]):
+            raise BadInput(f"the limit on {name} must be finite (got {value!r}); leave it out for none")
     return numbers
+
+
+def read_both(maximum: Limits, minimum: Limits, known: Sequence[str]) -> tuple[dict[str, float], dict[str, float]]:
+    """Upper and lower limits. Raises as `read_limits` does, and `BadInput` where a minimum is above its maximum."""
+    upper, lower = read_limits(maximum, known), read_limits(minimum, known)
+    for name in upper.keys() & lower.keys():
+        if lower[name] > upper[name]:
+            raise BadInput(
+                f"the limits on {name} exclude each other: at least {lower[name]:.10g}, at most {upper[name]:.10g}"
+            )
+    return upper, lower
 
 
 def bounds(study: StudyRecord, maximum: Limits, minimum: Limits) -> dict[str, Bound]:
@@ -63,13 +81,7 @@ def bounds(study: StudyRecord, maximum: Limits, minimum: Limits) -> dict[str, Bo
     a minimum is above its maximum."""
     from autoq.spec import Bound
 
-    known = [objective.name for objective in study.objectives]
-    upper, lower = read_limits(maximum, known), read_limits(minimum, known)
-    for name in upper.keys() & lower.keys():
-        if lower[name] > upper[name]:
-            raise BadInput(
-                f"the limits on {name} exclude each other: at least {lower[name]:g}, at most {upper[name]:g}"
-            )
+    upper, lower = read_both(maximum, minimum, [objective.name for objective in study.objectives])
     return {name: Bound(max=upper.get(name), min=lower.get(name)) for name in [*upper, *(lower.keys() - upper)]}
 
 
@@ -107,13 +119,13 @@ def pick(
     Trials are ranked by the search part: each of them has it, and what is reported of the one that is
     picked stays untouched by the picking. Limits are held against reported values where there are any.
     Equal ones are decided by the study's other objectives in their order, then by number. Raises
-    `UnknownName` for objectives that were not measured, and `AutoQError` naming the closest trial where
-    none fits.
+    `UnknownName` for objectives that were not measured, `BadInput` for limits that exclude each other, and
+    `AutoQError` naming the closest trial where none fits.
     """
     if not frontier:
         raise AutoQError(f"study {study.name!r} has no frontier yet: no feasible trial is complete")
     units = measured_objectives(frontier, study.objectives)
-    upper, lower = read_limits(maximum, tuple(units)), read_limits(minimum, tuple(units))
+    upper, lower = read_both(maximum, minimum, tuple(units))
     directions = {objective.name: objective.direction for objective in study.objectives}
     if best is not None and best not in directions:
         raise UnknownName("objective of this study", best, directions)
@@ -141,9 +153,16 @@ def _nothing_fits(
     closest = min(frontier, key=lambda trial: (sum(excess(trial, upper, lower).values()), trial.number))
     broken = excess(closest, upper, lower)
     values = closest.best_measurements()
-    wanted = [f"{name} at most {quantity(limit, units[name])}" for name, limit in upper.items()]
-    wanted += [f"{name} at least {quantity(limit, units[name])}" for name, limit in lower.items()]
-    has = [f"{name} {quantity(values[name].value, units[name])}" for name in broken if name in values]
+    # A miss by less than the digits shown would read as a hit.
+    shown = {(n, quantity(limit, units[n])) for limits in (upper, lower) for n, limit in limits.items()}
+    near = {name for name in broken if name in values and (name, quantity(values[name].value, units[name])) in shown}
+
+    def text(name: str, value: float) -> str:
+        return f"{value:.10g} {units[name]}" if name in near else quantity(value, units[name])
+
+    wanted = [f"{name} at most {text(name, limit)}" for name, limit in upper.items()]
+    wanted += [f"{name} at least {text(name, limit)}" for name, limit in lower.items()]
+    has = [f"{name} {text(name, values[name].value)}" for name in broken if name in values]
     return (
         f"no point on the frontier of {study.name!r} has {' and '.join(wanted)}; "
         f"the closest is trial {closest.number} with {' and '.join(has) or 'no such measurement'}"

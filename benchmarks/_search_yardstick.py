@@ -104,7 +104,7 @@ class Yardstick:
 
         def loss(outputs: Tensor) -> Tensor:
             each = zip(references, ids.split(1), outputs.split(1), strict=True)
-            return sum(mean_loss(self.model, self._kl, *one) for one in each) / len(windows)  # type: ignore[return-value]
+            return sum(mean_loss(self.model, self._kl, reference, 0, *one) for reference, *one in each) / len(windows)  # type: ignore[return-value]
 
         def weights(layer: Layer) -> list[Tensor]:
             schemes = self.space.choices[layer.name]

@@ -40,6 +40,7 @@ from autoq.spec import StudySpec, build_spec
 BITS = (3.0, 3.5, 4.0, 4.5, 5.0, 6.0)  # per weight, at which quality is read off
 SCHEMES = [f"rtn-int{bits}-g64" for bits in (2, 3, 4, 5, 6, 8)]
 FEW, MANY = 96, 480
+PROBES = (0, 2)  # index of the choice that probe_ilp probes: 2 and 4 bits
 LEARNERS = ("evolution", "predictor", "actor_critic")
 # What one window and a layer of each kind are enough for: does it run at all?
 QUICK_TOKENS, QUICK_EXCLUDED = 256, ("*.q_proj", "*.k_proj", "*.v_proj", "*.up_proj", "*.gate_proj")
@@ -71,7 +72,10 @@ def all_arms(options: argparse.Namespace) -> list[Arm]:
     found = [
         Arm("uniform", "uniform", arms.uniform, calibration=0),
         Arm("gradient_ilp", "gradient_ilp", arms.predicted),
-        Arm("probe_ilp", "probe_ilp", arms.probed, calibration=0, options={"probe": options.probe}),
+        *(
+            Arm(f"probe_ilp-{probe}", "probe_ilp", arms.probed, calibration=0, options={"probe": probe})
+            for probe in PROBES
+        ),
         *(Arm(f"{name}-{FEW}", name, arms.measured, FEW, tokens) for name in ("random", "nsga2", "tpe", *LEARNERS)),
         *(Arm(f"{name}-{FEW}-split", name, arms.split, FEW, tokens) for name in LEARNERS),
         *(Arm(f"{name}-{FEW}+", name, arms.measured, FEW, tokens, own=True) for name in LEARNERS[:2]),
@@ -245,7 +249,6 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=1, help="search windows of a trial of frontier's arms")
     parser.add_argument("--slopes", type=int, help="first trials of frontier's arms with slopes; default: its own")
     parser.add_argument("--options", default="{}", help="further options of frontier, as JSON")
-    parser.add_argument("--probe", type=int, default=0, help="index of the choice that probe_ilp probes")
     parser.add_argument("--samplers", help="for --small, --speed and --three; default: all that can")
     parser.add_argument("--trials", type=int, help="most evaluations of --small and --three")
     parser.add_argument("--many", type=int, default=5000, help="passes of --tiny's long arms")

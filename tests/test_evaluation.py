@@ -66,6 +66,23 @@ def directly(evaluator, assignment, data):
     return float(kl), math.exp(nll)
 
 
+def test_slopes_come_from_the_windows_of_their_turn(make, monkeypatch):
+    """In turns through the search part; the loss there is that of these tokens, whatever the trial's whole value."""
+    monkeypatch.setattr("autoq.evaluation.SLOPE_TOKENS", 2 * DATA["window_tokens"])
+    evaluator = make()
+    assignment = uniform(evaluator, "rtn-int3-g32")
+    layer = next(layer.name for layer in evaluator.info.layers if layer.kind == "linear")
+    choices = {layer: ["rtn-int3-g32", "rtn-int4-g32"]}
+    found = [evaluator.measure_with_slopes(assignment, "search", choices, turn) for turn in range(3)]
+    for turn, (measurements, slopes) in enumerate(found):
+        values = by_name(measurements)["kl_nats_per_token"].per_token
+        start = 2 * (turn % 2)
+        assert slopes["loss"] == pytest.approx(np.nanmean(values[start : start + 2]), rel=1e-4)
+        assert len(slopes["table"][layer]) == 2
+    assert found[0][1] == found[2][1]
+    assert found[0][1] != found[1][1]
+
+
 def test_quality_equals_a_direct_computation(make):
     evaluator = make()
     assignment = uniform(evaluator, "rtn-int3-g32")
@@ -296,8 +313,8 @@ def test_a_candidate_is_given_up_where_its_rival_is_better_in_all_qualities(make
     assert (stopped.n, stopped.detail["of"], stopped.detail["rival"]) == (512, 2048, 3)
     assert np.array_equal(stopped.per_token[:8], whole["kl_nats_per_token"].per_token[:8])
     assert np.isnan(stopped.per_token[8:]).all()
-    difference = stopped.per_token[:8].astype(float) - kl.values["kl_nats_per_token"][:8]
-    expected = kl.values["kl_nats_per_token"].mean(dtype=float) + difference.mean()
+    losses = kl.values["kl_nats_per_token"].astype(float)
+    expected = losses.mean() * stopped.per_token[:8].mean(dtype=float) / losses[:8].mean()
     assert stopped.detail["estimate"] == pytest.approx(expected, rel=1e-9)
     assert other.detail["estimate"] == pytest.approx(other.value), "nothing is known of a rival's"
     assert stopped.detail["forward_passes"] <= 512 / 2048

@@ -130,7 +130,27 @@ def test_only_tokens_that_were_not_evaluated_are_in_doubt():
     assert verdicts == [False, True]
 
 
-def test_the_estimate_joins_the_rivals_mean_and_the_difference_so_far():
+def test_the_estimate_is_the_rivals_mean_in_proportion_to_what_both_lost_so_far():
     base = np.arange(64, dtype=np.float32).reshape(4, 16)
-    values = unseen(base + 0.5, 1)
-    assert Rival(0, {"kl": base}, 0.9).expected("kl", values) == base.mean() + 0.5
+    rival = Rival(0, {"kl": base}, 0.9)
+    assert rival.expected("kl", unseen(base + 0.5, 1)) == pytest.approx(base.mean() * 128 / 120)
+    assert rival.expected("kl", unseen(1.25 * base, 2)) == pytest.approx(1.25 * base.mean())
+    ours = unseen(1.25 * base, 2)
+    ours[0, 0] = np.nan
+    assert rival.expected("kl", ours) == pytest.approx(1.25 * base.mean()), "only tokens that both have count"
+
+
+def test_what_is_worse_is_expected_to_be_worse():
+    """The verdict is by differences and the estimate by a ratio: they never contradict each other."""
+    rng = np.random.default_rng(9)
+    for _ in range(100):
+        base = losses(rng).astype(np.float32)
+        values = unseen(losses(rng), 2)
+        rival = Rival(0, {"kl": base}, 0.9)
+        assert (rival.expected("kl", values) > base.mean(dtype=float)) == (paired(values, base)[0] > 0)
+
+
+def test_a_rival_that_loses_nothing_gives_no_proportion():
+    base = np.zeros((8, 256), np.float32)
+    values = unseen(np.random.default_rng(10).lognormal(size=base.shape), 4)
+    assert Rival(0, {"kl": base}, 0.99).expected("kl", values) == pytest.approx(np.nanmean(values))

@@ -15,6 +15,11 @@ from typer.core import TyperGroup
 from autoq.errors import AutoQError
 
 INTERRUPTED = 130
+_WORDS = {
+    "Value error, ": "",
+    "Input should be greater than or equal to": "must be at least",
+    "Input should be a valid integer, unable to parse string as an integer": "must be a whole number",
+}
 
 
 class _Group(TyperGroup):
@@ -33,8 +38,7 @@ class _Group(TyperGroup):
         except typer.TyperException as problem:
             context = getattr(problem, "ctx", None)
             hint = f"; see {context.command_path} --help" if context else ""
-            line = " ".join(problem.format_message().replace("Value error, ", "").split())
-            _complain(line.rstrip(".") + hint, debug)
+            _complain(_plain(problem, arguments) + hint, debug)
             sys.exit(problem.exit_code)
         except typer.Abort:
             sys.stderr.write("autoq: interrupted\n")
@@ -55,6 +59,27 @@ def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:
     end = arguments.index("--") if "--" in arguments else len(arguments)
     options = [argument for argument in arguments[:end] if argument != "--debug"]
     return [*options, *arguments[end:]], len(options) < end
+
+
+def _plain(problem: typer.TyperException, arguments: Sequence[str]) -> str:
+    """What the parser complains of in the words of all other messages: with the value, and no library's phrases."""
+    line = " ".join(problem.format_message().split()).rstrip(".")
+    worded = line
+    for theirs, ours in _WORDS.items():
+        worded = worded.replace(theirs, ours)
+    options = getattr(getattr(problem, "param", None), "opts", ())
+    value = next(filter(None, (_value_of(option, arguments) for option in options)), None)
+    return worded if worded == line or value is None else f"{worded} (got {value[:80]!r})"
+
+
+def _value_of(option: str, arguments: Sequence[str]) -> str | None:
+    """What follows an option on the line."""
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+        if argument == option:
+            return following
+        if argument.startswith(f"{option}="):
+            return argument.partition("=")[2]
+    return None
 
 
 def _complain(line: str, debug: bool) -> None:

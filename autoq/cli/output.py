@@ -100,10 +100,10 @@ def print_frontier(
     points = store.frontier(study.id, with_assignments=as_json)
     uniform = baselines(store, study)
     if maximum or minimum:
-        from autoq.study import excess, measured_objectives, read_limits
+        from autoq.study import excess, measured_objectives, read_both
 
         known = tuple(measured_objectives([*points, *uniform], study.objectives))
-        upper, lower = read_limits(maximum or {}, known), read_limits(minimum or {}, known)
+        upper, lower = read_both(maximum or {}, minimum or {}, known)
         points = [trial for trial in points if not excess(trial, upper, lower)]
         uniform = [trial for trial in uniform if not excess(trial, upper, lower)]
     if as_csv:

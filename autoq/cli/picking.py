@@ -22,11 +22,11 @@ def tied(
 ) -> list[TrialRecord]:
     """The frontier's trials within the limits that cannot be told from `chosen`."""
     from autoq.display.ties import stored_ties
-    from autoq.study import excess, measured_objectives, read_limits
+    from autoq.study import excess, measured_objectives, read_both
 
     points = store.frontier(study.id)
     known = tuple(measured_objectives(points, study.objectives))
-    upper, lower = read_limits(maximum, known), read_limits(minimum, known)
+    upper, lower = read_both(maximum, minimum, known)
     within = [trial for trial in points if not excess(trial, upper, lower)]
     numbers = set(stored_ties(store, study, within)[chosen.number])
     return [trial for trial in within if trial.number in numbers]

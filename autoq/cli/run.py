@@ -133,7 +133,7 @@ def search(
 
     with terminable(), Store.open(db) as store:
         study = create_study(store, wanted)
-        if study.name != wanted.name and not quiet:
+        if study.name != wanted.name:  # said to the quiet too, who would take the other one's results for these
             sys.stderr.write(f"the name {wanted.name} is taken; this study is {study.name}\n")
         _run(store, study.id, db, quiet, as_json)
 

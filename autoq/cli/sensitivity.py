@@ -41,6 +41,8 @@ def sensitivity(
     """
     if out is not None and out.suffix not in (".json", ".csv"):
         raise BadInput(f"--out {str(out)!r} must end with .json or .csv")
+    if out is not None and not out.parent.is_dir():  # said now, and not after the pass
+        raise BadInput(f"--out {str(out)!r}: there is no folder {str(out.parent)!r}")
     from autoq.spec import load_spec
 
     wanted = load_spec(spec, assign or ())

@@ -113,7 +113,7 @@ def pick(
     ] = None,
     refine: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="First measure N assignments that the study's model offers here."),
+        typer.Option(min=1, metavar="N", help="First measure up to N assignments that the study's model offers here."),
     ] = None,
     as_yaml: Annotated[bool, typer.Option("--yaml", help="Print YAML (the default).")] = False,
     as_json: Json = False,
@@ -151,7 +151,8 @@ def pick(
         return
     import yaml
 
-    wanted = ("study", "number", "baseline", "hash", "measurements", "ties_with", "offer", "assignment")
+    # The offer comes last: its assignment is not the one that was picked.
+    wanted = ("study", "number", "baseline", "hash", "measurements", "ties_with", "assignment", "offer")
     kept = {key: found[key] for key in wanted if found.get(key)}
     for measurement in kept["measurements"].values():
         del measurement["detail"]

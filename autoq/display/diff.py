@@ -63,6 +63,7 @@ def table(found: Mapping[str, Any]) -> list[RenderableType]:
     for name, pair in found["measurements"].items():
         left, right = (numbers.with_error(m["value"], m["stderr"], m["unit"]) for m in (pair["a"], pair["b"]))
         same_kind = (pair["a"]["kind"], pair["a"]["part"]) == (pair["b"]["kind"], pair["b"]["part"])
+        same_kind = same_kind and not any("rival" in m["detail"] for m in pair.values())  # given up: fewer tokens
         change = _change(pair["b"]["value"] - pair["a"]["value"], pair["a"]["unit"]) if same_kind else "not comparable"
         unit = "" if pair["a"]["unit"] == "bytes" else pair["a"]["unit"]
         changes.append([name, left, right, change, unit])

@@ -33,12 +33,16 @@ class Hindsight:
             ratio = f"{self.optimism['ratio']:.3f}" + ("" if error is None else f" ±{error:.3f}")
             points, baselines = len(self.optimism["frontier"]), len(self.optimism["baselines"])
             found.append(
-                f"optimism: {self.optimism['objective']} of {points} frontier points, report against search part, is "
-                f"{ratio} × that of {baselines} baselines"
+                f"optimism: {self.optimism['objective']} of {_counted(points, 'frontier point')}, report against "
+                f"search part, is {ratio} × that of {_counted(baselines, 'baseline')}"
             )
         if self.sampler_view is not None:
             found.append(str(self.sampler_view))
         return found
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" + ("" if count == 1 else "s")
 
 
 def hindsight(store: Store, study: StudyRecord) -> Hindsight:

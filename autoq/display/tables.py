@@ -204,13 +204,17 @@ def trials(study: StudyRecord, rows: Sequence[TrialRecord], out: Console) -> lis
     marks = {
         trial.number: {"complete": "*" if trial.on_frontier else ""}.get(trial.state, trial.state) for trial in rows
     }
-    marks |= {trial.number: "infeasible" for trial in rows if trial.feasible is False}
+    marks |= {trial.number: "infeasible" for trial in rows if trial.feasible is False and trial.state == "complete"}
     marks |= {trial.number: f"= {trial.duplicate_of}" for trial in rows if trial.state == "duplicate"}
     names = _columns(study, rows)
-    table, _ = _fitting(rows, marks, names, out)
+    table, errors = _fitting(rows, marks, names, out)
     parts: list[RenderableType] = [table]
-    if any(trial.on_frontier for trial in rows):
-        parts += [Text(), Text("*  on the frontier", style="dim")]
+    legend = ["*  on the frontier"] if any(trial.on_frontier for trial in rows) else []
+    legend += _legend(rows, marks, names, errors)
+    if any(trial.state == "stopped" for trial in rows):
+        legend.append("stopped  given up as worse than a finished trial; values so far")
+    if legend:
+        parts += [Text(), *(Text(line, style="dim") for line in legend)]
     failed = [trial for trial in rows if trial.error is not None]
     if failed:
         parts += [Text(), *(Text(f"trial {t.number}: {t.error.type}: {t.error.message}") for t in failed if t.error)]

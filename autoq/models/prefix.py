@@ -60,15 +60,17 @@ class Chain:
 class PrefixStates:
     """Runs a model and keeps hidden states at the inputs of blocks, in at most `memory` bytes.
 
-    Those that were not used for longest go first. `chain` is None where the model cannot be cut; `windows`
-    is how many windows of `sample`'s length (1, tokens) an assignment is evaluated on.
+    Those of the assignment that was not used for longest go first, and of these those of its last blocks: what
+    comes early is shared by more, and stands in for what comes late. `chain` is None where the model cannot be
+    cut; `windows` is how many windows of `sample`'s length (1, tokens) an assignment is evaluated on.
     """
 
     def __init__(self, model: LoadedModel, sample: Tensor, windows: int, memory: int) -> None:
         self._model = model
         self._memory = memory
         self._bytes = 0
-        self._kept: collections.OrderedDict[tuple[Hashable, bytes], Tensor] = collections.OrderedDict()
+        # What goes first stands first. Beside the states a digest of the assignment that they were kept for.
+        self._kept: collections.OrderedDict[tuple[Hashable, bytes], tuple[Tensor, bytes]] = collections.OrderedDict()
         self.every = 1  # inputs of every so many blocks are kept
         self.chain: Chain | None = None
         with torch.inference_mode():
@@ -128,23 +130,37 @@ class PrefixStates:
         digests = self.chain.digests(schemes)
         cuts = self._cuts()
         start = next((k for k in reversed(cuts) if (place, digests[k]) in self._kept), 0)
-        state = self._kept[place, digests[start]] if start else None
-        if state is not None:
-            self._kept.move_to_end((place, digests[start]))
+        state = self._kept[place, digests[start]][0] if start else None
 
         def record(k: int, states: Tensor) -> None:
-            self._keep(place, digests[k], states)
+            self._keep(place, digests[k], states, digests[-1])
 
+        self._use(place, digests)
         found = _run(self._model, self.chain, input_ids, start, state, cuts if keep else (), record)
+        self._use(place, digests)
         return found, self.chain.share(start)
 
-    def _keep(self, place: Hashable, digest: bytes, states: Tensor) -> None:
+    def _use(self, place: Hashable, digests: Sequence[bytes]) -> None:
+        """Let what is kept of an assignment go last, the inputs of its first blocks after all others."""
+        for digest in reversed(digests):
+            if (place, digest) in self._kept:
+                self._kept.move_to_end((place, digest))
+
+    def give_up(self, schemes: Mapping[str, str]) -> None:
+        """Nothing will be built on this assignment: states that were kept for it alone are the next to go."""
+        if self.chain is None:
+            return
+        mine = self.chain.digests(schemes)[-1]
+        for key in reversed([key for key, (_, owner) in self._kept.items() if owner == mine]):
+            self._kept.move_to_end(key, last=False)
+
+    def _keep(self, place: Hashable, digest: bytes, states: Tensor, owner: bytes) -> None:
         if states.nbytes > self._memory or (place, digest) in self._kept:
             return
-        self._kept[place, digest] = states
+        self._kept[place, digest] = states, owner
         self._bytes += states.nbytes
         while self._bytes > self._memory:
-            _, oldest = self._kept.popitem(last=False)
+            _, (oldest, _) = self._kept.popitem(last=False)
             self._bytes -= oldest.nbytes
 
 

@@ -25,7 +25,7 @@ Indices = NDArray[np.int64]
 Solver = Callable[[Floats, Floats, Sequence[int] | Indices, float], Indices]
 
 _STATES = 200  # of the knapsack's dynamic program: gaps below 0.1 % on hundreds of layers, in milliseconds
-_ROUNDS = 6
+_ROUNDS = 4
 _MOVES = 60
 _CANDIDATES = 160  # single moves that pairs are formed of
 _PRICES = 60

@@ -307,7 +307,8 @@ class _Run:
         if self._wants_slopes(trial):
             variables = self.problem.space.variables
             choices = {layer.name: [str(s) for s in v.choices] for v in variables for layer in v.layers}
-            job = Job(key, "measure_with_slopes", {**arguments, "choices": choices}, attempt)
+            sloped = {**arguments, "choices": choices, "turn": trial.number}
+            job = Job(key, "measure_with_slopes", sloped, attempt)
             self.executor.submit(dataclasses.replace(job, limit_seconds=self.spec.budget.trial_time))
             return
         if trial.origin == "sampler" and (rival := self._rival(trial.number, assignment)) is not None:

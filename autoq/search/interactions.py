@@ -46,6 +46,7 @@ _SAME_PLACE, _SAME_CHOICES = (
 _NOISES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # of a slope, relative to the signal, at a loss of `_NOISE_LOSS`
 _USUAL_NOISE, _NOISE_PULL = 2.0, 0.08  # what it is taken for where slopes tell nothing, and how strongly per entry
 _KIND_SD = 1.0  # of the log of a kind's noise around that of all
+_MOST = 0.5  # log of the ratio to the sum of own losses, beyond which nothing is believed
 _NOISE_LOSS, _NOISE_POWER = 0.3, 0.35
 
 
@@ -89,6 +90,9 @@ class Interactions:
         self._cosines = np.stack(cosines)  # (slopes, n, choices)
         losses = np.array([s.loss for s in slopes])
         self._smoothing = self._fit((losses / _NOISE_LOSS) ** -_NOISE_POWER)
+        self._own_here: dict[int, Floats] = {}
+        self._around: dict[int, Context] = {}
+        self._told: dict[bytes, float] = {}
 
     def place(self, choices: Indices) -> float:
         """The log predicted loss of an assignment (n,)."""
@@ -106,7 +110,7 @@ class Interactions:
         spread = np.concatenate([[_COMMON_SD], np.full(basis.shape[1] - 1, _FACTOR_SD)])
         excess, noise = ratio / mean - 1, 1.0
         factor = np.ones(len(share))
-        for _ in range(5):
+        for _ in range(3):
             left = (basis.T * (trust / noise)) @ basis + np.diag(spread**-2.0)
             factor = 1 + basis @ np.linalg.solve(left, basis.T @ (trust / noise * excess))
             noise = max(float(((ratio / mean - factor) ** 2 * trust).mean()), 1e-6)
@@ -162,6 +166,39 @@ class Interactions:
         alike = self._covariance(near, np.sqrt(there / max(total, 1e-300))) >= _SAME_CHOICES
         close = np.flatnonzero(alike & (np.abs(self._places - self.place(near)) <= _SAME_PLACE))
         return self._choices[close[-1]] if len(close) else near
+
+    def excess_of_told(self, choices: Indices) -> Floats:
+        """`excess` of trials (k, n), which are asked for again and again."""
+        rows = [row.tobytes() for row in choices]
+        new = [i for i, row in enumerate(rows) if row not in self._told]
+        if new:
+            self._told.update(zip((rows[i] for i in new), self.excess(choices[new]).tolist(), strict=True))
+        return np.array([self._told[row] for row in rows])
+
+    def excess(self, choices: Indices) -> Floats:
+        """Log ratio (k,) of the loss of assignments (k, n) to the sum of their own losses.
+
+        By the slope with which each has most in common, and as far as it has: the square of their covariance.
+        """
+        parts = self.layers.pick(self.layers.loss, choices)
+        roots = np.sqrt(parts / np.maximum(parts.sum(1, keepdims=True), 1e-300))
+        common = np.stack(
+            [((choices == c) * r * roots).sum(1) for c, r in zip(self._choices, self._roots, strict=True)], 1
+        )
+        nearest = common.argmax(1)
+        found = np.zeros(len(choices))
+        for j in np.unique(nearest):
+            there, some = int(j), nearest == j
+            own = self._own_here.setdefault(there, self.own(float(self._places[there])))
+            if there not in self._around:
+                self._around[there] = self.around(self._choices[there], own)
+            context = self._around[there]
+            turned = self.layers.pick(context.direction, choices[some]).sum(1)
+            loss = self.layers.pick(context.cost, choices[some]).sum(1) + 0.5 * context.weight * turned**2
+            alone = self.layers.pick(own, choices[some]).sum(1)
+            ratio = np.log(np.maximum(loss, 1e-300) / np.maximum(alone, 1e-300))
+            found[some] = np.clip(ratio, -_MOST, _MOST) * common[some, there] ** 2
+        return found
 
     def around(self, choices: Indices, own: Floats) -> Context:
         """The loss around an assignment (n,), with own losses `own`."""

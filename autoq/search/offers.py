@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from autoq.assignment import Assignment
-from autoq.errors import AutoQError
+from autoq.errors import AutoQError, BadInput
 from autoq.objectives import Objective
 from autoq.search.prior import Prior
 from autoq.search.priors import make_prior
 from autoq.search.samplers import SLOPES
 from autoq.search.samplers._known import Choices, Floats, Known, Table
-from autoq.search.samplers._trials import fitted, layers_of, positive, slopes_of
+from autoq.search.samplers._trials import fitted, interactions_of, layers_of, positive, slopes_of
 from autoq.search.samplers.frontier import solution
 from autoq.search.setup import Problem, pose
 from autoq.search.stopping import expected
@@ -42,8 +42,8 @@ def offer(store: Store, study: StudyRecord, bounds: Mapping[str, Bound]) -> Offe
     """The assignment of least predicted loss that keeps `bounds`, by all trials of the study.
 
     Bounds on sizes, predicted latencies and energies are kept exactly, those on the loss in expectation. Raises
-    `AutoQError` where the study has not one objective that is measured, or does not know what is bounded; where
-    no table is bounded, or nothing keeps the bounds.
+    `AutoQError` where the study has not one objective that is measured, or does not know what is bounded, or
+    nothing keeps the bounds; `BadInput` where no table is bounded.
     """
     problem = pose(study.study_spec())
     costs = store.table(study.id, "costs")
@@ -60,7 +60,8 @@ def offer(store: Store, study: StudyRecord, bounds: Mapping[str, Bound]) -> Offe
     known = _known(problem, prior)
     upper = [limit for limit in known.limits if math.isfinite(limit.limit)]
     if not upper:
-        raise AutoQError("no bound is on a size, a latency or an energy that the study predicts by table")
+        choices = ", ".join(spec.objectives[place] for place in sorted(prior.additive)) or "(there is none)"
+        raise BadInput(f"an offer is made for a limit on what the study computes by table; give one on: {choices}")
     return _Offering(store, study, problem, prior, known, upper, spec.objectives[learned[0]]).best()
 
 
@@ -110,7 +111,8 @@ class _Offering:
             raise AutoQError(f"study {study.name!r} has no finished trial to learn from")
         losses, self.shift = positive(np.array(values, dtype=np.float64))
         choices = np.array(rows, dtype=np.int64)
-        self.model = fitted(list(choices), losses, known.budgets[0].of(choices), slopes, self.layers)
+        interactions = interactions_of(self.layers, slopes)
+        self.model = fitted(list(choices), losses, known.budgets[0].of(choices), self.layers, interactions)
 
     def _inside(self, indices: list[int]) -> list[int]:
         by_name = dict(zip(self.names, indices, strict=True))

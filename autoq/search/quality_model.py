@@ -2,7 +2,8 @@
 
 With a predicted loss s of every layer l and choice c (`Prior.losses`), an assignment x is expected to lose
 
-    log loss(x) = a + b · log p(x) + e(x),      p(x) = Σ_l s[l, x_l] · exp(θ_kind(l) + θ_depth(l) + θ_level(x_l) + θ_l)
+    log loss(x) = a + b · log p(x) + i(x) + e(x)
+    p(x) = Σ_l s[l, x_l] · exp(θ_kind(l) + θ_depth(l) + θ_level(x_l) + θ_l)
 
 To second order losses of layers add up, so with nothing known θ = 0, a = 0, b = 1. Measured whole models
 deviate in ways that repeat: layers of one kind or depth matter more than their own perturbation tells,
@@ -13,19 +14,18 @@ exponential covariance over what is left (Rasmussen & Williams 2006, algorithm 2
 
 A slope (`autoq.search.interactions`) is one equation per layer, where a trial alone gives one in all: ½ P[l, x_l]
 is what layer l answers for at x. Its noise comes from the other layers' perturbations, of variance ∝ loss / s
-relative to s.
+relative to s. What layers do to each other around it is i, a correction that is known beforehand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_solve, solve_triangular
 
-from autoq.search.interactions import Context, Interactions, Slopes
+from autoq.search.interactions import Context, Interactions
 from autoq.search.layers import Layers
 
 Floats = NDArray[np.float64]
@@ -47,14 +47,17 @@ class QualityModel:
     Losses are positive and less is better; an infinite one counts as a little more than the worst finite.
     """
 
-    def __init__(self, layers: Layers, choices: Indices, losses: Floats, slopes: Sequence[Slopes] = ()) -> None:
-        self.layers = layers
-        # Where nothing is lost, slopes are rounding.
-        self.slopes = [s for s in slopes if s.loss > 0 and (layers.pick(layers.loss, s.choices) > 0).any()]
+    def __init__(
+        self, layers: Layers, choices: Indices, losses: Floats, interactions: Interactions | None = None
+    ) -> None:
+        self.layers, self.interactions = layers, interactions
+        self.slopes = () if interactions is None else interactions.slopes
         self._choices = choices.reshape(-1, len(layers.names)).astype(np.int64)
         finite = losses[np.isfinite(losses)]
         worst = 2 * float(finite.max()) if finite.size else 1.0
-        self._log = np.log(np.clip(np.where(np.isfinite(losses), losses, worst), 1e-300, None))
+        log = np.log(np.clip(np.where(np.isfinite(losses), losses, worst), 1e-300, None))
+        # What the sum over layers has to explain.
+        self._log = log if interactions is None else log - interactions.excess_of_told(self._choices)
         self._prior_sd = self._scales()
         self._mode = np.zeros(len(self._prior_sd))
         self._mode[-1] = 1.0
@@ -62,7 +65,6 @@ class QualityModel:
         self.noise = 0.1
         self._fit()
         self._process = _Process(self, self._choices, self._log)
-        self._interactions = Interactions(layers, self.slopes) if self.slopes else None
 
     # -- the parametric part ----------------------------------------------------------------------
 
@@ -170,6 +172,8 @@ class QualityModel:
         choices = choices.reshape(-1, len(self.layers.names))
         mean, variance = self._parametric(choices)
         shift, left = self._process.predict(choices)
+        if self.interactions is not None:
+            shift = shift + self.interactions.excess(choices)
         return mean + shift, np.sqrt(variance * left + self._process.variance * left + 1e-12)
 
     def sample(self, rng: np.random.Generator, heat: float = 1.0) -> Floats:
@@ -185,16 +189,16 @@ class QualityModel:
         `cost` are those of a draw (`sample`); by default the fitted ones, which slopes know better near them.
         """
         cost = self.cost if cost is None else cost
-        if self._interactions is None:
+        if self.interactions is None:
             return cost
-        return self._interactions.own(self._interactions.place(near)) * (cost / self._usable)
+        return self.interactions.own(self.interactions.place(near)) * (cost / self._usable)
 
     def context(self, near: Indices, cost: Floats | None = None) -> Context:
         """The loss of assignments about as good as `near` (n,); `cost` as in `own`."""
         own = self.own(near, cost)
-        if self._interactions is None:
+        if self.interactions is None:
             return Context(own, np.zeros_like(own), 0.0)
-        return self._interactions.around(self._interactions.anchor(near), own)
+        return self.interactions.around(self.interactions.anchor(near), own)
 
     @cached_property
     def _usable(self) -> Floats:

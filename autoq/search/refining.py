@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from autoq.assignment import Assignment
-from autoq.errors import BadInput, NotFinite
+from autoq.errors import AutoQError, BadInput, NotFinite
 from autoq.objectives import computed
 from autoq.search.controller import violations
 from autoq.search.executors import Executor, Failure, Job, completed, make_executor
@@ -33,29 +33,48 @@ def refine_study(
 ) -> list[TrialRecord]:
     """Measure up to `n` offers for `bounds` on the search part, then on the report part; the new trials.
 
-    Ends early where the offer is a trial of the study already, or fails. Raises `BadInput` for a study that
-    is not finished: what runs it, or will, numbers its trials. The study is left as it was but for the
-    trials, whatever happens.
+    Ends early where the offer is a trial of the study already, or fails. Raises `BadInput` for an `n` below 1
+    and for a study that is not finished: what runs it, or will, numbers its trials. The first offer is made
+    before the workers are, so that nothing is loaded where there is none. The study is left as it was but for
+    the trials, whatever happens.
     """
     observer = observer or Observer()
+    if n < 1:
+        raise BadInput(f"n must be at least 1 (got {n})")
     study = store.study(study_id)
     if study.state != "finished":
         hint = "wait for its end" if study.state == "running" else f"first: autoq resume {study.name}"
         raise BadInput(f"study {study.name!r} is {study.state} and cannot be refined; {hint}")
+    observer.stage("load", 1)
+    first = _untried(store, study, bounds, observer)
+    if first is None:
+        return []
     store.set_state(study_id, "running")
     try:
         spec = study.study_spec()
-        observer.stage("load", 1)
         problem = pose(spec)
         with make(spec) as executor:
             run_job(executor, Job("describe", "describe"))
             observer.advance()
             refinement = _Refinement(store, study, problem, executor, observer)
-            numbers = refinement.run(bounds, n)
-            report(problem, store, study_id, executor, observer, also=numbers)
+            numbers = refinement.run(first, bounds, n)
+            if numbers:
+                report(problem, store, study_id, executor, observer, also=numbers)
     finally:
         store.set_state(study_id, "finished")
     return [store.trial(study_id, number) for number in numbers]
+
+
+def _untried(store: Store, study: StudyRecord, bounds: Mapping[str, Bound], observer: Observer) -> Assignment | None:
+    """What the model offers now; None, with a note, where that is a trial already."""
+    # The model behind an offer imports more than a study that is only picked from needs.
+    from autoq.search.offers import offer
+
+    assignment: Assignment = offer(store, study, bounds).assignment
+    if (known := store.find(study.id, assignment.hash)) is None:
+        return assignment
+    observer.note(f"the offer for these bounds is trial {known.number}, which has been tried")
+    return None
 
 
 class _Refinement:
@@ -69,24 +88,27 @@ class _Refinement:
         costs = store.table(study.id, "costs")
         self.costs = None if costs is None else CostTable(**costs)
 
-    def run(self, bounds: Mapping[str, Bound], n: int) -> list[int]:
-        """Up to `n` offers; the numbers of the trials that are complete."""
-        # The model behind an offer imports more than a study that is only picked from needs.
-        from autoq.search.offers import offer
-
+    def run(self, first: Assignment, bounds: Mapping[str, Bound], n: int) -> list[int]:
+        """`first` and up to `n` - 1 offers more; the numbers of the trials that are complete."""
         self.observer.stage("search", n)
         measured: list[int] = []
-        for count in range(1, n + 1):
-            assignment = offer(self.store, self.study, bounds).assignment
-            if (known := self.store.find(self.study.id, assignment.hash)) is not None:
-                self.observer.note(f"the offer for these bounds is trial {known.number}, which has been tried")
-                break
+        assignment: Assignment | None = first
+        while assignment is not None:
             trial = self._measure(assignment)
-            self.observer.trial(trial, count, n)
+            self.observer.trial(trial, len(measured) + 1, n)
             if trial.state != "complete":
                 break
             measured.append(trial.number)
+            assignment = self._next(bounds) if len(measured) < n else None
         return measured
+
+    def _next(self, bounds: Mapping[str, Bound]) -> Assignment | None:
+        try:
+            return _untried(self.store, self.study, bounds, self.observer)
+        except AutoQError as problem:
+            # What was measured is to be reported all the same.
+            self.observer.note(f"nothing more is offered: {problem}")
+            return None
 
     def _measure(self, assignment: Assignment) -> TrialRecord:
         number = 1 + max(trial.number for trial in self.store.trials(self.study.id))

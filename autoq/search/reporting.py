@@ -79,8 +79,11 @@ def _look_back(problem: Problem, store: Store, study_id: int) -> None:
 
 def _points(problem: Problem, store: Store, study_id: int, also: Collection[int]) -> list[TrialRecord]:
     """Frontier points, at most `budget.report_points` of them, all baselines, and those of `also`: where it is
-    given, no others than have been measured already."""
-    frontier = store.frontier(study_id)
+    given, no others than have been measured already.
+
+    Baselines do not count: on the frontier or not they are measured, and would leave few places to what was found.
+    """
+    frontier = [trial for trial in store.frontier(study_id) if trial.baseline is None]
     limit = problem.spec.budget.report_points
     if also:
         frontier = [trial for trial in frontier if any(part == "report" for _, part in trial.measurements)]

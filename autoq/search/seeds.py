@@ -31,12 +31,13 @@ def proposals(
     latencies: Sequence[str],
     count: int,
     max_bytes: float | None = None,
+    min_bytes: float | None = None,
 ) -> list[list[int]]:
     """Up to `count` different assignments, as choice indices, best predicted quality at their budgets.
 
     `sensitivities` is layer -> scheme text -> predicted loss; `costs` the latency table, needed where
-    `latencies` names phases. `max_bytes` limits the total size of the searched layers; budgets of size
-    are spread below it, and what other budgets give beyond it is left out.
+    `latencies` names phases. `max_bytes` and `min_bytes` limit the total size of the searched layers; budgets of
+    size are spread between them, and what other budgets give beyond them is left out.
     """
     quality = [_per_choice(v.choices, [sensitivities[layer.name] for layer in v.layers]) for v in space.variables]
     size = [np.array([v.nbytes(scheme) for scheme in v.choices], dtype=np.float64) for v in space.variables]
@@ -49,12 +50,13 @@ def proposals(
     # Round robin over the kinds of budget, so that any prefix of the seeds covers all of them. Under a limit
     # the other kinds may give little, so sizes alone could fill the count.
     per_kind = -(-count // len(weights)) + 2
-    found = [_along(quality, size, count + 2 if max_bytes is not None else per_kind, max_bytes)]
-    found += [_along(quality, weight, per_kind, None) for weight in weights[1:]]
+    limits = (min_bytes, max_bytes)
+    found = [_along(quality, size, per_kind if limits == (None, None) else count + 2, *limits)]
+    found += [_along(quality, weight, per_kind) for weight in weights[1:]]
     seeds: dict[tuple[int, ...], None] = {}
     for rank in range(max(map(len, found), default=0)):
         for kind in found:
-            if rank < len(kind) and _fits(size, kind[rank], max_bytes):
+            if rank < len(kind) and _fits(size, kind[rank], *limits):
                 seeds[tuple(kind[rank])] = None
     return [list(seed) for seed in seeds][:count]
 
@@ -69,22 +71,29 @@ def _mix(a: Sequence[Vector], b: Sequence[Vector]) -> list[Vector]:
     return [x / spans[0] + y / spans[1] for x, y in zip(a, b, strict=True)]
 
 
-def _fits(size: Sequence[Vector], indices: Sequence[int], max_bytes: float | None) -> bool:
-    return max_bytes is None or sum(v[i] for v, i in zip(size, indices, strict=True)) <= max_bytes
+def _fits(size: Sequence[Vector], indices: Sequence[int], least: float | None, most: float | None) -> bool:
+    total = sum(float(v[i]) for v, i in zip(size, indices, strict=True))
+    return (least is None or total >= least) and (most is None or total <= most)
 
 
-def _along(quality: Sequence[Vector], weight: Sequence[Vector], count: int, limit: float | None) -> list[list[int]]:
-    """`count` solutions, evenly spaced along the predicted frontier up to `limit`, in an order that fills
-    it from coarse to fine.
+def _along(
+    quality: Sequence[Vector],
+    weight: Sequence[Vector],
+    count: int,
+    least: float | None = None,
+    most: float | None = None,
+) -> list[list[int]]:
+    """`count` solutions, evenly spaced along the predicted frontier from `least` to `most`, in an order that
+    fills it from coarse to fine.
 
     Even in what a person sees: the frontier drawn as log loss against weight.
     """
-    low = sum(float(v.min()) for v in weight)
+    low = max(sum(float(v.min()) for v in weight), -np.inf if least is None else least)
     # Beyond the weight of the best-quality assignment there is nothing to gain.
     best = [int(np.lexsort((w, q))[0]) for q, w in zip(quality, weight, strict=True)]
     high = sum(float(w[i]) for w, i in zip(weight, best, strict=True))
-    if limit is not None:
-        high = min(high, limit)
+    if most is not None:
+        high = min(high, most)
     slack = 1e-9 * max(abs(low), abs(high), 1e-30)
     budgets = np.linspace(low, max(high, low), _SCAN) + slack
     scan = _solve(quality, weight, budgets)

@@ -26,7 +26,7 @@ class Setting:
         with torch.inference_mode():
             reference = make_reference(self.model, IDS, 10**9)
         kind = CosineDistance if self.model.info.task == "encoder" else KLNatsPerToken
-        self.loss = functools.partial(mean_loss, self.model, kind(), reference, IDS)
+        self.loss = functools.partial(mean_loss, self.model, kind(), reference, 0, IDS)
         generator = torch.Generator().manual_seed(0)
         self.weights = {}
         for layer in self.layers:

@@ -49,6 +49,9 @@ trial          origin             per_token  size_bytes    decode_ms
     8  failed  sampler
 
 *  on the frontier
+±  one standard error
+p  predicted, not measured
+s  measured on the search part of the data only
 
 trial 8: NotFinite: kl_nats_per_token is not a number
 """
@@ -92,6 +95,22 @@ def test_trials_show_how_each_ended(autoq):
         trial["number"] for trial in json.loads(autoq("trials", "demo", "--json", "--limit", "3").stdout)["trials"]
     ]
     assert numbers == [0, 1, 2]
+
+
+def test_a_trial_that_was_given_up_says_so_feasible_or_not(autoq, database):
+    with Store.open(database) as store:
+        trial = store.start_trial(1, 9, mixed("rtn-int3-g64", "keep", "rtn-int4-g64"), "sampler")
+        detail = {"rival": 3, "of": 2048, "estimate": 0.5}
+        values = [
+            Measurement(name, 0.9, unit, "measured", "search", 0.1, 256, detail=detail if unit == "nats/token" else {})
+            for name, unit, _ in OBJECTIVES
+        ]
+        assert store.stop_trial(trial.id, 1, values, {"size_bytes.max": 0.5}, 0.1, "local")
+    # Over other tokens than trial 6, so there is no difference to show.
+    assert "not comparable" in autoq("diff", "demo", "6", "9").stdout
+    shown = autoq("trials", "demo", "--state", "stopped").stdout
+    assert shown.splitlines()[2].split()[:3] == ["9", "stopped", "sampler"]
+    assert "stopped  given up as worse than a finished trial; values so far" in shown
 
 
 def test_trials_by_state(autoq):
@@ -229,7 +248,8 @@ def test_doctor_reports_and_survives_what_is_absent(autoq, monkeypatch):
             2,
             "'done' is not one of 'running', 'complete', 'stopped', 'failed', 'duplicate'",
         ),
-        (["trials", "demo", "--limit", "0"], 2, "'--limit'"),
+        (["trials", "demo", "--limit", "0"], 2, "'--limit': must be at least 1 (got '0'); see"),
+        (["trials", "demo", "--limit=x"], 2, "'--limit': must be a whole number (got 'x'); see"),
         (["diff", "demo", "99", "1"], 2, "no trial 99"),
         (["diff", "demo", "uniform-int5", "1"], 2, "uniform-int4, uniform-int8, unquantized"),
         (["frontier", "demo", "--db", "nowhere.db"], 2, "no database at 'nowhere.db'"),

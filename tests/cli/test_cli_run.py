@@ -85,6 +85,8 @@ def test_quiet_json_is_one_document_and_nothing_else(autoq, controller):
 
 def test_a_taken_name_is_said(autoq, controller):
     assert "the name demo is taken; this study is demo-2\n" in autoq("search", "demo").stderr
+    # Who hears nothing of it takes the results of the other study for these.
+    assert autoq("search", "demo", "--quiet").stderr == "the name demo is taken; this study is demo-3\n"
 
 
 def test_a_bad_spec_creates_no_database(autoq, controller, tmp_path):

@@ -45,6 +45,26 @@ def model(offers, database):
     return offers
 
 
+@pytest.mark.parametrize("command", ["pick", "frontier"])
+@pytest.mark.parametrize(
+    ("limits", "fragment"),
+    [
+        (["--max", "kl_nats_per_token=inf"], "must be finite (got 'inf'); leave it out for none"),
+        (["--min", "latency_decode_ms=9", "--max", "latency_decode_ms=8"], "exclude each other: at least 9, at most 8"),
+    ],
+)
+def test_limits_that_mean_nothing_are_refused(autoq, model, command, limits, fragment):
+    result = autoq(command, "demo", *limits)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert fragment in result.stderr
+
+
+def test_the_offer_stands_behind_what_was_picked(autoq, model):
+    """Whoever reads the first assignment of the text reads that of the trial."""
+    shown = autoq("pick", "demo", *LIMIT).stdout
+    assert list(yaml.safe_load(shown))[-2:] == ["assignment", "offer"]
+
+
 def test_ties_are_in_the_documents(autoq):
     trials = json.loads(autoq("frontier", "demo", "--json").stdout)["trials"]
     assert {trial["number"]: trial["ties_with"] for trial in trials} == {0: [], 1: [], 3: [4], 4: [3], 5: []}
@@ -177,6 +197,15 @@ def test_optimism_and_the_samplers_view_are_shown(autoq, database):
     (study,) = json.loads(autoq("studies", "--json").stdout)["studies"]
     assert (study["optimism"], study["sampler_view"]) == (OPTIMISM, view)
     assert "demo: sampler's own predictions" in autoq("studies").stdout
+
+
+def test_one_point_is_not_points(autoq, database):
+    with Store.open(database) as store:
+        store.put_table(1, "optimism", OPTIMISM | {"frontier": {"3": 1.04}, "baselines": {"1": 1.0}})
+    shown = " ".join(autoq("frontier", "demo").stdout.split())
+    assert "of 1 frontier point, report" in shown
+    assert "that of 1 baseline" in shown
+    assert "baselines" not in shown
 
 
 def test_a_study_without_numbers_of_itself_says_nothing(autoq):

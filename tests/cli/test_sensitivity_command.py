@@ -98,7 +98,11 @@ def test_rows_of_a_file(autoq, survey, tmp_path):
     ("arguments", "code", "fragment"),
     [
         (["demo", "--out", "found.txt"], 2, "must end with .json or .csv"),
-        (["demo", "--out", "nowhere/found.csv", "--quiet"], 1, "'nowhere/found.csv' cannot be written: No such file"),
+        (
+            ["demo", "--out", "nowhere/found.csv", "--quiet"],
+            2,
+            "--out 'nowhere/found.csv': there is no folder 'nowhere'",
+        ),
         (["nowhere.yaml"], 2, "no spec file 'nowhere.yaml'"),
         (["demo", "--set", "sampler.sed=1"], 2, "did you mean 'seed'?"),
     ],

@@ -60,6 +60,21 @@ def test_pick_refuses_what_it_cannot_judge(study):
         study.pick(max={"latency_decode_ms": float("nan")})
     with pytest.raises(AutoQError, match=r"the closest is trial 0 with size_bytes 270\.0 MB"):
         study.pick(min={"size_bytes": "1GB"})
+    for value in (None, True):
+        with pytest.raises(BadInput, match=f"the limit on size_bytes must be a number .got {value}."):
+            study.pick(max={"size_bytes": value})
+    with pytest.raises(BadInput, match="limits must map objectives to values"):
+        study.pick(max=90e6)
+    with pytest.raises(BadInput, match="the limit on kl_nats_per_token must be finite"):
+        study.pick(max={"kl_nats_per_token": float("inf")})
+    with pytest.raises(BadInput, match="the limits on size_bytes exclude each other"):
+        study.pick(max={"size_bytes": 80e6}, min={"size_bytes": 90e6})
+
+
+def test_a_near_miss_is_told_from_a_hit(study):
+    """Both would be 72.00 MB in four digits."""
+    with pytest.raises(AutoQError, match="at most 71999999 bytes; the closest is trial 5 with size_bytes 72000000 b"):
+        study.pick(max={"size_bytes": 71_999_999})
 
 
 def test_a_study_without_a_frontier_has_nothing_to_pick(database):

@@ -104,7 +104,7 @@ def test_a_study_that_is_stopped_again_and_again_ends_as_if_it_had_not_been(star
         if how is signal.SIGKILL:
             assert process.returncode == -how
         else:
-            assert process.returncode == 130
+            assert process.returncode == 130, said
             assert said.endswith(f"interrupted; go on with: autoq resume tiny --db {broken}\n")
         assert "Traceback" not in said
         command = ("resume", "tiny")

@@ -170,7 +170,7 @@ def test_memory_is_bounded_and_what_was_not_used_for_longest_goes_first(tiny_mod
     name = "model.layers.0.mlp.up_proj"
     for text in ("8", "16", "32", "64"):
         evaluate(model, states, {name: text}, 0)
-        assert states._bytes == sum(kept.nbytes for kept in states._kept.values()) <= 4 * 5 * state
+        assert states._bytes == sum(kept.nbytes for kept, _ in states._kept.values()) <= 4 * 5 * state
     assert evaluate(model, states, {name: "8"}, 0)[2] < 1
     evaluate(model, states, {}, 0)
     assert states._bytes == 4 * 5 * state
@@ -184,6 +184,54 @@ def test_memory_is_bounded_and_what_was_not_used_for_longest_goes_first(tiny_mod
     assert torch.equal(found, expected)
     assert share == pytest.approx(sparse.chain.share(3))
     assert PrefixStates(model, WINDOWS[0], 1, state).chain is None, "no input of four assignments fits"
+
+
+def from_block(k, text):
+    """Another scheme in block `k`: inputs of all blocks after it are other ones."""
+    return {f"model.layers.{k}.mlp.up_proj": text}
+
+
+def test_of_an_assignment_the_inputs_of_its_last_blocks_go_first(tiny_models, tmp_path):
+    """What is left still serves those that differ from it later."""
+    model = deep(tiny_models, tmp_path, 6)
+    state = 24 * 32 * 4
+    states = PrefixStates(model, WINDOWS[0], 1, 4 * 5 * state)
+    for text in (None, "8", "16", "32"):  # four assignments that have nothing in common fill the memory
+        evaluate(model, states, {} if text is None else from_block(0, text), 0)
+    # Two more inputs, of blocks 4 and 5: of the assignment that was used least recently blocks 4 and 5 go.
+    evaluate(model, states, from_block(0, "32") | from_block(3, "8"), 0)
+    found, expected, share = evaluate(model, states, from_block(5, "8"), 0)
+    assert torch.equal(found, expected)
+    assert share == pytest.approx(states.chain.share(3))
+
+
+def test_what_was_given_up_goes_before_all_else(tiny_models, tmp_path):
+    model = deep(tiny_models, tmp_path, 6)
+    states = PrefixStates(model, WINDOWS[0], 1, 4 * 5 * 24 * 32 * 4)
+    first, given_up = from_block(0, "8"), from_block(0, "16")
+    for schemes in (first, {}, from_block(0, "32"), given_up):
+        evaluate(model, states, schemes, 0)
+    states.give_up(given_up)
+    evaluate(model, states, from_block(0, "64"), 0)
+    assert evaluate(model, states, first, 0)[2] < 1, "it was used least recently, but not given up"
+    assert evaluate(model, states, given_up, 0)[2] == 1
+
+
+def test_what_others_share_with_what_was_given_up_stays(tiny_models, tmp_path):
+    model = deep(tiny_models, tmp_path, 6)
+    states = PrefixStates(model, WINDOWS[0], 1, 4 * 5 * 24 * 32 * 4)
+    given_up = from_block(3, "8")
+    for schemes in ({}, given_up):
+        evaluate(model, states, schemes, 0)
+    states.give_up(given_up)
+    for text in ("8", "16", "32"):  # 22 inputs where 20 fit
+        evaluate(model, states, from_block(0, text), 0)
+    assert evaluate(model, states, from_block(5, "16"), 0)[2] == pytest.approx(states.chain.share(5))
+
+
+def test_giving_up_needs_no_chain(make):
+    states = PrefixStates(make("albert"), WINDOWS[0], 1, PLENTY)
+    states.give_up({})
 
 
 def test_what_is_not_to_be_kept_is_not(make):

@@ -49,7 +49,7 @@ class Evaluator:
     def measure(self, assignment, part, **_):
         return [Measurement(KL, self.sign * truth(assignment), "nats/token", "measured", part, 0.001)]
 
-    def measure_with_slopes(self, assignment, part, choices):
+    def measure_with_slopes(self, assignment, part, choices, turn):
         return self.measure(assignment, part), {}
 
 
@@ -141,8 +141,8 @@ def test_what_cannot_be_offered_is_refused_in_one_line(store, run):
     study = run(trials=16)
     low, high = sizes(store, study)
     for bounds, reason in (
-        ({}, "no bound is on a size, a latency or an energy"),
-        ({KL: Bound(max=0.1)}, "no bound is on a size, a latency or an energy"),
+        ({}, f"give one on: {SIZE}"),
+        ({KL: Bound(max=0.1)}, f"give one on: {SIZE}"),
         ({"latency_decode_ms": Bound(max=1.0)}, "knows nothing of latency_decode_ms"),
         ({SIZE: Bound(max=low - 1000)}, "no assignment that the model finds keeps all bounds"),
         ({SIZE: Bound(max=high), KL: Bound(max=1e-9)}, "the best kl_nats_per_token that is predicted within the other"),

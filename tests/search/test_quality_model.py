@@ -6,6 +6,7 @@ import pytest
 from autoq.search.interactions import Slopes
 from autoq.search.layers import Layers
 from autoq.search.quality_model import QualityModel
+from autoq.search.samplers._trials import interactions_of
 
 KINDS = ["attn.q", "attn.o", "mlp.up", "mlp.down"]
 BLOCKS, WIDTH = 8, 5
@@ -32,7 +33,7 @@ def off_by_kind_and_depth(known):
 
 
 def no_trials(known, slopes=()):
-    return QualityModel(known, np.zeros((0, N)), np.zeros(0), slopes)
+    return QualityModel(known, np.zeros((0, N)), np.zeros(0), interactions_of(known, slopes))
 
 
 def test_with_nothing_told_it_predicts_the_sum_of_what_was_predicted():
@@ -97,7 +98,9 @@ def test_what_loses_nothing_is_no_infinite_evidence():
     nothing = Slopes(keep[0], 0.0, np.zeros((N, WIDTH)))
     told = losses > 0
     alone = QualityModel(known, choices[told], losses[told])
-    model = QualityModel(known, np.concatenate([choices[told], keep]), np.append(losses[told], 1e-7), [nothing])
+    model = QualityModel(
+        known, np.concatenate([choices[told], keep]), np.append(losses[told], 1e-7), interactions_of(known, [nothing])
+    )
     fresh = drawn(rng, 100)
     fresh = fresh[known.pick(loss, fresh).sum(1) > 0]
     assert np.isfinite(model.predict(keep)[0]).all()

@@ -134,6 +134,45 @@ def test_an_offer_that_is_known_ends_it(store, study, offers):
     assert notes.notes == [f"the offer for these bounds is trial {found[-1].number}, which has been tried"]
 
 
+def test_nothing_is_loaded_where_nothing_is_to_be_measured(store, study, offers):
+    def never(spec):
+        raise AssertionError("workers were started")
+
+    offers.most, notes = 1, Notes()
+    refine_study(store, study.id, BOUNDS, 1, None, make)
+    assert refine_study(store, study.id, BOUNDS, 2, notes, never) == []
+    assert "which has been tried" in notes.notes[0]
+
+    def nothing(*_):
+        raise AutoQError("no assignment keeps the bounds")
+
+    offers.offer = nothing
+    with pytest.raises(AutoQError, match="no assignment keeps the bounds"):
+        refine_study(store, study.id, BOUNDS, 2, None, never)
+    assert store.study(study.id).state == "finished"
+
+
+def test_what_was_measured_before_offers_ran_out_is_reported(store, study, offers):
+    first = offers.offer
+
+    def once(*arguments):
+        if offers.bounds:
+            raise AutoQError("no assignment keeps the bounds")
+        return first(*arguments)
+
+    offers.offer, notes = once, Notes()
+    (found,) = refine_study(store, study.id, BOUNDS, 3, notes, make)
+    assert (KL, "report") in found.measurements
+    assert notes.notes == ["nothing more is offered: no assignment keeps the bounds"]
+
+
+@pytest.mark.parametrize("n", [0, -1])
+def test_fewer_than_one_is_refused(store, study, offers, n):
+    with pytest.raises(BadInput, match="n must be at least 1"):
+        refine_study(store, study.id, BOUNDS, n, None, make)
+    assert offers.bounds == []
+
+
 @pytest.mark.parametrize("state", ["created", "running", "interrupted", "failed"])
 def test_only_finished_studies(store, study, offers, state):
     store.set_state(study.id, state)

@@ -87,3 +87,15 @@ def test_the_size_limit_holds_and_seeds_reach_it(setting):
 def test_a_limit_that_only_the_lightest_keeps_gives_the_lightest(setting):
     space, loss, _ = setting
     assert proposals(space, loss, None, [], 5, max_bytes=size(space, [0] * 12)) == [[0] * 12]
+
+
+def test_a_least_size_is_kept_too(setting):
+    space, loss, costs = setting
+    low, high = size(space, [0] * 12), size(space, [4] * 12)
+    least, most = low + 0.6 * (high - low), low + 0.8 * (high - low)
+    for latencies, limits in [([], {}), ([], {"max_bytes": most}), (["latency_decode_ms"], {})]:
+        found = proposals(space, loss, costs, latencies, 12, min_bytes=least, **limits)
+        sizes = [size(space, seed) for seed in found]
+        assert len(found) >= 9
+        assert min(sizes) >= least
+        assert max(sizes) <= limits.get("max_bytes", high)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from autoq.search.interactions import Slopes
+from autoq.search.interactions import Interactions, Slopes
 from autoq.search.layers import Layers
 from autoq.search.prior import Prior
 from autoq.search.quality_model import QualityModel
@@ -47,10 +47,11 @@ class Told:
 class Snapshot:
     """The trials of a study at one time: those told, by number; choices that are pending (k, n); all that were used.
 
-    `turn` counts the sampler's own proposals.
+    `turn` counts the sampler's own proposals, `interactions` are those of the slopes of all that were told.
     """
 
     told: Sequence[Told]
+    interactions: Interactions | None
     pending: Indices
     used: set[bytes]
     turn: int
@@ -76,6 +77,7 @@ class Trials:
         self._told: list[Told] = []
         self._used: set[bytes] = set()
         self._turn = 0
+        self._interactions: Interactions | None = None
         self._lock = threading.Lock()
 
     @classmethod
@@ -109,7 +111,7 @@ class Trials:
             self._add(ended)
             running = np.array(pending, dtype=np.int64).reshape(-1, len(self.known.names))
             used = self._used | set(keys(running)) if pending else self._used
-            return Snapshot(list(self._told), running, used, self._turn + turn)
+            return Snapshot(list(self._told), self._interactions, running, used, self._turn + turn)
 
     def _row(self, trial: FrozenTrial) -> list[int] | None:
         """A trial's choices, None where it lies outside of the space."""
@@ -135,6 +137,8 @@ class Trials:
             # Trials end in any order, and proposals are to depend on their numbers alone.
             told = Told(trial.number, row.astype(np.int32), sums, values, feasible, slopes)
             bisect.insort(self._told, told, key=attrgetter("number"))
+        if any(SLOPES in trial.system_attrs for trial, _ in ended):
+            self._interactions = interactions_of(self.layers, [told.slopes for told in self._told])
 
     def _slopes(self, row: Indices, found: Mapping[str, Any] | None) -> Slopes | None:
         return None if found is None else slopes_of(row, found, self.known)
@@ -184,13 +188,24 @@ def positive(values: Floats) -> tuple[Floats, float]:
     return np.where(np.isfinite(values), losses, 2 * worst), shift
 
 
+def interactions_of(layers: Layers, slopes: Sequence[Slopes | None]) -> Interactions | None:
+    """What trials' slopes tell of layers together; None where there are none."""
+    # Where nothing is lost they are rounding.
+    usable = [s for s in slopes if s is not None and s.loss > 0 and (layers.pick(layers.loss, s.choices) > 0).any()]
+    return Interactions(layers, usable) if usable else None
+
+
 def fitted(
-    choices: Sequence[NDArray[np.integer]], losses: Floats, sizes: Floats, slopes: Sequence[Slopes], layers: Layers
+    choices: Sequence[NDArray[np.integer]],
+    losses: Floats,
+    sizes: Floats,
+    layers: Layers,
+    interactions: Interactions | None,
 ) -> QualityModel:
     """The model of k trials: choices (n,) of each, positive losses (k,), sizes (k,); of at most `MODELLED` of them."""
     kept = kept_trials(losses, sizes)
     rows = np.array([choices[i] for i in kept], dtype=np.int64).reshape(-1, len(layers.names))
-    return QualityModel(layers, rows, losses[kept], slopes)
+    return QualityModel(layers, rows, losses[kept], interactions)
 
 
 def kept_trials(losses: Floats, sizes: Floats) -> NDArray[np.int64]:

@@ -49,7 +49,7 @@ _HANDFUL = 12  # layers of which the best is switched
 def solution(model: QualityModel, table: Table, counts: Indices, budget: float) -> Indices:
     """The assignment (n,) of least expected loss within a budget of the table, nearly exactly."""
     near = coherent.knapsack(model.cost, table.parts, counts, budget)
-    if model.slopes:
+    if model.interactions:
         near = coherent.knapsack(model.own(near), table.parts, counts, budget)
     context = model.context(near)
     if context.weight <= 0.0:
@@ -129,9 +129,8 @@ class _Proposal:
         self.shift = 0.0
         losses = self._scalar(np.array([t.values for t in told], dtype=np.float64).reshape(-1, len(known.qualities)))
         totals = np.array([t.totals for t in told], dtype=np.float64).reshape(-1, tables)
-        slopes = [t.slopes for t in told if t.slopes is not None]
         choices = [t.choices for t in told]
-        self.model = fitted(choices, losses, totals[:, 0], slopes, self.layers)
+        self.model = fitted(choices, losses, totals[:, 0], self.layers, found.interactions)
         # What a candidate must beat: feasible trials, and those that still run as they are predicted.
         feasible = np.flatnonzero([t.feasible for t in told])
         running = self.model.predict(found.pending)[0] if len(found.pending) else np.zeros(0)
@@ -223,7 +222,7 @@ class _Proposal:
     def _solution(self, table: Table, budget: float, drawn: bool) -> Indices:
         cost = self.model.sample(self.rng, _HEAT) if drawn else self.model.cost
         found = coherent.quick(cost, table.parts, self.counts, budget)
-        if self.model.slopes:
+        if self.model.interactions:
             found = coherent.quick(self.model.own(found, cost), table.parts, self.counts, budget)
         context = self.model.context(found, cost)
         if context.weight > 0.0:
