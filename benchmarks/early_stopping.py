@@ -14,8 +14,9 @@ heaviest assignment, in nats, so 0.01 more is 1 % less KL. The frontier is chose
 the same points on text that no search saw. `vs full` is its mean difference, seed by seed, and that difference's
 standard error. Frontiers of `full` and `reuse` are equal, as are those of `stopping` and `both`, where reuse is exact.
 
-    python benchmarks/early_stopping.py [--model demo:smollm2] [--samplers frontier,nsga2,evolution] [--seeds 3]
-    python benchmarks/early_stopping.py --trials 40 --tokens 2048 --window 256 --seeds 1 --exclude '*.k_proj,*.v_proj'
+    python benchmarks/early_stopping.py [--model demo:smollm2] [--samplers frontier,nsga2,evolution]
+    python benchmarks/early_stopping.py --trials 96 --tokens 4096 --window 512 --seeds 3
+    python benchmarks/early_stopping.py --samplers nsga2 --arms full,both --exclude '*.k_proj,*.v_proj'
 
 `--db FILE` keeps the studies for a closer look; `--arms full,both` leaves the others out.
 """
@@ -181,10 +182,10 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--samplers", default="frontier,nsga2,evolution")
     parser.add_argument("--arms", default=",".join(ARMS))
-    parser.add_argument("--trials", type=int, default=96)
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--trials", type=int, default=40)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--exclude", default="", help="patterns of layers that stay as they are, with commas")
     parser.add_argument("--db", type=Path)
     options = parser.parse_args()

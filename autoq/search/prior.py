@@ -39,9 +39,10 @@ class Prior:
     `losses[name]` is the predicted loss of quality of each choice of a parameter when all others keep
     their weights: a sum over parameters predicts a whole assignment to first order. `additive` maps an
     objective's place among the study's objectives to its table; objectives without one are learned from
-    trials. `limits` are bounded quantities that are no objectives.
+    trials, and `learned` are their bounds (low, high). `limits` are bounded quantities that are no objectives.
     """
 
     losses: Mapping[str, Vector] = field(default_factory=dict)
     additive: Mapping[int, Additive] = field(default_factory=dict)
     limits: Sequence[Additive] = ()
+    learned: Mapping[int, tuple[float, float]] = field(default_factory=dict)

@@ -24,15 +24,18 @@ _TRIED = 3  # random assignments that a table must be right about
 def make_prior(problem: Problem, losses: Losses | None, costs: CostTable | None) -> Prior:
     """`losses` is layer -> scheme text -> predicted loss, `costs` the latency table; either may be missing."""
     space, spec = problem.space, problem.spec
-    additive, limits = {}, []
+    additive, limits, learned = {}, [], {}
     for name in spec.measured:
         function = _function(problem, name, costs)
         table = None if function is None else tabulate(space, function)
+        bound = spec.constraints.get(name)
+        low = -np.inf if bound is None or bound.min is None else bound.min
+        high = np.inf if bound is None or bound.max is None else bound.max
         if table is None:
+            if bound is not None and name in spec.objectives:
+                learned[spec.objectives.index(name)] = (low, high)
             continue
-        if (bound := spec.constraints.get(name)) is not None:
-            low = -np.inf if bound.min is None else bound.min
-            table = replace(table, low=low, high=np.inf if bound.max is None else bound.max)
+        table = replace(table, low=low, high=high)
         if name in spec.objectives:
             additive[spec.objectives.index(name)] = table
         else:
@@ -42,7 +45,7 @@ def make_prior(problem: Problem, losses: Losses | None, costs: CostTable | None)
         for variable in space.variables:
             sums = [sum(losses[layer.name][str(scheme)] for layer in variable.layers) for scheme in variable.choices]
             predicted[variable.name] = np.array(sums, dtype=np.float64)
-    return Prior(predicted, additive, limits)
+    return Prior(predicted, additive, limits, learned)
 
 
 def _function(problem: Problem, name: str, costs: CostTable | None) -> Callable[[Assignment], float] | None:

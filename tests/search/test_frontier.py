@@ -64,6 +64,37 @@ class Toy:
         return {every[i] for i in np.flatnonzero(nondominated(values))}
 
 
+@pytest.mark.parametrize("bound", ["high", "low"])
+def test_a_bound_on_what_is_learned_is_kept_as_far_as_it_is_known(bound):
+    """Few proposals break it, and those that keep it are spread along the frontier all the same."""
+    toy = Toy(layers=12, seed=3)
+    ends = [toy.loss([choice] * 12) for choice in (1, 3)]
+    limit = math.sqrt(ends[0] * ends[1])
+    kept = (-math.inf, limit) if bound == "high" else (limit, math.inf)
+    prior = Prior(toy.table(toy.predicted), toy.prior().additive, learned={0: kept})
+    study, broken, sizes = toy.study(prior=prior, n_constraints=1), 0, []
+    for number in range(30):
+        choices = study.ask(number)
+        loss, size = toy.loss(choices), toy.total(toy.size, choices)
+        excess = loss / limit - 1 if bound == "high" else 1 - loss / limit
+        study.tell(number, [loss, size], [excess])
+        broken += excess > 0 and number >= 5
+        sizes += [size] if excess <= 0 else []
+    assert broken <= 6
+    assert len(set(sizes)) > 8
+
+
+def test_a_range_that_is_no_choice_is_left_to_chance():
+    def objective(trial):
+        bits = trial.suggest_int("bits", 2, 8)
+        return (bits - 5) ** 2 + 1e-12 * trial.suggest_int("steps", 0, 10**9)
+
+    study = optuna.create_study(sampler=FrontierSampler(seed=0))
+    study.optimize(objective, n_trials=15)
+    assert study.best_params["bits"] == 5
+    assert len({trial.params["steps"] for trial in study.trials}) == 15
+
+
 # -- in plain Optuna ------------------------------------------------------------------------------
 
 
@@ -263,7 +294,7 @@ def test_budgets_that_were_asked_for_are_kept_in_turns():
 
 
 def test_budgets_that_are_no_numbers_are_refused():
-    with pytest.raises(BadInput, match=r"option 'budgets' must be numbers, separated by commas \(got '90MB'\)"):
+    with pytest.raises(BadInput, match=r"option 'budgets' must be finite numbers, separated by commas \(got '90MB'\)"):
         Toy().study(options={"budgets": "90MB"})
 
 

@@ -11,8 +11,10 @@ Each proposal is made in four steps.
    Trials that are still running count as if they had come out as predicted, which keeps workers apart.
 4. Its predicted loss goes into the trial's attributes, so that anyone can see what the model is worth.
 
-Objectives without a table are learned. With several of them, every proposal scalarizes their logarithms by
-random weights (Knowles 2006, ParEGO). What is told but not positive is shifted to be.
+Objectives without a table are learned. Where one is bounded, the improvement is multiplied with the probability
+that the bound is kept (Gardner et al. 2014), and budgets are drawn from where it is expected to be. With several of
+them, every proposal scalarizes their logarithms by random weights (Knowles 2006, ParEGO). What is told but not
+positive is shifted to be.
 
 `FrontierSampler` is an Optuna sampler of its own and serves any study whose parameters are integers or
 categories in the order of rising cost; without a `Prior` it learns everything from trials.
@@ -44,6 +46,8 @@ _LOCAL = 48  # moves around the frontier, per proposal
 _HEAT = 0.7  # of the draws from the posterior
 _REFERENCES = 256  # budgets by which a candidate is judged
 _HANDFUL = 12  # layers of which the best is switched
+_CHOICES = 256  # of a parameter, beyond which it is no choice but a quantity, and drawn at random
+_HALVINGS = 7  # of the range of budgets in search of where a bound is kept
 
 
 def solution(model: QualityModel, table: Table, counts: Indices, budget: float) -> Indices:
@@ -69,7 +73,8 @@ class FrontierSampler(optuna.samplers.BaseSampler):
         return {
             name: distribution
             for name, distribution in found.items()
-            if isinstance(distribution, CategoricalDistribution | IntDistribution) and not distribution.single()
+            if isinstance(distribution, CategoricalDistribution | IntDistribution)
+            and 1 < _choices(distribution) <= _CHOICES
         }
 
     def sample_independent(
@@ -104,6 +109,12 @@ class FrontierSampler(optuna.samplers.BaseSampler):
         return _values(trials, choices)
 
 
+def _choices(distribution: CategoricalDistribution | IntDistribution) -> int:
+    if isinstance(distribution, CategoricalDistribution):
+        return len(distribution.choices)
+    return (distribution.high - distribution.low) // distribution.step + 1
+
+
 def _values(trials: Trials, choices: Indices) -> dict[str, Any]:
     return {name: menu[int(i)] for (name, menu), i in zip(trials.menus.items(), choices, strict=True)}
 
@@ -131,6 +142,7 @@ class _Proposal:
         totals = np.array([t.totals for t in told], dtype=np.float64).reshape(-1, tables)
         choices = [t.choices for t in told]
         self.model = fitted(choices, losses, totals[:, 0], self.layers, found.interactions)
+        self.bounds = self._log_bounds(trials.prior.learned.get(known.qualities[0], (-math.inf, math.inf)))
         # What a candidate must beat: feasible trials, and those that still run as they are predicted.
         feasible = np.flatnonzero([t.feasible for t in told])
         running = self.model.predict(found.pending)[0] if len(found.pending) else np.zeros(0)
@@ -153,6 +165,13 @@ class _Proposal:
         mixed = (scaled * share).max(1) * values.shape[1] + 0.05 * (scaled * share).sum(1)
         return np.exp(3 * mixed)  # type: ignore[no-any-return]
 
+    def _log_bounds(self, bounds: tuple[float, float]) -> tuple[float, float]:
+        """Those of a single learned objective on the scale of the model, infinite where there are none."""
+        if len(self.known.qualities) > 1:
+            return -math.inf, math.inf
+        low, high = sorted(self.sign * end for end in bounds)
+        return tuple(math.log(e - self.shift) if e > self.shift else -math.inf for e in (low, high))  # type: ignore[return-value]
+
     # -- candidates -------------------------------------------------------------------------------
 
     def best(self) -> tuple[Indices, float | None]:
@@ -165,6 +184,11 @@ class _Proposal:
         mean, spread = self.model.predict(candidates)
         everything = target is not None or math.prod(self.known.sizes) <= ENUMERATED
         score = self._improvement(candidates, mean, spread, everything)
+        if self.bounds != (-math.inf, math.inf):
+            low, high = ((end - mean) / spread for end in self.bounds)
+            kept = ndtr(high) - ndtr(low)
+            # Where nothing is expected to keep them, what is nearest.
+            score = score * kept if kept.max() > 1e-3 else -np.maximum(-high, low)
         excess = self.known.excess(candidates)
         score = np.where(excess > 0, -1e9 * (1 + excess), score)
         if target is not None:
@@ -193,10 +217,30 @@ class _Proposal:
             if target is not None:
                 table, budget = self.known.budgets[0], target
             else:
+                low, high = self._keeping(table, low, high)
                 budget = low + (high - low) * float(self.rng.random())
                 budget = self._below_an_incumbent(table, budget)
             found.append(self._solution(table, budget, drawn=i >= (1 if target is not None else 2)))
         return np.concatenate([np.stack(found), self._moves(target)])
+
+    def _keeping(self, table: Table, low: float, high: float) -> tuple[float, float]:
+        """The part of a range of budgets whose solutions are expected to keep the bounds on the loss."""
+
+        def loss(budget: float) -> float:
+            found = coherent.quick(self.model.cost, table.parts, self.counts, budget)
+            return float(self.model.predict(found[None])[0][0])
+
+        ends = [low, high]
+        # The loss falls as budgets rise: the upper bound on it cuts off what is light, the lower what is heavy.
+        for end, bound in enumerate(reversed(self.bounds)):
+            if math.isinf(bound) or (loss(ends[end]) <= bound) == (end == 0):
+                continue
+            light, heavy = ends
+            for _ in range(_HALVINGS):
+                middle = (light + heavy) / 2
+                light, heavy = (middle, heavy) if loss(middle) > bound else (light, middle)
+            ends[end] = heavy if end == 0 else light
+        return ends[0], max(ends)
 
     def _table(self, i: int) -> Table:
         """The tables in turns; with several, every other time a random mixture of them."""
@@ -333,7 +377,9 @@ class Frontier(Sampler):
         try:
             _budgets(options)
         except ValueError:
-            problem = problem or f"option 'budgets' must be numbers, separated by commas (got {options['budgets']!r})"
+            problem = (
+                problem or f"option 'budgets' must be finite numbers, separated by commas (got {options['budgets']!r})"
+            )
         return problem
 
     def make(
@@ -343,4 +389,8 @@ class Frontier(Sampler):
 
 
 def _budgets(options: Mapping[str, Value]) -> list[float]:
-    return [float(text) for text in str(options.get("budgets") or "").split(",") if text.strip()]
+    """Raises `ValueError` for what is no finite number."""
+    found = [float(text) for text in str(options.get("budgets") or "").split(",") if text.strip()]
+    if not all(map(math.isfinite, found)):
+        raise ValueError
+    return found
