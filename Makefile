@@ -32,8 +32,10 @@ format: install-dev  ## rewrite the code as ruff formats it
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: install-dev  ## print the tables of the README
-	@set -e; for script in $(filter-out benchmarks/search.py,$(wildcard benchmarks/[a-z]*.py)); do echo "# $$script"; $(BIN)/python $$script; done
+LONG := benchmarks/search.py benchmarks/early_stopping.py  # over an hour each
+
+bench: install-dev  ## print the tables of the README that take minutes
+	@set -e; for script in $(filter-out $(LONG),$(wildcard benchmarks/[a-z]*.py)); do echo "# $$script"; $(BIN)/python $$script; done
 
 bench-search: install-dev  ## all samplers side by side on one evaluator (hours; SEARCH_FLAGS='--long --out FILE')
 	$(BIN)/python benchmarks/search.py $(SEARCH_FLAGS)
