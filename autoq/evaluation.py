@@ -166,8 +166,7 @@ class Evaluator:
     ) -> tuple[list[Measurement], dict[str, Any]]:
         """`measure`, and what one backward pass tells of every choice (see `autoq.calibration.slopes`).
 
-        The second is `{"loss": …, "table": layer -> slope of each of its choices}`, over at most `SLOPE_TOKENS`:
-        those of its `turn`, as what several trials say of other tokens is worth more than of the same.
+        The second, of the at most `SLOPE_TOKENS` of its `turn`, is `{"loss": …, "table": layer -> slopes of its choices}`.
         """
         measurements, data = self.measure(assignment, part), self._part(part)
         count = min(max(1, SLOPE_TOKENS // data.shape[1]), len(data))
@@ -202,7 +201,7 @@ class Evaluator:
         And the share of a forward pass that this took. Only the search comes back to the same tokens.
         """
         if part == "report":
-            return self._outputs(window), 1.0
+            return self.model.outputs(window.unsqueeze(0).to(self.model.device))[0], 1.0
         ids = window.unsqueeze(0).to(self.model.device)
         output, share = self._states.outputs(ids, (part, index), self._texts(assignment), keep)
         return output[0], share
@@ -263,7 +262,7 @@ class Evaluator:
         apart, moved = 0.0, 0.0
         with self._swapped(assignment), torch.inference_mode():
             for index, window in enumerate(data):
-                expected = self._outputs(window)
+                expected = self.model.outputs(window.unsqueeze(0).to(self.model.device))[0]
                 found = outputs(window).to(expected.device)
                 self._judge(here, window, expected, reference, index)
                 self._judge(there, window, found, reference, index)
@@ -302,9 +301,6 @@ class Evaluator:
             yield
         finally:
             self.model.restore()
-
-    def _outputs(self, window: Tensor) -> Tensor:
-        return self.model.outputs(window.unsqueeze(0).to(self.model.device))[0]
 
     def _judge(self, tally: _Tally, window: Tensor, output: Tensor, reference: Reference, index: int) -> None:
         for rows, chunk in chunks(self.model, window, output, reference, index):
