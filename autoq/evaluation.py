@@ -166,7 +166,7 @@ class Evaluator:
     ) -> tuple[list[Measurement], dict[str, Any]]:
         """`measure`, and what one backward pass tells of every choice (see `autoq.calibration.slopes`).
 
-        The second, of the at most `SLOPE_TOKENS` of its `turn`, is `{"loss": …, "table": layer -> slopes of its choices}`.
+        The second, of the `SLOPE_TOKENS` of its `turn`, is `{"loss": …, "table": layer -> slopes of its choices}`.
         """
         measurements, data = self.measure(assignment, part), self._part(part)
         count = min(max(1, SLOPE_TOKENS // data.shape[1]), len(data))
