@@ -27,6 +27,12 @@ from autoq.search.samplers import SLOPES, Sampler
 from autoq.spec import build_spec
 
 TRIALS, SEEDS, CALIBRATION = 48, 3, 2048
+SCHEMES = [
+    "rtn-int4-g64",
+    "rtn-int4-g64-sym",
+    "rtn-int4-g192",
+    "rtn-int8-channel-sym",
+]  # torch-cpu has kernels for these
 DECODE = "latency_decode_ms"
 MAX_REPEATS = 200
 REFERENCE = 1.1  # in all three coordinates: a little beyond their worst ends
@@ -43,7 +49,7 @@ class Task:
         exclude = ["*.q_proj", "*.k_proj", "*.v_proj", "*.up_proj", "*.gate_proj"] if options.quick else []
         spec = build_spec(
             {
-                "model": {"id": options.model, "dtype": options.dtype},
+                "model": {"id": options.model, "dtype": "bfloat16"},  # what its kernels take
                 "data": {
                     "calibration_tokens": 8 * window,
                     "search_tokens": 4 * window,
@@ -51,7 +57,7 @@ class Task:
                     "window_tokens": window,
                 },
                 "target": {"name": "torch-cpu"},
-                "space": {"methods": ["rtn"], "exclude": exclude},
+                "space": {"schemes": SCHEMES, "exclude": exclude},
                 "objectives": ["kl_nats_per_token", "size_bytes", DECODE],
             }
         )
