@@ -6,8 +6,8 @@ model is kept in the cache. Sizes, choices and costs are those of `search.py`, w
 tokens: predicted losses come from 8 windows (`frontier`'s from 4, by its own proxy), a trial takes one.
 
 NSGA-II and TPE run as published, from random assignments, and seeded with exact solutions of the predicted losses.
-What thousands of trials on one window find may suit that window alone, so one more arm of NSGA-II measures each
-trial on four windows, at four times the cost.
+What thousands of trials on one window find may suit that window alone, so one more arm of seeded NSGA-II measures
+each trial on four windows, at four times the cost.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def all_arms(options: argparse.Namespace) -> list[Arm]:
         nsga2,
         replace(tpe, name=f"tpe-{many}", **scratch),
         tpe,
-        replace(nsga2, name=f"nsga2-{many}-wide", windows=WIDE, cost=WIDE * many, **scratch),
+        replace(nsga2, name=f"nsga2-{many}-seeded-wide", windows=WIDE, cost=WIDE * many),
     ]
     return [arm for arm in found if any(fnmatch.fnmatch(arm.name, pattern) for pattern in options.arms.split(","))]
 
@@ -334,5 +334,5 @@ def _verdict(name: str, ratios: Sequence[float], own: Sequence[float | None], ot
     pairs = [(bits, a / b) for bits, a, b in zip(BITS, own, other, strict=True) if a is not None and b is not None]
     worse = ", ".join(f"{bits:g} ({over:.3f})" for bits, over in pairs if over > 1.0)
     verdict = "reached" if statistics.median(ratios) <= 1.0 else "missed"
-    where = f"; has more KL at {worse} bits" if worse else "; has less KL at every size" if pairs else ""
+    where = f"; has more KL at {worse} bits" if worse else "; has less KL at every size that both have" if pairs else ""
     return f"- {OWN} ÷ {name}: {spread(ratios)}; wanted at most 1: {verdict}{where}"
