@@ -10,7 +10,6 @@ of those that had been told when it was asked for.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -304,16 +303,15 @@ class _Run:
         key = f"trial-{trial.number}"
         self.flying[key] = trial
         arguments: dict[str, Any] = {"assignment": assignment, "part": "search"}
+        action = "measure"
         if self._wants_slopes(trial):
+            action = "measure_with_slopes"
             variables = self.problem.space.variables
-            choices = {layer.name: [str(s) for s in v.choices] for v in variables for layer in v.layers}
-            sloped = {**arguments, "choices": choices, "turn": trial.number}
-            job = Job(key, "measure_with_slopes", sloped, attempt)
-            self.executor.submit(dataclasses.replace(job, limit_seconds=self.spec.budget.trial_time))
-            return
-        if trial.origin == "sampler" and (rival := self._rival(trial.number, assignment)) is not None:
+            arguments["choices"] = {layer.name: [str(s) for s in v.choices] for v in variables for layer in v.layers}
+            arguments["turn"] = trial.number
+        elif trial.origin == "sampler" and (rival := self._rival(trial.number, assignment)) is not None:
             arguments["rival"] = rival
-        self.executor.submit(Job(key, "measure", arguments, attempt, limit_seconds=self.spec.budget.trial_time))
+        self.executor.submit(Job(key, action, arguments, attempt, limit_seconds=self.spec.budget.trial_time))
 
     def _wants_slopes(self, trial: TrialRecord) -> bool:
         """Whether it is one of the sampler's first: seeds, then its own proposals."""

@@ -169,8 +169,9 @@ class _Proposal:
         """Those of a single learned objective on the scale of the model, infinite where there are none."""
         if len(self.known.qualities) > 1:
             return -math.inf, math.inf
-        low, high = sorted(self.sign * end for end in bounds)
-        return tuple(math.log(e - self.shift) if e > self.shift else -math.inf for e in (low, high))  # type: ignore[return-value]
+        losses = sorted(self.sign * end - self.shift for end in bounds)
+        low, high = (math.log(loss) if loss > 0 else -math.inf for loss in losses)
+        return low, high
 
     # -- candidates -------------------------------------------------------------------------------
 
