@@ -118,7 +118,7 @@ class Interactions:
     def _fit(self, noises: Floats) -> Floats:
         """What weighs cosines when they are smoothed: (K + λ diag(noises))⁻¹ for each kind (kinds, slopes, slopes)."""
         covariance = self._common(self._choices, self._roots)
-        inverses: list[Floats] = [np.linalg.inv(covariance + np.diag(noise * noises)) for noise in _NOISES]
+        inverses: Floats = np.linalg.inv(np.stack([covariance + np.diag(noise * noises) for noise in _NOISES]))
         logs = np.log(_NOISES)
         # Of one slope alone nothing can be told of noise.
         everywhere = np.ones(len(self.layers.names), dtype=np.bool_)
@@ -135,7 +135,7 @@ class Interactions:
     def _entries(self, some: NDArray[np.bool_]) -> int:
         return int(np.isfinite(self.layers.loss[some]).sum())
 
-    def _evidence(self, some: NDArray[np.bool_], inverses: Sequence[Floats]) -> Floats:
+    def _evidence(self, some: NDArray[np.bool_], inverses: Floats) -> Floats:
         """Of some layers' cosines under each (K + noise)⁻¹, whatever the signal's variance is."""
         flat = self._cosines[:, some].reshape(len(self._cosines), -1)
         gram, entries = flat @ flat.T, self._entries(some)
