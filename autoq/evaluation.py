@@ -1,51 +1,42 @@
 """Evaluation: (assignment, model, objectives) -> measurements. The one place where things meet.
 
-An `Evaluator` belongs to a worker. It loads the model once, keeps the unquantized model's answers on
-the data, takes quantized layers from the bank, swaps them in by pointer and runs one forward pass. It
-knows nothing of the database or of Optuna. Its public methods are what an executor's jobs call.
+An `Evaluator` belongs to a worker. It holds a model whose layers can be swapped (`autoq.quantized_model`), keeps the
+unquantized model's answers on the data, swaps quantized layers in by pointer and runs one forward pass. It knows
+nothing of the database or of Optuna. Its public methods are what an executor's jobs call.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import hashlib
 import itertools
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from autoq import plugins
 from autoq.assignment import Assignment
-from autoq.bank import Bank
-from autoq.cache import cache_dir
 from autoq.calibration import curvature, slopes
-from autoq.calibration.text import windows
 from autoq.chunks import chunks, mean_loss
-from autoq.device import fingerprint, threads
+from autoq.device import fingerprint
 from autoq.energy.meters import opened
-from autoq.errors import AutoQError, BadInput, ModelRefused, NotFinite, SchemeRefused
+from autoq.errors import ModelRefused, NotFinite
 from autoq.layer import Layer
 from autoq.measurement import Comparison, Measurement, Part, Probe
-from autoq.methods import Method, QuantizedWeight, Statistics
-from autoq.models import LoadedModel, load
 from autoq.models.prefix import PrefixStates
 from autoq.objectives import Objective, TokenObjective
+from autoq.quantized_model import QuantizedModel
 from autoq.reference import Reference, distance, make_reference
-from autoq.scheme import Keep, Scheme, parse_scheme
+from autoq.scheme import Keep, parse_scheme
 from autoq.spec import StudySpec
 from autoq.statistics import Rival, mean_and_stderr, shards
-from autoq.targets import CostTable, load_target
+from autoq.targets import CostTable
 
 _DISTANCE = {"encoder": "cosine_distance"}  # how far outputs are from the unquantized model's, by task
-CURVATURE_TOKENS = 4096  # more of them changed nothing
 SLOPE_TOKENS = 1024  # one backward pass over all of them at once, so memory grows with them
 _STATES_SHARE = 4  # hidden states get this part of the memory that a worker may fill
 
@@ -57,42 +48,12 @@ class _Tally:
         self.values = {name: torch.full(data.shape, torch.nan, dtype=torch.float64) for name in objectives}
 
 
-@contextlib.contextmanager
-def _naming(layer: str, scheme: Scheme) -> Iterator[None]:
-    """Name the layer and the scheme in what a method raises: it knows neither."""
-    try:
-        yield
-    except (NotFinite, SchemeRefused) as problem:
-        raise type(problem)(f"layer {layer} as {scheme}: {problem}") from problem
-    except AutoQError:  # of the bank: not this layer's fault
-        raise
-    except Exception as problem:
-        raise AutoQError(f"layer {layer} as {scheme}: {type(problem).__name__}: {problem}") from problem
-
-
-class Evaluator:
-    """Evaluates assignments of one study: model, data, bank and target, loaded once.
-
-    Raises `AutoQError` where the model, the data or the target cannot be used.
-    """
+class Evaluator(QuantizedModel):
+    """Evaluates assignments of one study. Raises what a `QuantizedModel` raises."""
 
     def __init__(self, spec: StudySpec) -> None:
-        self.spec = spec
-        torch.set_num_threads(spec.workers.cpus or max(1, threads() // spec.workers.count))
-        if spec.workers.gpus > 0 and not torch.cuda.is_available():
-            raise BadInput(f"workers.gpus is {spec.workers.gpus:g} but this machine has no CUDA device; set it to 0")
-        self.device = "cuda" if spec.workers.gpus > 0 else "cpu"
-        self.model: LoadedModel = load(spec.model, self.device)
-        self.info = self.model.info
-        self.parts = windows(spec.data, self.model.tokenizer, self.info.max_positions)
-        self.target = load_target(spec.target)
-        share = psutil.virtual_memory().available // (4 * spec.workers.count)
-        self._share_bytes = share if spec.bank.memory is None else spec.bank.memory
-        self.bank = Bank(cache_dir() / "bank", spec.bank.disk, self._share_bytes)
+        super().__init__(spec)
         self.fingerprint = fingerprint()
-        self._hashes: dict[str, str] = {}
-        self._path: Path | None = None
-        self._calibrated: dict[tuple[str, Scheme], Callable[[Tensor], Tensor] | None] = {}
         self._reference: tuple[str, int, Reference] | None = None
         self._kept_states: PrefixStates | None = None
         self._objectives: dict[str, TokenObjective] = {}
@@ -143,7 +104,7 @@ class Evaluator:
         reference = self._reference_for(part, data)
         tally = _Tally(self._objectives, data)
         steps, passes, stopped = shards(*data.shape), 0.0, False
-        with self._swapped(assignment), torch.inference_mode():
+        with self.swapped(assignment), torch.inference_mode():
             for shard in steps:
                 for index in shard:
                     output, share = self._continued(assignment, data[index], part, index)
@@ -175,9 +136,9 @@ class Evaluator:
         reference = self._reference_for(part, data)
 
         def weights(layer: Layer) -> list[Tensor]:
-            return [self._dequantized(layer.name, parse_scheme(text)) for text in choices[layer.name]]
+            return [self.dequantized(layer.name, parse_scheme(text)) for text in choices[layer.name]]
 
-        self.model.swap(self._swappable(assignment)[0])
+        self.model.swap(self.swappable(assignment)[0])
         try:
             loss = functools.partial(mean_loss, self.model, self._distance(), reference, first, ids)
             value, table = slopes.gather(self.model, ids, loss, [self.info.layer(name) for name in choices], weights)
@@ -210,7 +171,7 @@ class Evaluator:
     def _states(self) -> PrefixStates:
         if self._kept_states is None:
             data = self.parts.search
-            free = self._share_bytes if self.device == "cpu" else torch.cuda.mem_get_info()[0]
+            free = self.share_bytes if self.device == "cpu" else torch.cuda.mem_get_info()[0]
             sample = data[:1].to(self.model.device)
             self._kept_states = PrefixStates(self.model, sample, len(data), free // _STATES_SHARE)
         return self._kept_states
@@ -236,7 +197,7 @@ class Evaluator:
                 if perturbed and not self._states.has(("calibration", index), {}):
                     passes[0] += self._continued(Assignment({}), window, "calibration", index)[1] / len(data)
                 for i, assignment in enumerate(alone):
-                    with self._swapped(assignment):
+                    with self.swapped(assignment):
                         output, share = self._continued(assignment, window, "calibration", index, keep=False)
                     for rows, chunk in chunks(self.model, window, output, reference, index):
                         values[i, index, rows] = objective.per_token(chunk).double().cpu()
@@ -256,11 +217,11 @@ class Evaluator:
         if tokens is not None:
             data = data[: max(1, -(-tokens // data.shape[1]))]
         with torch.inference_mode():
-            reference = make_reference(self.model, data, self._share_bytes)
+            reference = make_reference(self.model, data, self.share_bytes)
         here, there = _Tally(self._objectives, data), _Tally(self._objectives, data)
         moves = self._distance()
         apart, moved = 0.0, 0.0
-        with self._swapped(assignment), torch.inference_mode():
+        with self.swapped(assignment), torch.inference_mode():
             for index, window in enumerate(data):
                 expected = self.model.outputs(window.unsqueeze(0).to(self.model.device))[0]
                 found = outputs(window).to(expected.device)
@@ -293,15 +254,6 @@ class Evaluator:
         """Whether an objective of this study is to `minimize` or to `maximize`."""
         return self._objectives[objective].direction
 
-    @contextlib.contextmanager
-    def _swapped(self, assignment: Assignment) -> Iterator[None]:
-        """The model under `assignment`, then as it was."""
-        self.model.swap(*self._swappable(assignment))
-        try:
-            yield
-        finally:
-            self.model.restore()
-
     def _judge(self, tally: _Tally, window: Tensor, output: Tensor, reference: Reference, index: int) -> None:
         for rows, chunk in chunks(self.model, window, output, reference, index):
             for name, objective in self._objectives.items():
@@ -309,23 +261,6 @@ class Evaluator:
 
     def _measurements(self, tally: _Tally, part: Part) -> list[Measurement]:
         return [self._measurement(name, values.numpy(), part, {}) for name, values in tally.values.items()]
-
-    def calibrate(self) -> str:
-        """Gather the statistics of the curvature proxy into this node's cache; returns the file.
-
-        One forward and one backward pass over the calibration part. A file that is already there for
-        the same model and data is used as it is.
-        """
-        path = self._statistics_path()
-        if not curvature.is_whole(path):
-            data = self.parts.calibration
-            data = data[: max(1, CURVATURE_TOKENS // data.shape[1])]
-            curvature.save(curvature.gather(self.model, data, self.spec.data.seed), path)
-            curvature.bound(path.parent, self.spec.bank.disk // 4)
-        else:
-            with contextlib.suppress(OSError):  # a cache that can only be read
-                path.touch()
-        return str(path)
 
     def sensitivities(self, choices: Mapping[str, Sequence[str]]) -> dict[str, dict[str, float]]:
         """Layer -> scheme -> predicted KL in nats per token, by the curvature proxy.
@@ -387,80 +322,6 @@ class Evaluator:
             }
             return self.target.meter(self.model, weights, self.spec.target, meters)
 
-    # -- the bank ---------------------------------------------------------------------------------
-
-    def _hash(self, name: str) -> str:
-        if name not in self._hashes:
-            self._hashes[name] = self.bank.weight_hash(self.model.weight(name))
-        return self._hashes[name]
-
-    def quantized(self, name: str, scheme: Scheme) -> QuantizedWeight:
-        """A layer under `scheme`, from the bank or made now."""
-        statistics, calibration = self._statistics_for(name, scheme)
-        with _naming(name, scheme):
-            return self.bank.quantized(self.model.weight(name).cpu(), self._hash(name), scheme, statistics, calibration)
-
-    def statistics(self, name: str) -> Statistics:
-        """The layer's calibration statistics, gathered where they are not yet."""
-        return curvature.load(Path(self.calibrate()), name)
-
-    def _statistics_for(self, name: str, scheme: Scheme) -> tuple[Callable[[], Statistics] | None, str]:
-        """How to get a layer's statistics and what they are known by, for a scheme that is made from them."""
-        if not plugins.load("methods", scheme.method, Method).uses_statistics(scheme):
-            return None, ""
-        return functools.partial(self.statistics, name), self._statistics_path().stem
-
-    def activation(self, name: str, scheme: Scheme) -> Callable[[Tensor], Tensor] | None:
-        """What the target's kernel does to the layer's input."""
-        if getattr(scheme, "activation", None) != "a8static":
-            return self.target.activation(scheme)
-        if (name, scheme) not in self._calibrated:
-            self._calibrated[name, scheme] = self.target.activation(scheme, self.statistics(name))
-        return self._calibrated[name, scheme]
-
-    def _swappable(self, assignment: Assignment) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        weights, activations = {}, {}
-        for name, scheme in assignment.items():
-            if isinstance(scheme, Keep):
-                continue
-            weights[name] = self._dequantized(name, scheme)
-            if (function := self.activation(name, scheme)) is not None:
-                activations[name] = function
-        return weights, activations
-
-    def _dequantized(self, name: str, scheme: Scheme) -> Tensor:
-        """The layer's weight (out, in) under `scheme`, where and as the model has it."""
-        original = self.model.weight(name)
-        if isinstance(scheme, Keep):
-            return original
-        statistics, calibration = self._statistics_for(name, scheme)
-        with _naming(name, scheme):
-            dequantized = self.bank.dequantized(
-                original.cpu(), self._hash(name), scheme, original.dtype, statistics, calibration
-            )
-        return dequantized.to(original.device)
-
-    def _statistics_path(self) -> Path:
-        if self._path is None:
-            self._path = self._find_statistics_path()
-        return self._path
-
-    def _find_statistics_path(self) -> Path:
-        digest = hashlib.sha256()
-        for layer in self.info.layers:
-            digest.update(f"{layer.name} {self._hash(layer.name)}\n".encode())
-        # Gradients depend on all that the model computes: norms, biases, and what its config says.
-        own = {name for layer in self.info.layers for name in (layer.name, *layer.tied)}
-        for name, tensor in self.model.model.state_dict().items():
-            if name.removesuffix(".weight") not in own:
-                digest.update(f"{name} {self.bank.weight_hash(tensor)}\n".encode())
-        config: Any = self.model.model.config
-        told = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
-        digest.update(json.dumps(told, sort_keys=True, default=str).encode())
-        digest.update(self.parts.calibration.numpy().tobytes())
-        digest.update(f"{self.spec.data.seed} {self.info.task} {CURVATURE_TOKENS} 6".encode())
-        return cache_dir() / "statistics" / f"{digest.hexdigest()[:32]}.safetensors"
-
     # -- the reference ----------------------------------------------------------------------------
 
     def _part(self, part: Part) -> Tensor:
@@ -471,7 +332,7 @@ class Evaluator:
         if self._reference is None or self._reference[:2] != (part, len(data)):
             self._reference = None
             with torch.inference_mode():
-                self._reference = (part, len(data), make_reference(self.model, data, self._share_bytes))
+                self._reference = (part, len(data), make_reference(self.model, data, self.share_bytes))
         return self._reference[2]
 
     def _measurement(

@@ -34,7 +34,8 @@ def parse_bytes(value: object) -> int:
     if isinstance(value, float) and value.is_integer():
         return int(value)
     found = _SIZE.fullmatch(value) if isinstance(value, str) else None
-    if not found or found[2].upper() not in _BYTE_UNITS:
+    # 80mb is taken for bytes; in 80Mb somebody has thought about capitals, and it means bits.
+    if not found or found[2].upper() not in _BYTE_UNITS or re.fullmatch("[KMGT]i?b", found[2]):
         raise ValueError("must be a size such as 120MB, with one of the units B, KB, MB, GB, TB, KiB, MiB, GiB, TiB")
     return round(float(found[1]) * _BYTE_UNITS[found[2].upper()])
 

@@ -122,13 +122,13 @@ def pick(
     `UnknownName` for objectives that were not measured, `BadInput` for limits that exclude each other, and
     `AutoQError` naming the closest trial where none fits.
     """
-    if not frontier:
-        raise AutoQError(f"study {study.name!r} has no frontier yet: no feasible trial is complete")
     units = measured_objectives(frontier, study.objectives)
-    upper, lower = read_both(maximum, minimum, tuple(units))
+    upper, lower = read_both(maximum, minimum, tuple(units) if frontier else study.study_spec().measured)
     directions = {objective.name: objective.direction for objective in study.objectives}
     if best is not None and best not in directions:
         raise UnknownName("objective of this study", best, directions)
+    if not frontier:
+        raise AutoQError(f"study {study.name!r} has no frontier yet: no feasible trial is complete")
     fitting = [trial for trial in frontier if not excess(trial, upper, lower)]
     if not fitting:
         raise AutoQError(_nothing_fits(study, frontier, upper, lower, units))
@@ -218,10 +218,17 @@ class Study:
         (reported where it was), `…_stderr`, `…_kind` and `…_part`."""
         return _frame(self.record, self._store.trials(self.id))
 
-    def resume(self, observer: Observer | None = None) -> Study:
-        """Go on with an interrupted study, to the end of its budget."""
+    def resume(self, observer: Observer | None = None, *, trials: int | None = None) -> Study:
+        """Go on with an interrupted study, to the end of its budget; with more `trials`, with a finished one too.
+
+        Raises `BadInput` for no more trials than it has had.
+        """
         from autoq.search.controller import run_study
 
+        if trials is not None:
+            from autoq.search.controller import raise_budget
+
+            raise_budget(self._store, self.id, trials)
         run_study(self._store, self.id, observer)
         return self
 
@@ -231,13 +238,15 @@ class Study:
         max: Limits | None = None,  # noqa: A002
         min: Limits | None = None,  # noqa: A002
         n: int = 1,
+        best: str | None = None,
         observer: Observer | None = None,
     ) -> list[TrialRecord]:
-        """Measure up to `n` assignments that the study's model offers for these limits, as new trials of the
-        study. Raises `BadInput` where it is not finished."""
+        """Measure up to `n` assignments that the study's model offers for these limits, to be best in `best`
+        (default: quality), as new trials of the study. Raises `BadInput` where it is not finished."""
         from autoq.search.refining import refine_study
 
-        return refine_study(self._store, self.id, bounds(self.record, max or {}, min or {}), n, observer)
+        limits = bounds(self.record, max or {}, min or {})
+        return refine_study(self._store, self.id, limits, n, observer, best=best)
 
     def plot_frontier(self, x: str | None = None, y: str | None = None) -> go.Figure:
         """The frontier and the baselines as a Plotly figure: size against quality unless told otherwise.

@@ -34,7 +34,7 @@ def test_sizes(text, expected):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "MB", "12XB", "-1MB", "1,5MB", "12 MB MB", True, None, 1.5, "inf", [1], "1e400MB"]
+    "text", ["", "MB", "12XB", "-1MB", "1,5MB", "12 MB MB", True, None, 1.5, "inf", [1], "1e400MB", "80Mb", "80Kib"]
 )
 def test_what_is_no_size(text):
     with pytest.raises(ValueError, match="size such as 120MB"):

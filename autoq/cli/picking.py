@@ -72,6 +72,7 @@ def offered(
 
     try:
         found = offer(store, study, limits)
+        assert found is not None, "only a fresh one may be missing"
     except AutoQError as problem:
         sys.stderr.write(f"nothing is offered between trial {chosen.number} and the bounds: {problem}\n")
         return None
@@ -79,8 +80,9 @@ def offered(
         return None
     if objective.name in found.predicted and sign * found.predicted[objective.name][0] >= sign * value:
         return None
+    exact = {name for (name, _), m in chosen.measurements.items() if m.kind == "computed"}
     predicted = {
-        name: {"value": value, "low": low, "high": high, "kind": "predicted"}
+        name: {"value": value, "low": low, "high": high, "kind": "computed" if name in exact else "predicted"}
         for name, (value, low, high) in found.predicted.items()
     }
     return {"predicted": predicted, "assignment": found.assignment.to_dict()}
@@ -104,12 +106,13 @@ def offer_line(study: StudyRecord, chosen: TrialRecord, found: Mapping[str, Any]
     )
 
 
-def refine(store: Store, study: StudyRecord, bounds: Mapping[str, Bound], count: int) -> None:
-    """Have `count` offers measured, with progress on standard error."""
+def refine(store: Store, study: StudyRecord, bounds: Mapping[str, Bound], best: str | None, count: int) -> None:
+    """Have `count` offers measured that are to be best in `best`, with progress on standard error."""
     gc.enable()
     from autoq.cli.run import terminable
     from autoq.display.progress import default_observer
     from autoq.search.refining import refine_study
 
     with terminable(), contextlib.ExitStack() as stack:
-        refine_study(store, study.id, bounds, count, stack.enter_context(default_observer(study.objectives)))
+        observer = stack.enter_context(default_observer(study.objectives))
+        refine_study(store, study.id, bounds, count, observer, best=best)

@@ -138,15 +138,27 @@ def search(
         _run(store, study.id, db, quiet, as_json)
 
 
-@app.command(epilog=examples("autoq resume demo", "autoq resume 3 --quiet --json"))
-def resume(study: StudyArgument, db: Db = DEFAULT_DB, quiet: Quiet = False, as_json: Json = False) -> None:
-    """Go on with an interrupted or failed study.
+@app.command(epilog=examples("autoq resume demo", "autoq resume demo --trials 96", "autoq resume 3 --quiet --json"))
+def resume(
+    study: StudyArgument,
+    db: Db = DEFAULT_DB,
+    trials: Annotated[
+        int | None, typer.Option(help="A new budget of so many trials in all; goes on with a finished study too.")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Go on with a study that was interrupted, or to more trials.
 
     Nothing that was measured is measured again, and the proposals are those of a run without a break.
     """
     with terminable(), open_store(db) as store:
         record = store.study(study)
-        if record.state == "finished":
+        if trials is not None:
+            from autoq.search.controller import raise_budget
+
+            raise_budget(store, record.id, trials)
+        elif record.state == "finished":
             sys.stderr.write(f"study {record.name} is finished\n")
             print_frontier(store, record, as_json)
             return

@@ -135,7 +135,7 @@ def pick(
     with open_store(db) as store:
         record = store.study(study)
         if refine is not None:
-            picking.refine(store, record, bounds(record, upper, lower), refine)
+            picking.refine(store, record, bounds(record, upper, lower), best, refine)
         chosen = choose(record, store.frontier(record.id), upper, lower, best)
         found = store.trial(record.id, chosen.number).to_json()
         others = picking.tied(store, record, chosen, upper, lower)

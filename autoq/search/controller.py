@@ -17,7 +17,7 @@ from typing import Any
 
 from autoq import plugins
 from autoq.assignment import Assignment
-from autoq.errors import AutoQError, NotFinite
+from autoq.errors import AutoQError, BadInput, NotFinite
 from autoq.measurement import Measurement
 from autoq.objectives import computed
 from autoq.search.executors import MAX_ATTEMPTS, Executor, Failure, Job, Result, make_executor
@@ -29,13 +29,13 @@ from autoq.search.samplers import SLOPES, Sampler
 from autoq.search.setup import Problem, Proposal, create_study, make_plan, pose
 from autoq.search.stages import run_job
 from autoq.search.stopping import Finished, choose, expected, was_stopped
-from autoq.spec import Bound, StudySpec
+from autoq.spec import Bound, StudySpec, build_spec
 from autoq.statistics import Rival
 from autoq.store import Store, StudyRecord, TrialRecord
 from autoq.store.records import Origin
 from autoq.targets import CostTable
 
-__all__ = ["create_study", "run_study"]
+__all__ = ["create_study", "raise_budget", "run_study"]
 
 MAX_KILLED = 3  # dispatches that ended with the whole process; more than chance, less than patience
 MAX_REPEATS = 200  # consecutive duplicates after which a sampler is taken to have nothing new
@@ -73,6 +73,19 @@ def run_study(
         _leave_failed(store, study_id, f"{type(bug).__name__}: {bug}")
         raise
     return store.study(study_id)
+
+
+def raise_budget(store: Store, study_id: int, trials: int) -> None:
+    """Let a study have `trials` trials, more than it has had, so that `run_study` goes on with it.
+
+    Raises `BadInput` for fewer, `SpecError` for what is no budget; then nothing has changed.
+    """
+    study = store.study(study_id)
+    had = len(store.trials(study_id, states=["complete", "stopped", "failed"]))
+    if trials <= had:
+        raise BadInput(f"trials must be more than the {had} that study {study.name!r} has had (got {trials})")
+    budget = {**study.spec["budget"], "trials": trials}
+    store.set_spec(study_id, build_spec({**study.spec, "budget": budget}))
 
 
 def _leave_failed(store: Store, study_id: int, reason: str) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from autoq.objectives import Objective
 from autoq.search.prior import Prior
 from autoq.search.priors import make_prior
 from autoq.search.samplers import SLOPES
-from autoq.search.samplers._known import Choices, Floats, Known, Table
+from autoq.search.samplers._known import Choices, Floats, Indices, Known, Table
 from autoq.search.samplers._trials import fitted, interactions_of, layers_of, positive, slopes_of
 from autoq.search.samplers.frontier import solution
 from autoq.search.setup import Problem, pose
@@ -24,6 +25,8 @@ from autoq.store import Store, StudyRecord
 from autoq.targets import CostTable
 
 _MIXTURES = 16  # of several bounds
+_HALVINGS = 12  # of a range of sizes, in which the one is sought that a bound on the loss needs
+_NEARBY = tuple(0.003 * i for i in range(9))  # of a range of sizes, where fresh offers are sought beside the best
 _INTERVAL = 1.96  # standard deviations of a 95 % interval
 
 
@@ -38,12 +41,17 @@ class Offer:
     predicted: Mapping[str, tuple[float, float, float]]
 
 
-def offer(store: Store, study: StudyRecord, bounds: Mapping[str, Bound]) -> Offer:
-    """The assignment of least predicted loss that keeps `bounds`, by all trials of the study.
+def offer(
+    store: Store, study: StudyRecord, bounds: Mapping[str, Bound], best: str | None = None, fresh: bool = False
+) -> Offer | None:
+    """What the study's model, which has learned from all its trials, would have within `bounds`.
 
-    Bounds on sizes, predicted latencies and energies are kept exactly, those on the loss in expectation. Raises
-    `AutoQError` where the study has not one objective that is measured, or does not know what is bounded, or
-    nothing keeps the bounds; `BadInput` where no table is bounded.
+    The assignment of least predicted loss; where `best` is an objective that is computed by table, the one that
+    has least of that and keeps the bound on the loss. Bounds on sizes, predicted latencies and energies are kept
+    exactly, those on the loss in expectation. A `fresh` one is no trial of the study; None where the model is
+    sure that nothing untried is better than what was measured. Raises `AutoQError` where the study has not one
+    objective that is measured, or does not know what is bounded, or nothing keeps the bounds; `BadInput` where
+    nothing bounds what is traded.
     """
     problem = pose(study.study_spec())
     costs = store.table(study.id, "costs")
@@ -59,10 +67,16 @@ def offer(store: Store, study: StudyRecord, bounds: Mapping[str, Bound]) -> Offe
         raise AutoQError(f"study {study.name!r} has {len(learned)} measured objectives; an offer needs exactly one")
     known = _known(problem, prior)
     upper = [limit for limit in known.limits if math.isfinite(limit.limit)]
-    if not upper:
-        choices = ", ".join(spec.objectives[place] for place in sorted(prior.additive)) or "(there is none)"
+    tables = {spec.objectives[place]: known.budgets[i] for i, place in enumerate(sorted(prior.additive))}
+    quality = spec.objectives[learned[0]]
+    if best in tables and quality in tighter.constraints:
+        traded: Table | None = tables[best]
+    elif upper:
+        traded = None
+    else:
+        choices = ", ".join(tables) or "(there is none)"
         raise BadInput(f"an offer is made for a limit on what the study computes by table; give one on: {choices}")
-    return _Offering(store, study, problem, prior, known, upper, spec.objectives[learned[0]]).best()
+    return _Offering(store, study, problem, prior, known, upper, quality).best(traded, fresh)
 
 
 def _known(problem: Problem, prior: Prior) -> Known:
@@ -113,35 +127,65 @@ class _Offering:
         choices = np.array(rows, dtype=np.int64)
         interactions = interactions_of(self.layers, slopes)
         self.model = fitted(list(choices), losses, known.budgets[0].of(choices), self.layers, interactions)
+        self.tried, self.counts = {tuple(row) for row in rows}, np.array(known.sizes)
+        self.choices, self.losses = choices, np.log(losses)
+        bound = problem.spec.constraints.get(quality)
+        end = None if bound is None else bound.max if self.sign > 0 else bound.min
+        excess = math.inf if end is None else self.sign * end - self.shift
+        self.most = math.log(excess) if excess > 0 else -math.inf  # of the loss, on the model's scale
 
     def _inside(self, indices: list[int]) -> list[int]:
         by_name = dict(zip(self.names, indices, strict=True))
         return [by_name[name] for name in self.known.names]
 
-    def best(self) -> Offer:
-        """The offer. Raises `AutoQError` where nothing keeps the bounds."""
-        candidates: dict[Choices, None] = {}
-        counts = np.array(self.known.sizes)
-        for table in self._mixtures():
-            found = solution(self.model, table, counts, table.limit)
-            candidates[tuple(found.tolist())] = None
-            candidates[tuple(self.known.mend(found, self.model.cost, table, math.inf).tolist())] = None
-        pool = np.array(list(candidates), dtype=np.int64)
-        keeps = pool[np.flatnonzero(self.known.excess(pool) <= 0)]
-        if not len(keeps):
+    def best(self, traded: Table | None, fresh: bool) -> Offer | None:
+        """The offer of least loss, or of least `traded`. Raises `AutoQError` where nothing keeps the bounds."""
+        pool = self._pool(self._mixtures() if traded is None else [self._needed(traded)], fresh)
+        pool = pool[self.known.excess(pool) <= 0]
+        if not len(pool):
             raise AutoQError("no assignment that the model finds keeps all bounds")
-        mean, spread = self.model.predict(keeps)
-        chosen = int(np.argmin(mean))
-        answer = self._offer(keeps[chosen].tolist(), float(mean[chosen]), float(spread[chosen]))
-        self._check(answer.predicted[self.quality][0])
-        return answer
+        mean, spread = self.model.predict(pool)
+        if mean.min() > self.most:
+            self._refuse(float(mean.min()))
+        merit = mean if traded is None else np.where(mean <= self.most, traded.of(pool), np.inf)
+        if fresh:
+            hopeful = mean - _INTERVAL * spread if traded is None else merit
+            untried = np.array([tuple(row) not in self.tried for row in pool.tolist()])
+            merit = np.where(untried & (hopeful < self._measured(traded)), merit, np.inf)
+        if not np.isfinite(merit).any():
+            return None
+        chosen = int(np.argmin(merit))
+        return self._offer(pool[chosen].tolist(), float(mean[chosen]), float(spread[chosen]))
 
-    def _check(self, value: float) -> None:
-        bound = self.problem.spec.constraints.get(self.quality)
-        if bound is None:
-            return
-        if (bound.max is not None and value > bound.max) or (bound.min is not None and value < bound.min):
-            raise AutoQError(f"the best {self.quality} that is predicted within the other bounds is {value:.4g}")
+    def _pool(self, tables: Sequence[Table], fresh: bool) -> Indices:
+        """Solutions for the limits of `tables`, of fresh ones also for limits a little below."""
+        candidates: dict[Choices, None] = {}
+        for table in tables:
+            low = float(table.parts.min(axis=1).sum())
+            for share in _NEARBY if fresh else (0.0,):
+                found = solution(self.model, table, self.counts, table.limit - share * (table.limit - low))
+                candidates[tuple(found.tolist())] = None
+                candidates[tuple(self.known.mend(found, self.model.cost, table, math.inf).tolist())] = None
+        return np.array(list(candidates), dtype=np.int64)
+
+    def _needed(self, traded: Table) -> Table:
+        """`traded` with the least limit at which the model finds the bound on the loss kept."""
+        low, high = self.known.span(traded, self.known.losses)
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            mean, _ = self.model.predict(self._pool([Table(traded.parts, middle)], fresh=False)[-1:])
+            low, high = (low, middle) if mean[0] <= self.most else (middle, high)
+        return Table(traded.parts, high)
+
+    def _measured(self, traded: Table | None) -> float:
+        """The best of the study's trials within the bounds, of the loss or of `traded`; infinite without one."""
+        within = (self.known.excess(self.choices) <= 0) & (self.losses <= self.most)
+        merit = self.losses if traded is None else traded.of(self.choices)
+        return float(merit[within].min(initial=math.inf))
+
+    def _refuse(self, mean: float) -> NoReturn:
+        value = self.sign * (math.exp(mean) + self.shift)
+        raise AutoQError(f"the best {self.quality} that is predicted within the other bounds is {value:.4g}")
 
     def _mixtures(self) -> list[Table]:
         """The bounded tables, and sums of them in varied proportions, each in units of its limit.

@@ -1,7 +1,7 @@
 """Refining: new trials of a finished study, where somebody who picks would want a point and there is none.
 
-What is measured is what the study's model offers for the bounds, one assignment after the other, each
-after the model has learned from the last. They are trials like all others, of origin `refine`, with the
+What is measured is what the study's model offers for the bounds and has not been tried, one assignment after
+the other, each after the model has learned from the last. They are trials like all others, of origin `refine`, with the
 numbers that come next.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from autoq.assignment import Assignment
-from autoq.errors import AutoQError, BadInput, NotFinite
+from autoq.errors import AutoQError, BadInput, NotFinite, UnknownName
 from autoq.objectives import computed
 from autoq.search.controller import violations
 from autoq.search.executors import Executor, Failure, Job, completed, make_executor
@@ -30,13 +30,15 @@ def refine_study(
     n: int,
     observer: Observer | None = None,
     make: Callable[[StudySpec], Executor] = make_executor,
+    best: str | None = None,
 ) -> list[TrialRecord]:
     """Measure up to `n` offers for `bounds` on the search part, then on the report part; the new trials.
 
-    Ends early where the offer is a trial of the study already, or fails. Raises `BadInput` for an `n` below 1
-    and for a study that is not finished: what runs it, or will, numbers its trials. The first offer is made
-    before the workers are, so that nothing is loaded where there is none. The study is left as it was but for
-    the trials, whatever happens.
+    `best` is the objective that they are to be best in. Ends early where nothing untried is likely to be better
+    than what was measured, or a trial fails. Raises `BadInput` for an `n` below 1, for a `best` that is unknown and
+    for a study that is not finished: what runs it, or will, numbers its trials. The first offer is made before the
+    workers are, so that nothing is loaded where there is none. The study is left as it was but for the trials,
+    whatever happens.
     """
     observer = observer or Observer()
     if n < 1:
@@ -46,7 +48,10 @@ def refine_study(
         hint = "wait for its end" if study.state == "running" else f"first: autoq resume {study.name}"
         raise BadInput(f"study {study.name!r} is {study.state} and cannot be refined; {hint}")
     observer.stage("load", 1)
-    first = _untried(store, study, bounds, observer)
+    names = [objective.name for objective in study.objectives]
+    if best is not None and best not in names:
+        raise UnknownName("objective of this study", best, names)
+    first = _untried(store, study, bounds, best, observer)
     if first is None:
         return []
     store.set_state(study_id, "running")
@@ -57,7 +62,7 @@ def refine_study(
             run_job(executor, Job("describe", "describe"))
             observer.advance()
             refinement = _Refinement(store, study, problem, executor, observer)
-            numbers = refinement.run(first, bounds, n)
+            numbers = refinement.run(first, bounds, best, n)
             if numbers:
                 report(problem, store, study_id, executor, observer, also=numbers)
     finally:
@@ -65,16 +70,19 @@ def refine_study(
     return [store.trial(study_id, number) for number in numbers]
 
 
-def _untried(store: Store, study: StudyRecord, bounds: Mapping[str, Bound], observer: Observer) -> Assignment | None:
-    """What the model offers now; None, with a note, where that is a trial already."""
+def _untried(
+    store: Store, study: StudyRecord, bounds: Mapping[str, Bound], best: str | None, observer: Observer
+) -> Assignment | None:
+    """What the model offers now beside what was tried; None, with a note, where it offers nothing."""
     # The model behind an offer imports more than a study that is only picked from needs.
     from autoq.search.offers import offer
 
-    assignment: Assignment = offer(store, study, bounds).assignment
-    if (known := store.find(study.id, assignment.hash)) is None:
-        return assignment
-    observer.note(f"the offer for these bounds is trial {known.number}, which has been tried")
-    return None
+    found = offer(store, study, bounds, best, fresh=True)
+    if found is None:
+        observer.note("the model offers nothing untried that is likely to be better within these bounds")
+        return None
+    assignment: Assignment = found.assignment
+    return assignment
 
 
 class _Refinement:
@@ -88,7 +96,7 @@ class _Refinement:
         costs = store.table(study.id, "costs")
         self.costs = None if costs is None else CostTable(**costs)
 
-    def run(self, first: Assignment, bounds: Mapping[str, Bound], n: int) -> list[int]:
+    def run(self, first: Assignment, bounds: Mapping[str, Bound], best: str | None, n: int) -> list[int]:
         """`first` and up to `n` - 1 offers more; the numbers of the trials that are complete."""
         self.observer.stage("search", n)
         measured: list[int] = []
@@ -99,12 +107,12 @@ class _Refinement:
             if trial.state != "complete":
                 break
             measured.append(trial.number)
-            assignment = self._next(bounds) if len(measured) < n else None
+            assignment = self._next(bounds, best) if len(measured) < n else None
         return measured
 
-    def _next(self, bounds: Mapping[str, Bound]) -> Assignment | None:
+    def _next(self, bounds: Mapping[str, Bound], best: str | None) -> Assignment | None:
         try:
-            return _untried(self.store, self.study, bounds, self.observer)
+            return _untried(self.store, self.study, bounds, best, self.observer)
         except AutoQError as problem:
             # What was measured is to be reported all the same.
             self.observer.note(f"nothing more is offered: {problem}")

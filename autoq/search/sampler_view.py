@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 ENDED: tuple[TrialState, ...] = ("complete", "stopped")
 PREDICTED = "frontier:predicted"
 FEWEST = 3  # trials below which neither number means anything
+RANKED = 8  # and below which a rank correlation may be chance
 
 
 @dataclass(frozen=True)
 class SamplerView:
     """Over `trials` finished proposals: rank correlation of predicted and measured quality (Spearman; None
-    where it has no meaning) and the median of measured over predicted."""
+    of fewer than eight and where it has no meaning) and the median of measured over predicted."""
 
     trials: int
     spearman: float | None
@@ -49,7 +50,8 @@ def sampler_view(trials: Iterable[TrialRecord], quality: str) -> SamplerView | N
     ratios = [measured / predicted for predicted, measured in pairs if predicted]
     if len(pairs) < FEWEST or not ratios:
         return None
-    return SamplerView(len(pairs), spearman(*zip(*pairs, strict=True)), statistics.median(ratios))
+    rank = spearman(*zip(*pairs, strict=True)) if len(pairs) >= RANKED else None
+    return SamplerView(len(pairs), rank, statistics.median(ratios))
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:

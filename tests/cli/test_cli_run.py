@@ -12,6 +12,7 @@ import pytest
 
 from autoq.errors import AutoQError
 from autoq.measurement import Measurement
+from autoq.search.controller import raise_budget
 from autoq.store import Store
 
 from .conftest import OBJECTIVES, mixed
@@ -41,7 +42,7 @@ def controller(monkeypatch):
     def run_study(store, study_id, observer=None):
         fake.act(store, study_id, observer)
 
-    fake.act, fake.create_study, fake.run_study = finish, create_study, run_study
+    fake.act, fake.create_study, fake.run_study, fake.raise_budget = finish, create_study, run_study, raise_budget
     monkeypatch.setitem(sys.modules, "autoq.search.controller", fake)
     return fake
 
@@ -169,6 +170,22 @@ def test_resume_goes_on_and_shows_the_frontier(autoq, controller, database):
     controller.act = lambda store, study_id, observer: store.set_state(study_id, "finished")
     result = autoq("resume", "demo", "--json")
     assert len(json.loads(result.stdout)["trials"]) == 5
+
+
+def test_resume_with_more_trials_goes_on_with_a_finished_study(autoq, controller, database):
+    def act(store, study_id, observer):
+        assert store.study(study_id).study_spec().budget.trials == 64
+        controller.specs.append("ran")
+
+    controller.act = act
+    assert autoq("resume", "demo", "--trials", "64").exit_code == 0
+    assert controller.specs == ["ran"]
+    for trials in ("5", "0", "-1"):
+        result = autoq("resume", "demo", "--trials", trials)
+        assert result.exit_code == 2
+        assert f"trials must be more than the 8 that study 'demo' has had (got {trials})" in result.stderr
+    with Store.open(database) as store:
+        assert store.study("demo").study_spec().budget.trials == 64
 
 
 def test_resume_of_a_finished_study_runs_nothing(autoq, controller):

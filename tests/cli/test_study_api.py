@@ -82,6 +82,8 @@ def test_a_study_without_a_frontier_has_nothing_to_pick(database):
         store.create_study(package.open("demo").record.study_spec(), OBJECTIVES)
     with pytest.raises(AutoQError, match="study 'demo-2' has no frontier yet"):
         package.open("demo-2").pick()
+    with pytest.raises(UnknownName, match="size_byte"):
+        package.open("demo-2").pick(max={"size_byte": 1})
     assert package.open("demo-2").frontier().empty
 
 
@@ -139,7 +141,7 @@ def test_picking_compares_no_reported_value_with_one_that_is_not(database):
 def test_frames_name_ties_and_limits_become_bounds(study, monkeypatch):
     assert dict(study.frontier()["ties_with"]) == {0: [], 1: [], 3: [4], 4: [3], 5: []}
     fake = types.ModuleType("autoq.search.refining")
-    fake.refine_study = lambda store, study_id, bounds, n, observer: (study_id, bounds, n)
+    fake.refine_study = lambda store, study_id, bounds, n, observer, best: (study_id, bounds, n)
     monkeypatch.setitem(sys.modules, "autoq.search.refining", fake)
     found = study.refine(max={"size_bytes": "90MB"}, min={"latency_decode_ms": 1}, n=3)
     assert found == (1, {"size_bytes": Bound(max=90e6), "latency_decode_ms": Bound(min=1.0)}, 3)

@@ -5,7 +5,7 @@ import pytest
 from autoq.errors import AutoQError, BadInput, SpecError, WorkerLost
 from autoq.measurement import Measurement
 from autoq.scheme import code_bits
-from autoq.search.controller import create_study, run_study
+from autoq.search.controller import create_study, raise_budget, run_study
 from autoq.search.executors import Executor, Failure, LocalExecutor, Result
 from autoq.search.observer import Observer
 from autoq.spec import build_spec
@@ -172,6 +172,21 @@ def test_a_resumed_study_proposes_what_the_uninterrupted_one_did(store, spec, sa
             with pytest.raises(KeyboardInterrupt):
                 run_study(store, study.id, observer, local())
             assert store.study(study.id).state == "interrupted"
+    assert history(store, study) == history(store, whole)
+    assert [t.number for t in store.frontier(study.id)] == [t.number for t in store.frontier(whole.id)]
+
+
+@pytest.mark.parametrize("sampler", ["frontier", "nsga2"])
+def test_a_finished_study_goes_on_with_a_raised_budget(store, spec, sampler):
+    fields = {"sampler": {"name": sampler, "seeds": 3, "seed": 5}}
+    whole, _ = search(store, spec(**fields, budget={"trials": 30}))
+    study, _ = search(store, spec(**fields, budget={"trials": 20}))
+    with pytest.raises(BadInput, match=r"trials must be more than the 20 that study .* has had \(got 20"):
+        raise_budget(store, study.id, 20)
+    raise_budget(store, study.id, 30)
+    observer = Recorder(store)
+    run_study(store, study.id, observer, local())
+    assert min(observer.trials) >= 20
     assert history(store, study) == history(store, whole)
     assert [t.number for t in store.frontier(study.id)] == [t.number for t in store.frontier(whole.id)]
 

@@ -129,6 +129,45 @@ def test_several_bounds_are_kept_at_once(store, run):
         offer(store, study, {SIZE: Bound(max=low), WEIGHT: Bound(min=8.0)})
 
 
+def test_the_smallest_that_keeps_a_bound_on_the_loss(store, run):
+    study = run()
+    low, high = sizes(store, study)
+    last = high
+    for most in (0.1, 0.5, 2.0):
+        found = offer(store, study, {KL: Bound(max=most)}, best=SIZE)
+        assert found.predicted[KL][0] <= most
+        assert low <= found.predicted[SIZE][0] <= last
+        last = found.predicted[SIZE][0]
+        # No smaller one is predicted to keep it.
+        smaller = offer(store, study, {SIZE: Bound(max=last - 0.02 * (high - low))})
+        assert smaller.predicted[KL][0] > 0.99 * most
+    with pytest.raises(AutoQError, match="the best kl_nats_per_token that is predicted"):
+        offer(store, study, {KL: Bound(max=1e-9)}, best=SIZE)
+
+
+@pytest.mark.parametrize("best", [KL, SIZE])
+def test_fresh_offers_are_new_and_may_be_better(store, run, best):
+    study = run()
+    low, high = sizes(store, study)
+    bounds = {KL: Bound(max=0.5)} if best == SIZE else {SIZE: Bound(max=low + 0.4 * (high - low))}
+    problem = pose(study.study_spec())
+    hashes = {trial.hash for trial in store.trials(study.id)}
+    for _ in range(40):
+        if (found := offer(store, study, bounds, best, fresh=True)) is None:
+            break
+        assert found.assignment.hash not in hashes
+        hashes.add(found.assignment.hash)
+        trial = store.start_trial(study.id, len(store.trials(study.id)), found.assignment, "refine")
+        size = problem.objectives[SIZE].compute(problem.info, found.assignment)
+        measured = [
+            Measurement(KL, truth(found.assignment), "nats/token", "measured", "search", 0.001),
+            Measurement(SIZE, size, "bytes", "computed", "search"),
+        ]
+        store.finish_trial(trial.id, trial.attempt, measured, {}, 0.1, "")
+    else:
+        raise AssertionError("there is always something better")
+
+
 def test_the_studys_own_constraints_hold_too(store, run):
     first = run()
     low, high = sizes(store, first)

@@ -86,10 +86,12 @@ def offers(study, monkeypatch):
     fake.bounds = []
     problem = pose(study.study_spec())
 
-    def offer(store, record, bounds):
-        fake.bounds.append((record.id, bounds))
-        refined = [trial for trial in store.trials(record.id) if trial.origin == "refine"]
-        raised = min(len(refined) + 1, fake.most)
+    def offer(store, record, bounds, best, fresh):
+        assert fresh, "what was tried is not to be measured again"
+        fake.bounds.append((record.id, bounds, best))
+        raised = 1 + sum(trial.origin == "refine" for trial in store.trials(record.id))
+        if raised > fake.most:
+            return None
         assignment = problem.space.assignment([2 if i < raised else 1 for i in range(len(problem.space.variables))])
         return types.SimpleNamespace(assignment=assignment, predicted={})
 
@@ -104,10 +106,10 @@ BOUNDS = {SIZE: Bound(max=1e6)}
 
 def test_offers_become_trials_with_both_parts(store, study, offers):
     before, notes = store.trials(study.id), Notes()
-    found = refine_study(store, study.id, BOUNDS, 3, notes, make)
+    found = refine_study(store, study.id, BOUNDS, 3, notes, make, best=SIZE)
     last = before[-1].number
     assert [(t.number, t.origin, t.state) for t in found] == [(last + i, "refine", "complete") for i in (1, 2, 3)]
-    assert offers.bounds == [(study.id, BOUNDS)] * 3
+    assert offers.bounds == [(study.id, BOUNDS, SIZE)] * 3
     assert all({(KL, "search"), (KL, "report"), (SIZE, "search")} <= set(trial.measurements) for trial in found)
     assert len({trial.hash for trial in found}) == 3
     assert notes.trials == [(last + i, "complete", i, 3) for i in (1, 2, 3)]
@@ -126,12 +128,12 @@ def test_a_trial_that_is_beaten_is_reported_too(store, study, offers, monkeypatc
     assert (KL, "report") in found.measurements
 
 
-def test_an_offer_that_is_known_ends_it(store, study, offers):
+def test_it_ends_when_nothing_is_offered(store, study, offers):
     offers.most = 2
     notes = Notes()
     found = refine_study(store, study.id, BOUNDS, 5, notes, make)
     assert len(found) == 2
-    assert notes.notes == [f"the offer for these bounds is trial {found[-1].number}, which has been tried"]
+    assert notes.notes == ["the model offers nothing untried that is likely to be better within these bounds"]
 
 
 def test_nothing_is_loaded_where_nothing_is_to_be_measured(store, study, offers):
@@ -141,9 +143,9 @@ def test_nothing_is_loaded_where_nothing_is_to_be_measured(store, study, offers)
     offers.most, notes = 1, Notes()
     refine_study(store, study.id, BOUNDS, 1, None, make)
     assert refine_study(store, study.id, BOUNDS, 2, notes, never) == []
-    assert "which has been tried" in notes.notes[0]
+    assert "offers nothing untried" in notes.notes[0]
 
-    def nothing(*_):
+    def nothing(*_, **__):
         raise AutoQError("no assignment keeps the bounds")
 
     offers.offer = nothing
@@ -155,15 +157,21 @@ def test_nothing_is_loaded_where_nothing_is_to_be_measured(store, study, offers)
 def test_what_was_measured_before_offers_ran_out_is_reported(store, study, offers):
     first = offers.offer
 
-    def once(*arguments):
+    def once(*arguments, **more):
         if offers.bounds:
             raise AutoQError("no assignment keeps the bounds")
-        return first(*arguments)
+        return first(*arguments, **more)
 
     offers.offer, notes = once, Notes()
     (found,) = refine_study(store, study.id, BOUNDS, 3, notes, make)
     assert (KL, "report") in found.measurements
     assert notes.notes == ["nothing more is offered: no assignment keeps the bounds"]
+
+
+def test_what_to_be_best_in_must_be_an_objective(store, study, offers):
+    with pytest.raises(BadInput, match="bits_per_weight"):
+        refine_study(store, study.id, BOUNDS, 1, None, make, best="bits_per_weight")
+    assert offers.bounds == []
 
 
 @pytest.mark.parametrize("n", [0, -1])
@@ -198,7 +206,7 @@ def test_an_interrupt_leaves_no_trial_running(store, study, offers, monkeypatch)
 
 
 def test_a_model_that_offers_nothing_changes_nothing(store, study, offers):
-    def nothing(*_):
+    def nothing(*_, **__):
         raise AutoQError("no assignment keeps the bounds")
 
     offers.offer = nothing

@@ -22,6 +22,7 @@ categories in the order of rising cost; without a `Prior` it learns everything f
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.trial import FrozenTrial
 from scipy.special import ndtr
+from threadpoolctl import ThreadpoolController
 
 from autoq.search import coherent
 from autoq.search.prior import Prior
@@ -102,11 +104,18 @@ class FrontierSampler(optuna.samplers.BaseSampler):
             return {}
         trials = Trials.of(study, search_space, self._prior)
         rng = np.random.default_rng(trial_seed(self._seed, trial.number))
-        choices, predicted = _Proposal(study, trial.number, trials, rng, self._budgets).best()
+        # Many small products: threads would wait for each other longer than they work.
+        with _threads().limit(limits=1):
+            choices, predicted = _Proposal(study, trial.number, trials, rng, self._budgets).best()
         # The sampler interface of Optuna hands out trials by value; this is how its own samplers attach
         # what they must remember.
         study._storage.set_trial_system_attr(trial._trial_id, PREDICTED, predicted)
         return _values(trials, choices)
+
+
+@functools.cache
+def _threads() -> ThreadpoolController:
+    return ThreadpoolController()
 
 
 def _choices(distribution: CategoricalDistribution | IntDistribution) -> int:

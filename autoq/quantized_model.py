@@ -1,0 +1,171 @@
+"""A model whose layers can be swapped for quantized ones: the model, its target, its calibration, its bank.
+
+What a worker loads once. Layers are quantized by their methods, through the bank, from statistics that are gathered
+once per model and data and kept in this node's cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from autoq import plugins
+from autoq.assignment import Assignment
+from autoq.bank import Bank
+from autoq.cache import cache_dir
+from autoq.calibration import curvature
+from autoq.calibration.text import windows
+from autoq.device import threads
+from autoq.errors import AutoQError, BadInput, NotFinite, SchemeRefused
+from autoq.methods import Method, QuantizedWeight, Statistics
+from autoq.models import LoadedModel, load
+from autoq.scheme import Keep, Scheme
+from autoq.spec import StudySpec
+from autoq.targets import load_target
+
+CURVATURE_TOKENS = 4096  # more of them changed nothing
+
+
+@contextlib.contextmanager
+def _naming(layer: str, scheme: Scheme) -> Iterator[None]:
+    """Name the layer and the scheme in what a method raises: it knows neither."""
+    try:
+        yield
+    except (NotFinite, SchemeRefused) as problem:
+        raise type(problem)(f"layer {layer} as {scheme}: {problem}") from problem
+    except AutoQError:  # of the bank: not this layer's fault
+        raise
+    except Exception as problem:
+        raise AutoQError(f"layer {layer} as {scheme}: {type(problem).__name__}: {problem}") from problem
+
+
+class QuantizedModel:
+    """The model of a study, with every layer under any scheme at hand: model, data, bank and target, loaded once.
+
+    Raises `AutoQError` where the model, the data or the target cannot be used.
+    """
+
+    def __init__(self, spec: StudySpec) -> None:
+        self.spec = spec
+        torch.set_num_threads(spec.workers.cpus or max(1, threads() // spec.workers.count))
+        if spec.workers.gpus > 0 and not torch.cuda.is_available():
+            raise BadInput(f"workers.gpus is {spec.workers.gpus:g} but this machine has no CUDA device; set it to 0")
+        self.device = "cuda" if spec.workers.gpus > 0 else "cpu"
+        self.model: LoadedModel = load(spec.model, self.device)
+        self.info = self.model.info
+        self.parts = windows(spec.data, self.model.tokenizer, self.info.max_positions)
+        self.target = load_target(spec.target)
+        share = psutil.virtual_memory().available // (4 * spec.workers.count)
+        self.share_bytes = share if spec.bank.memory is None else spec.bank.memory
+        self.bank = Bank(cache_dir() / "bank", spec.bank.disk, self.share_bytes)
+        self._hashes: dict[str, str] = {}
+        self._path: Path | None = None
+        self._calibrated: dict[tuple[str, Scheme], Callable[[Tensor], Tensor] | None] = {}
+
+    def calibrate(self) -> str:
+        """Gather the statistics of the curvature proxy into this node's cache; returns the file.
+
+        One forward and one backward pass over the calibration part. A file that is already there for
+        the same model and data is used as it is.
+        """
+        path = self._statistics_path()
+        if not curvature.is_whole(path):
+            data = self.parts.calibration
+            data = data[: max(1, CURVATURE_TOKENS // data.shape[1])]
+            curvature.save(curvature.gather(self.model, data, self.spec.data.seed), path)
+            curvature.bound(path.parent, self.spec.bank.disk // 4)
+        else:
+            with contextlib.suppress(OSError):  # a cache that can only be read
+                path.touch()
+        return str(path)
+
+    def _hash(self, name: str) -> str:
+        if name not in self._hashes:
+            self._hashes[name] = self.bank.weight_hash(self.model.weight(name))
+        return self._hashes[name]
+
+    def quantized(self, name: str, scheme: Scheme) -> QuantizedWeight:
+        """A layer under `scheme`, from the bank or made now."""
+        statistics, calibration = self._statistics_for(name, scheme)
+        with _naming(name, scheme):
+            return self.bank.quantized(self.model.weight(name).cpu(), self._hash(name), scheme, statistics, calibration)
+
+    def statistics(self, name: str) -> Statistics:
+        """The layer's calibration statistics, gathered where they are not yet."""
+        return curvature.load(Path(self.calibrate()), name)
+
+    def _statistics_for(self, name: str, scheme: Scheme) -> tuple[Callable[[], Statistics] | None, str]:
+        """How to get a layer's statistics and what they are known by, for a scheme that is made from them."""
+        if not plugins.load("methods", scheme.method, Method).uses_statistics(scheme):
+            return None, ""
+        return functools.partial(self.statistics, name), self._statistics_path().stem
+
+    def activation(self, name: str, scheme: Scheme) -> Callable[[Tensor], Tensor] | None:
+        """What the target's kernel does to the layer's input."""
+        if getattr(scheme, "activation", None) != "a8static":
+            return self.target.activation(scheme)
+        if (name, scheme) not in self._calibrated:
+            self._calibrated[name, scheme] = self.target.activation(scheme, self.statistics(name))
+        return self._calibrated[name, scheme]
+
+    def swappable(self, assignment: Assignment) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What `LoadedModel.swap` takes: layer -> weight, and layer -> what happens to its input."""
+        weights, activations = {}, {}
+        for name, scheme in assignment.items():
+            if isinstance(scheme, Keep):
+                continue
+            weights[name] = self.dequantized(name, scheme)
+            if (function := self.activation(name, scheme)) is not None:
+                activations[name] = function
+        return weights, activations
+
+    def dequantized(self, name: str, scheme: Scheme) -> Tensor:
+        """The layer's weight (out, in) under `scheme`, where and as the model has it."""
+        original = self.model.weight(name)
+        if isinstance(scheme, Keep):
+            return original
+        statistics, calibration = self._statistics_for(name, scheme)
+        with _naming(name, scheme):
+            dequantized = self.bank.dequantized(
+                original.cpu(), self._hash(name), scheme, original.dtype, statistics, calibration
+            )
+        return dequantized.to(original.device)
+
+    def _statistics_path(self) -> Path:
+        if self._path is None:
+            self._path = self._find_statistics_path()
+        return self._path
+
+    def _find_statistics_path(self) -> Path:
+        digest = hashlib.sha256()
+        for layer in self.info.layers:
+            digest.update(f"{layer.name} {self._hash(layer.name)}\n".encode())
+        # Gradients depend on all that the model computes: norms, biases, and what its config says.
+        own = {name for layer in self.info.layers for name in (layer.name, *layer.tied)}
+        for name, tensor in self.model.model.state_dict().items():
+            if name.removesuffix(".weight") not in own:
+                digest.update(f"{name} {self.bank.weight_hash(tensor)}\n".encode())
+        config: Any = self.model.model.config
+        told = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
+        digest.update(json.dumps(told, sort_keys=True, default=str).encode())
+        digest.update(self.parts.calibration.numpy().tobytes())
+        digest.update(f"{self.spec.data.seed} {self.info.task} {CURVATURE_TOKENS} 6".encode())
+        return cache_dir() / "statistics" / f"{digest.hexdigest()[:32]}.safetensors"
+
+    @contextlib.contextmanager
+    def swapped(self, assignment: Assignment) -> Iterator[None]:
+        """The model under `assignment`, then as it was."""
+        self.model.swap(*self.swappable(assignment))
+        try:
+            yield
+        finally:
+            self.model.restore()
