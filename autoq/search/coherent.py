@@ -48,25 +48,27 @@ def quick(cost: Floats, size: Floats, counts: Sequence[int] | Indices, budget: f
         return knapsack(cost, size, counts, budget)
     rows = np.arange(len(cost))
 
-    def total(table: Floats, choices: Indices) -> float:
-        return float(table[rows, choices].sum())
+    def totals(choices: Indices) -> tuple[float, float]:
+        return float(cost[rows, choices].sum()), float(size[rows, choices].sum())
 
     small: Indices = size.argmin(1)
     good: Indices = cost.argmin(1)
-    within = max(budget, total(size, small)) + 1e-9 * abs(budget)
-    if total(size, good) <= within:
+    (small_cost, small_size), (good_cost, good_size) = totals(small), totals(good)
+    within = max(budget, small_size) + 1e-9 * abs(budget)
+    if good_size <= within:
         return good
     for _ in range(_PRICES):
         # The price at which both cost the same; between them lies nothing better if neither is beaten at it.
-        price = (total(cost, small) - total(cost, good)) / (total(size, good) - total(size, small))
-        priced = cost + price * size
-        between = priced.argmin(1)
-        if total(priced, between) >= total(priced, good) - 1e-12 * abs(total(priced, good)):
+        price = (small_cost - good_cost) / (good_size - small_size)
+        between = (cost + price * size).argmin(1)
+        between_cost, between_size = totals(between)
+        beaten = good_cost + price * good_size
+        if between_cost + price * between_size >= beaten - 1e-12 * abs(beaten):
             break
-        if total(size, between) <= within:
-            small = between
+        if between_size <= within:
+            small, small_cost, small_size = between, between_cost, between_size
         else:
-            good = between
+            good_cost, good_size = between_cost, between_size
     return _improve(cost, np.zeros_like(cost), 0.0, size, small, within)
 
 
@@ -112,7 +114,8 @@ def _improve(cost: Floats, direction: Floats, weight: float, size: Floats, choic
         gain = (cost - cost[rows, choices][:, None]).ravel() + weight * (total * turned + 0.5 * turned**2)
         gain = np.where(np.isfinite(gain), gain, np.inf)
         # Those that save much for their size, either way: what pairs are made of.
-        near = np.argsort(gain, kind="stable")[:_CANDIDATES]
+        near = np.argpartition(gain, _CANDIDATES)[:_CANDIDATES] if len(gain) > _CANDIDATES else np.arange(len(gain))
+        near = near[np.lexsort((near, gain[near]))]
         pairs = gain[near][:, None] + gain[near] + weight * np.outer(turned[near], turned[near])
         fits = (grown[near][:, None] + grown[near] <= room) & (layer[near][:, None] != layer[near])
         pairs = np.where(fits, pairs, 0.0)
