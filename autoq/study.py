@@ -204,13 +204,13 @@ class Study:
         return Path(out)
 
     def frontier(self) -> pd.DataFrame:
-        """The frontier as a frame, one row a trial; columns as in `trials`, and `ties_with`: the numbers of
-        the points that the measurements cannot tell from it."""
+        """The frontier as a frame, one row a trial; columns as in `trials`, and `no_better_than`: the numbers of
+        the points that it is better than in nothing, beyond noise."""
         from autoq.display.ties import stored_ties
 
         record, points = self.record, self._store.frontier(self.id)
         frame = _frame(record, points)
-        frame["ties_with"] = list(stored_ties(self._store, record, points).values())
+        frame["no_better_than"] = list(stored_ties(self._store, record, points).values())
         return frame
 
     def trials(self) -> pd.DataFrame:

@@ -58,13 +58,13 @@ def document(
 ) -> dict[str, Any]:
     """`{"study", "objectives", "trials"}`: what `frontier` and `trials` print as JSON.
 
-    With `ties`, each trial has `ties_with`, the numbers of those that it cannot be told from.
+    With `ties`, each trial has `no_better_than`, the numbers of those that it is better than in nothing, beyond noise.
     """
     return {
         "study": study.name,
         "objectives": [objective.to_json() for objective in study.objectives],
         "trials": [
-            trial.to_json() | ({} if ties is None else {"ties_with": list(ties[trial.number])}) for trial in trials
+            trial.to_json() | ({} if ties is None else {"no_better_than": list(ties[trial.number])}) for trial in trials
         ],
     }
 

@@ -1,4 +1,4 @@
-"""What `pick` says beside its trial: what ties with it, and what the study's model offers in a gap."""
+"""What `pick` says beside its trial: what it is no better than, and what the study's model offers in a gap."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GAP = 0.02  # how far below a bound on the size a pick must be for an offer to b
 def tied(
     store: Store, study: StudyRecord, chosen: TrialRecord, maximum: Mapping[str, str], minimum: Mapping[str, str]
 ) -> list[TrialRecord]:
-    """The frontier's trials within the limits that cannot be told from `chosen`."""
+    """The frontier's trials within the limits that `chosen` is no better than, beyond noise."""
     from autoq.display.ties import stored_ties
     from autoq.study import excess, measured_objectives, read_both
 
@@ -39,7 +39,7 @@ def tie_line(study: StudyRecord, chosen: TrialRecord, others: list[TrialRecord])
 
     key = sort_objective(study.objectives)
     named = [f"{t.number} ({quantity(t.best_measurements()[key.name].value, key.unit)})" for t in others]
-    return f"the measurements cannot tell trial {chosen.number} from {', '.join(named)}"
+    return f"beyond noise trial {chosen.number} is no better than {', '.join(named)}"
 
 
 def offered(
@@ -51,27 +51,31 @@ def offered(
     best: str | None,
 ) -> dict[str, Any] | None:
     """`{"predicted": {objective: {"value", "low", "high", "kind"}}, "assignment"}` of what the study's model
-    offers between `chosen` and the bound on the size; None where that is full, or nothing better is offered."""
+    offers between `chosen` and the bound on the size, or as the smallest within a bound on the loss; None where
+    that is full, or nothing better is offered."""
     from autoq.study import bounds
 
     names = {objective.name for objective in study.objectives}
     if "size_bytes" not in names or not names.issuperset({*maximum, *minimum}):
         return None  # no model predicts what the search did not steer by
     limits = bounds(study, maximum, minimum)
+    smallest = best == "size_bytes" and "size_bytes" not in limits and bool(limits)
     size = limits["size_bytes"].max if "size_bytes" in limits else None
-    if size is None or chosen.values(["size_bytes"])[0] >= (1 - GAP) * size:
+    if not smallest and (size is None or chosen.values(["size_bytes"])[0] >= (1 - GAP) * size):
         return None
     objective = next(o for o in study.objectives if o.name == (best or study.objectives[0].name))
     sign = 1 if objective.direction == "minimize" else -1
     value = chosen.values([objective.name])[0]
     if all(sign * trial.values([objective.name])[0] >= sign * value for trial in store.frontier(study.id)):
         return None  # the limits keep nothing better out
+    if smallest:
+        value *= 1 - GAP
     if store.table(study.id, "sensitivity") is None:
         return None  # nothing to predict from
     from autoq.search.offers import offer
 
     try:
-        found = offer(store, study, limits)
+        found = offer(store, study, limits, best)
         assert found is not None, "only a fresh one may be missing"
     except AutoQError as problem:
         sys.stderr.write(f"nothing is offered between trial {chosen.number} and the bounds: {problem}\n")

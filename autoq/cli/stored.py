@@ -120,8 +120,8 @@ def pick(
 ) -> None:
     """Pick the best trial within limits.
 
-    Prints the frontier's best one, with its measurements and its assignment. Says what cannot be told from
-    it, and what the study's model predicts for a size limit that it leaves a gap to.
+    Prints the frontier's best one, with its measurements and its assignment. Says what it is no better
+    than beyond noise, and what the study's model predicts for limits that it leaves a gap to.
     """
     if as_json and as_yaml:
         raise BadInput("give either --json or --yaml, not both")
@@ -139,7 +139,7 @@ def pick(
         chosen = choose(record, store.frontier(record.id), upper, lower, best)
         found = store.trial(record.id, chosen.number).to_json()
         others = picking.tied(store, record, chosen, upper, lower)
-        found["ties_with"] = [trial.number for trial in others]
+        found["no_better_than"] = [trial.number for trial in others]
         offer = picking.offered(store, record, chosen, upper, lower, best)
     if others:
         sys.stderr.write(picking.tie_line(record, chosen, others) + "\n")
@@ -152,7 +152,7 @@ def pick(
     import yaml
 
     # The offer comes last: its assignment is not the one that was picked.
-    wanted = ("study", "number", "baseline", "hash", "measurements", "ties_with", "assignment", "offer")
+    wanted = ("study", "number", "baseline", "hash", "measurements", "no_better_than", "assignment", "offer")
     kept = {key: found[key] for key in wanted if found.get(key)}
     for measurement in kept["measurements"].values():
         del measurement["detail"]

@@ -135,7 +135,7 @@ def frontier(
 
     `points` are the frontier's trials to show, `limited` to those within somebody's limits. Sorted by
     the first objective that is a size, else by the last one. `ties` maps a trial's number to those that it
-    cannot be told from.
+    is no better than.
     """
     nothing = Text(f"study {study.name}: no feasible trial is {'within the limits' if limited else 'complete yet'}")
     if not points and not baselines:
@@ -161,13 +161,14 @@ def frontier(
 
 
 def _tied(rows: Sequence[TrialRecord], ties: Mapping[int, Sequence[int]]) -> dict[int, str]:
-    """Marks of the trials that tie with one above: `~` for the row above, else `~` and the nearest's number."""
+    """Marks of the trials that are no better than another: `~` for the row above, else `~` and that one's number."""
     marks = {}
     numbers = [trial.number for trial in rows]
     for place, number in enumerate(numbers):
-        above = [other for other in reversed(numbers[:place]) if other in ties.get(number, ())]
-        if above:
-            marks[number] = "~" if above[0] == numbers[place - 1] else f"~{above[0]}"
+        # The nearest above; below only where the order is not that of an exact quantity.
+        found = [other for other in [*reversed(numbers[:place]), *numbers[place:]] if other in ties.get(number, ())]
+        if found:
+            marks[number] = "~" if place and found[0] == numbers[place - 1] else f"~{found[0]}"
     return marks
 
 
@@ -193,7 +194,7 @@ def _legend(rows: Sequence[TrialRecord], marks: dict[int, str], names: Sequence[
     if "-" in marks.values():
         lines.append("-  a baseline that is not on the frontier")
     if any(mark.startswith("~") for mark in marks.values()):
-        lines.append("~  cannot be told from the row above, or from the trial of that number")
+        lines.append("~  beyond noise no better than the row above, or than the trial of that number")
     return lines
 
 

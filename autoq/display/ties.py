@@ -1,7 +1,7 @@
-"""Ties: frontier points that the measurements cannot tell apart. For display; the frontier itself stays exact.
+"""Ties: frontier points that are no better than another one, beyond noise. For display; the frontier stays exact.
 
-A point has an advantage over another where it is better in something by more than noise. Two points tie
-where one of them has no advantage over the other: it might as well not be on the frontier.
+A point has an advantage over another where it is better in something by more than noise. Where it has none, it
+might as well not be on the frontier.
 
 Quality is compared in pairs, token by token on the same text. What a text does to all assignments alike
 cancels out, so far smaller differences show than from the two standard errors. Neighbouring tokens share
@@ -35,19 +35,15 @@ TokenValues = Callable[[int, str, Part], "NDArray[np.float32] | None"]  # trial 
 def ties(
     trials: Sequence[TrialRecord], objectives: Sequence[StudyObjective], values: TokenValues
 ) -> dict[int, list[int]]:
-    """Trial number -> the numbers of the trials that it ties with, in the order given; all trials are keys.
+    """Trial number -> the numbers of those that it has no advantage over, in the order given; all trials are keys.
 
     `values` gives a trial's values (windows, tokens) behind a measurement, where they are stored.
     """
     judge = _Judge(objectives, values)
-    found: dict[int, list[int]] = {trial.number: [] for trial in trials}
-    for i, one in enumerate(trials):
-        for other in trials[:i]:
-            if not (judge.ahead(one, other) and judge.ahead(other, one)):
-                found[one.number].append(other.number)
-                found[other.number].append(one.number)
-    order = {trial.number: i for i, trial in enumerate(trials)}
-    return {number: sorted(others, key=order.__getitem__) for number, others in found.items()}
+    return {
+        one.number: [other.number for other in trials if other is not one and not judge.ahead(one, other)]
+        for one in trials
+    }
 
 
 def stored_ties(store: Store, study: StudyRecord, trials: Sequence[TrialRecord]) -> dict[int, list[int]]:

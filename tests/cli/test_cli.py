@@ -29,7 +29,7 @@ trial      origin             per_token  size_bytes    decode_ms
 p  predicted, not measured
 s  measured on the search part of the data only
 -  a baseline that is not on the frontier
-~  cannot be told from the row above, or from the trial of that number
+~  beyond noise no better than the row above, or than the trial of that number
 
 trial 3 against uniform-int4: 1.00 × its size_bytes, 0.99 × its
 latency_decode_ms and 0.40 × its kl_nats_per_token (0.17 against 0.42)

@@ -26,8 +26,8 @@ def offers(monkeypatch):
     fake.predicted = {"kl_nats_per_token": (0.05, 0.04, 0.06), "size_bytes": (99.9e6, 99.9e6, 99.9e6)}
     fake.assignment = OFFERED
 
-    def offer(store, study, bounds):
-        fake.asked.append((study.name, bounds))
+    def offer(store, study, bounds, best):
+        fake.asked.append((study.name, bounds, best))
         if fake.assignment is None:
             raise AutoQError("no assignment keeps the bounds")
         return types.SimpleNamespace(assignment=fake.assignment, predicted=fake.predicted)
@@ -67,16 +67,16 @@ def test_the_offer_stands_behind_what_was_picked(autoq, model):
 
 def test_ties_are_in_the_documents(autoq):
     trials = json.loads(autoq("frontier", "demo", "--json").stdout)["trials"]
-    assert {trial["number"]: trial["ties_with"] for trial in trials} == {0: [], 1: [], 3: [4], 4: [3], 5: []}
+    assert {trial["number"]: trial["no_better_than"] for trial in trials} == {0: [], 1: [], 3: [4], 4: [], 5: []}
 
 
-def test_pick_names_what_it_cannot_tell_from_its_choice(autoq):
+def test_pick_names_what_its_choice_is_no_better_than(autoq):
     result = autoq("pick", "demo", "--max", "size_bytes=80MB", "--json")
-    assert json.loads(result.stdout)["ties_with"] == [4]
-    assert result.stderr == "the measurements cannot tell trial 3 from 4 (79.80 MB)\n"
+    assert json.loads(result.stdout)["no_better_than"] == [4]
+    assert result.stderr == "beyond noise trial 3 is no better than 4 (79.80 MB)\n"
     # beyond the limits there is nothing to choose
     assert autoq("pick", "demo", "--max", "size_bytes=79.9MB").stderr == ""
-    assert yaml.safe_load(autoq("pick", "demo", "--max", "size_bytes=80MB").stdout)["ties_with"] == [4]
+    assert yaml.safe_load(autoq("pick", "demo", "--max", "size_bytes=80MB").stdout)["no_better_than"] == [4]
 
 
 def test_a_gap_below_the_bound_gets_an_offer(autoq, model):
@@ -90,7 +90,7 @@ def test_a_gap_below_the_bound_gets_an_offer(autoq, model):
         "high": 0.06,
         "kind": "predicted",
     }
-    assert model.asked == [("demo", {"size_bytes": Bound(max=100e6)})]
+    assert model.asked == [("demo", {"size_bytes": Bound(max=100e6)}, "kl_nats_per_token")]
     assert result.stderr.splitlines()[1] == (
         "beyond trial 3 an assignment is predicted, not measured, to have kl_nats_per_token 0.05000 nats/token "
         "(0.04000 to 0.06000), size_bytes 99.90 MB; measure it: the same command with --refine 1"
@@ -110,6 +110,16 @@ def test_no_gap_no_offer(autoq, model, limits):
     document = json.loads(autoq("pick", "demo", *limits, "--best", "kl_nats_per_token", "--json").stdout)
     assert "offer" not in document
     assert model.asked == []
+
+
+@pytest.mark.parametrize(("size", "shown"), [(78e6, True), (79e6, False), (81e6, False)])
+def test_the_smallest_within_a_bound_on_the_loss_is_offered(autoq, model, size, shown):
+    model.predicted = {"kl_nats_per_token": (0.19, 0.18, 0.2), "size_bytes": (size,) * 3}
+    limits = ["--max", "kl_nats_per_token=0.2", "--best", "size_bytes"]
+    document = json.loads(autoq("pick", "demo", *limits, "--json").stdout)
+    # Less than 2 % below the 79.8 MB that are picked is not worth a measurement.
+    assert (document["number"], "offer" in document) == (4, shown)
+    assert model.asked == [("demo", {"kl_nats_per_token": Bound(max=0.2)}, "size_bytes")]
 
 
 @pytest.mark.parametrize("case", ["worse", "known", "nothing"])

@@ -139,7 +139,7 @@ def test_picking_compares_no_reported_value_with_one_that_is_not(database):
 
 
 def test_frames_name_ties_and_limits_become_bounds(study, monkeypatch):
-    assert dict(study.frontier()["ties_with"]) == {0: [], 1: [], 3: [4], 4: [3], 5: []}
+    assert dict(study.frontier()["no_better_than"]) == {0: [], 1: [], 3: [4], 4: [], 5: []}
     fake = types.ModuleType("autoq.search.refining")
     fake.refine_study = lambda store, study_id, bounds, n, observer, best: (study_id, bounds, n)
     monkeypatch.setitem(sys.modules, "autoq.search.refining", fake)

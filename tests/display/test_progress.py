@@ -139,8 +139,9 @@ def test_leaving_by_an_exception_ends_the_display(kind):
 def test_the_samplers_own_view_is_shown_as_it_goes():
     out = io.StringIO()
     observer = PlainObserver(Console(file=out, width=200), OBJECTIVES)
-    for number, (predicted, measured) in enumerate([(0.1, 0.12), (0.2, 0.24), (0.4, 0.48)]):
-        proposed = trial(number, measured, sampler_attrs={PREDICTED: predicted}, on_frontier=False)
-        observer.trial(proposed, number + 1, 3)
-    expected = "sampler's own predictions: rank correlation 1.00, measured / predicted 1.20 (3 trials)"
-    assert out.getvalue().splitlines() == [f"3/3 trials; {expected}"]
+    for number in range(8):
+        predicted = 0.1 * (number + 1)
+        proposed = trial(number, 1.2 * predicted, sampler_attrs={PREDICTED: predicted}, on_frontier=False)
+        observer.trial(proposed, number + 1, 8)
+    expected = "sampler's own predictions: rank correlation 1.00, measured / predicted 1.20 (8 trials)"
+    assert out.getvalue().splitlines()[-1] == f"8/8 trials; {expected}"
