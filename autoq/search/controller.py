@@ -110,7 +110,7 @@ def violations(constraints: Mapping[str, Bound], measurements: Sequence[Measurem
 
 @dataclass
 class _Outcome:
-    """What the sampler is told of a trial: objective values, or None if it failed.
+    """What the sampler is told of a trial: the values that it steers by, or None if it failed.
 
     `beats` says whether it was evaluated in full and is feasible, so that others may be held against it.
     """
@@ -176,7 +176,7 @@ class _Run:
         """Rebuild the sampler from the stored trials and dispatch again what was running."""
         self.asktell = AskTell(
             [(v.name, len(v.choices)) for v in self.problem.space.variables],
-            [self.problem.objectives[name].direction for name in self.spec.objectives],
+            [self.problem.objectives[name].direction for name in self.problem.steering],
             self.spec.sampler.name,
             self.spec.sampler.seed,
             dict(self.spec.sampler.options),
@@ -417,7 +417,7 @@ class _Run:
     def _outcome(self, trial: TrialRecord) -> _Outcome:
         if trial.state not in ("complete", "stopped"):
             return _Outcome(None)
-        values = [expected(trial.measurements[name, "search"]) for name in self.spec.objectives]
+        values = [expected(trial.measurements[name, "search"]) for name in self.problem.steering]
         return _Outcome(values, [trial.violations[k] for k in sorted(trial.violations)], bool(trial.feasible))
 
     def _settle(self) -> int | None:

@@ -62,13 +62,14 @@ def offer(
     tighter = spec.model_copy(update={"constraints": {**spec.constraints, **bounds}})
     problem = Problem(tighter, problem.info, problem.target, problem.space, problem.objectives)
     prior = make_prior(problem, store.table(study.id, "sensitivity"), table)
-    learned = [i for i in range(len(spec.objectives)) if i not in prior.additive]
+    steering = problem.steering
+    learned = [i for i in range(len(steering)) if i not in prior.additive]
     if len(learned) != 1:
         raise AutoQError(f"study {study.name!r} has {len(learned)} measured objectives; an offer needs exactly one")
     known = _known(problem, prior)
     upper = [limit for limit in known.limits if math.isfinite(limit.limit)]
-    tables = {spec.objectives[place]: known.budgets[i] for i, place in enumerate(sorted(prior.additive))}
-    quality = spec.objectives[learned[0]]
+    tables = {steering[place]: known.budgets[i] for i, place in enumerate(sorted(prior.additive))}
+    quality = steering[learned[0]]
     if best in tables and quality in tighter.constraints:
         traded: Table | None = tables[best]
     elif upper:
@@ -87,7 +88,7 @@ def _known(problem: Problem, prior: Prior) -> Known:
         for v in problem.space.variables
         if len(v.choices) > 1
     }
-    directions = [problem.objectives[name].direction for name in problem.spec.objectives]
+    directions = [problem.objectives[name].direction for name in problem.steering]
     return Known.of([optuna.study.StudyDirection[d.upper()] for d in directions], space, prior)
 
 
@@ -216,7 +217,7 @@ class _Offering:
         predicted = {self.quality: (value, low, high)}
         for place, table in self.prior.additive.items():
             exact = table.of(everything)
-            predicted[self.problem.spec.objectives[place]] = (exact, exact, exact)
+            predicted[self.problem.steering[place]] = (exact, exact, exact)
         return Offer(self.problem.space.assignment(indices), predicted)
 
 

@@ -23,7 +23,7 @@ _TRIED = 3  # random assignments that a table must be right about
 
 def make_prior(problem: Problem, losses: Losses | None, costs: CostTable | None) -> Prior:
     """`losses` is layer -> scheme text -> predicted loss, `costs` the latency table; either may be missing."""
-    space, spec = problem.space, problem.spec
+    space, spec, steering = problem.space, problem.spec, problem.steering
     additive, limits, learned = {}, [], {}
     for name in spec.measured:
         function = _function(problem, name, costs)
@@ -32,12 +32,12 @@ def make_prior(problem: Problem, losses: Losses | None, costs: CostTable | None)
         low = -np.inf if bound is None or bound.min is None else bound.min
         high = np.inf if bound is None or bound.max is None else bound.max
         if table is None:
-            if bound is not None and name in spec.objectives:
-                learned[spec.objectives.index(name)] = (low, high)
+            if bound is not None and name in steering:
+                learned[steering.index(name)] = (low, high)
             continue
         table = replace(table, low=low, high=high)
-        if name in spec.objectives:
-            additive[spec.objectives.index(name)] = table
+        if name in steering:
+            additive[steering.index(name)] = table
         else:
             limits.append(table)
     predicted = {}

@@ -82,6 +82,15 @@ class Problem:
         """The objectives that need the model to run on data."""
         return [name for name, objective in self.objectives.items() if isinstance(objective, TokenObjective)]
 
+    @property
+    def steering(self) -> list[str]:
+        """What the sampler is told of: the objectives, and where no quality is among them those that are bounded.
+
+        The smallest model within a bound on its loss lies where both are known.
+        """
+        names = list(self.spec.objectives)
+        return names if set(names) & set(self.qualities) else [*names, *self.qualities]
+
 
 def pose(spec: StudySpec) -> Problem:
     """Check a spec against the model's skeleton, the target and the sampler.
@@ -103,11 +112,11 @@ def pose(spec: StudySpec) -> Problem:
     if any(isinstance(o, LatencyObjective) for o in objectives.values()) and (missing := target.unavailable()):
         raise SpecError(f"target.name: {spec.target.name} cannot measure on this machine: {missing}")
     space = build_space(info, spec.space, spec.target.name, target)
+    problem = Problem(spec, info, target, space, objectives)
     sampler = plugins.load("search.samplers", spec.sampler.name, Sampler)
-    rule = sampler.refuses([len(v.choices) for v in space.variables], len(spec.objectives), spec.sampler.options)
+    rule = sampler.refuses([len(v.choices) for v in space.variables], len(problem.steering), spec.sampler.options)
     if rule is not None:
         raise SpecError(f"sampler: {spec.sampler.name}: {rule}")
-    problem = Problem(spec, info, target, space, objectives)
     _refuse_out_of_reach(problem)
     return problem
 

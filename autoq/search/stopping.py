@@ -17,7 +17,7 @@ from autoq.measurement import Measurement
 
 
 class Finished(NamedTuple):
-    """A trial that may be a rival: complete, feasible; its values in the order of the study's objectives."""
+    """A trial that may be a rival: complete, feasible; its values begin with those of the study's objectives."""
 
     number: int
     values: Sequence[float]

@@ -369,6 +369,22 @@ def test_a_constraint_on_something_else_is_measured_too(store, spec):
     assert ("bits_per_weight", "search") in trial.measurements
 
 
+@pytest.mark.parametrize("sampler", ["frontier", "evolution", "nsga2"])
+def test_the_smallest_within_a_bound_on_a_quality_that_is_no_objective(store, spec, sampler):
+    """The bounded quality steers the sampler although the frontier is one of sizes alone."""
+    whole, _ = search(store, spec(budget={"trials": 96}, name="both"))
+    bound = 0.5
+    reached = [t.values(["size_bytes", "kl_nats_per_token"]) for t in store.trials(whole.id, states=["complete"])]
+    known = min(size for size, kl in reached if kl <= bound)
+    fields = {"objectives": ["size_bytes"], "constraints": {"kl_nats_per_token": {"max": bound}}}
+    study, _ = search(store, spec(**fields, sampler={"name": sampler}, budget={"trials": 40}))
+    (best, *others) = store.frontier(study.id)
+    assert all(t.values(["size_bytes"]) == best.values(["size_bytes"]) for t in others)
+    assert best.measurements["kl_nats_per_token", "search"].value <= bound
+    (size,) = best.values(["size_bytes"])
+    assert size <= known * (1.005 if sampler == "frontier" else 1.1)
+
+
 def test_a_tiny_space_is_searched_to_its_end(store, spec):
     fields = {
         "space": {"schemes": ["rtn-int2-g32", "rtn-int8-g32"], "exclude": ["*mlp*", "*layers.1*"]},
