@@ -22,7 +22,7 @@ a8dyn only. A quantized head must be of its own: what is tied to an embedding is
 from __future__ import annotations
 
 from autoq.layer import Layer
-from autoq.scheme import Float, Integer, Keep, PerGroup, PerTensor, Scheme
+from autoq.scheme import Float, Integer, Keep, PerBlock, PerGroup, PerTensor, Scheme
 
 GROUP_SIZES = (32, 64, 128)
 IN_MULTIPLE = 32
@@ -63,6 +63,10 @@ def _integer(scheme: Integer) -> str | None:
 
 
 def _float(layer: Layer, scheme: Float) -> str | None:
+    if scheme.format not in ("fp8", "mxfp4", "nvfp4"):
+        return f"there is no kernel for {scheme.format}; choose from fp8, mxfp4, nvfp4"
+    if scheme.format == "fp8" and isinstance(scheme.granularity, PerGroup | PerBlock):
+        return f"fp8 runs with a scale per channel or tensor, not per {scheme.granularity}"
     if scheme.activation and layer.fusion_group and isinstance(scheme.granularity, PerTensor):
         return (
             f"{layer.fusion_group} run as one layer, whose FP8 codes vLLM would round again to one scale per tensor; "

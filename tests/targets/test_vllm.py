@@ -114,6 +114,8 @@ class TestRefuses:
             ("rtn-int8-g64-sym-a8dyn", "8-bit activations run with int8-channel-sym or int8-tensor-sym"),
             ("kmeans4-channel", "there is no kernel for kmeans4-channel"),
             ("gguf-q8_0", "there is no kernel for gguf-q8_0"),
+            ("rtn-mxfp8-g32", "there is no kernel for mxfp8; choose from fp8, mxfp4, nvfp4"),
+            ("rtn-fp8-g32", "fp8 runs with a scale per channel or tensor, not per g32"),
             ("rtn-fp8-tensor-a8dyn", r"attn.q\+k run as one layer, whose FP8 codes vLLM would round again"),
         ],
     )
