@@ -116,12 +116,13 @@ class TestTarget:
 # Weights that few runtimes multiply, and who does; whoever is not named must say no.
 RARE = {
     "rtn-fp8-channel": {"generic", "vllm"},
+    "rtn-fp8-b128x128": {"generic", "vllm"},
     "rtn-mxfp4-g32": {"generic", "vllm"},
     "rtn-nvfp4-g16": {"generic", "vllm"},
     **{
         text: {"generic"}
         for text in (
-            "rtn-fp8-g32", "rtn-fp8-b128x128", "rtn-fp8_e5m2-channel", "rtn-fp8_e5m2-g32", "rtn-fp8_e5m2-b32x32",
+            "rtn-fp8-g32", "rtn-fp8_e5m2-channel", "rtn-fp8_e5m2-g32", "rtn-fp8_e5m2-b32x32",
             "rtn-fp4-g32", "rtn-fp4-channel", "rtn-mxfp8-g32", "rtn-mxfp8_e5m2-g32", "rtn-mxfp6_e2m3-g32",
             "rtn-mxfp6_e3m2-g32",
         )
