@@ -11,6 +11,7 @@ databases and file names:
     rtn-int8-channel-sym-a8dyn    and activations quantized to 8 bits on the fly
     rtn-int8-channel-sym-a8static and activations quantized to 8 bits by a calibrated range
     kmeans4-channel               16 centroids per output row; kmeans4-tensor shares them
+    nf4-g64, log4-g64             16 levels that nobody needs to ship, times a scale per group
     rtn-fp8-channel-a8dyn         8-bit floats (E4M3) on both sides
     rtn-fp8-b128x128              8-bit floats, a scale per block of 128 outputs by 128 inputs
     rtn-fp8_e5m2-g128, rtn-fp4-g64  other elements (E5M2, E2M1) under bfloat16 scales
@@ -152,6 +153,38 @@ class Integer:
         return codes + scales + zeros + _static_scale_bytes(self.activation)
 
 
+# The methods whose levels are fixed by their width. `nf4-g64` and `kmeans4-g64` have one form, and this tells
+# them apart; it is the one place beside the method's file that knows of it.
+FIXED_LEVELS = ("log", "nf")
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Fixed non-uniform levels times a scale: weight = scale * level[code], by a table of 2**bits numbers.
+
+    A bfloat16 scale per group, channel or tensor; the table belongs to the method and does not ship.
+    """
+
+    method: str
+    bits: int
+    granularity: Granularity
+
+    def __post_init__(self) -> None:
+        _check_bits(self.bits)
+        if self.method not in FIXED_LEVELS:
+            raise BadInput(f"{self.method!r:.40} has no fixed levels; choose from {', '.join(FIXED_LEVELS)}")
+
+    def __str__(self) -> str:
+        return f"{self.method}{self.bits}-{self.granularity}"
+
+    def nbytes(self, out_features: int, in_features: int, dtype_bytes: int) -> int:
+        """Bytes that ship for a weight of shape (out, in): codes and scales."""
+        scales = 1
+        if not isinstance(self.granularity, PerTensor):
+            scales = out_features * _groups_per_row(self.granularity, in_features)
+        return out_features * _packed_row_bytes(in_features, self.bits) + scales * PARAMETER_BITS // 8
+
+
 @dataclass(frozen=True)
 class Codebook:
     """Non-uniform levels: weight = centroid[code], 2**bits centroids per group, channel or tensor."""
@@ -162,6 +195,8 @@ class Codebook:
 
     def __post_init__(self) -> None:
         _check_bits(self.bits)
+        if self.method in FIXED_LEVELS:
+            raise BadInput(f"{self.method} has fixed levels and no codebook")
 
     def __str__(self) -> str:
         return f"{self.method}{self.bits}-{self.granularity}"
@@ -325,7 +360,7 @@ class Gguf:
         return out_features * (in_features // block) * size
 
 
-Scheme = Keep | Integer | Codebook | Float | Gguf
+Scheme = Keep | Integer | Levels | Codebook | Float | Gguf
 
 _INTEGER = re.compile(
     r"(?P<method>[a-z][a-z_]*)-int(?P<bits>\d)-(?P<granularity>tensor|channel|g\d{1,6})"
@@ -390,7 +425,8 @@ def parse_scheme(text: str) -> Scheme:
     if found := _GGUF.fullmatch(text):
         return Gguf(found["type"], found["importance"] is not None)
     if found := _CODEBOOK.fullmatch(text):
-        return Codebook(found["method"], int(found["bits"]), _granularity(found["granularity"]))
+        kind = Levels if found["method"] in FIXED_LEVELS else Codebook
+        return kind(found["method"], int(found["bits"]), _granularity(found["granularity"]))
     if (found := _FLOAT_LIKE.fullmatch(text)) and found["format"] not in FLOAT_FORMATS:
         raise BadInput(f"no floating-point format {found['format'][:40]!r}; choose from {', '.join(FLOAT_FORMATS)}")
     raise BadInput(f"scheme {text!r:.80} is not of a known form: {_FORMS}")

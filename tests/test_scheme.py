@@ -8,11 +8,13 @@ from hypothesis import strategies as st
 
 from autoq.errors import BadInput
 from autoq.scheme import (
+    FIXED_LEVELS,
     FLOAT_FORMATS,
     Codebook,
     Float,
     Integer,
     Keep,
+    Levels,
     PerBlock,
     PerChannel,
     PerGroup,
@@ -21,7 +23,7 @@ from autoq.scheme import (
     parse_scheme,
 )
 
-METHODS = st.from_regex(r"[a-z][a-z_]{0,11}", fullmatch=True)
+METHODS = st.from_regex(r"[a-z][a-z_]{0,11}", fullmatch=True).filter(lambda name: name not in FIXED_LEVELS)
 BITS = st.integers(2, 8)
 GRANULARITIES = st.one_of(
     st.just(PerTensor()), st.just(PerChannel()), st.builds(PerGroup, st.integers(2, 999_999))
@@ -43,7 +45,8 @@ FLOATS = st.one_of(
     st.builds(Float, METHODS, st.sampled_from([n for n in FLOAT_FORMATS if n[:2] == "mx"]), st.just(PerGroup(32))),
     st.builds(Float, METHODS, st.just("fp8"), st.just(PerChannel()), st.sampled_from(["a8dyn", "a8static"])),
 )  # fmt: skip
-UNIFORM = st.one_of(st.just(Keep()), INTEGERS, CODEBOOKS)
+LEVELS = st.builds(Levels, st.sampled_from(FIXED_LEVELS), BITS, GRANULARITIES)
+UNIFORM = st.one_of(st.just(Keep()), INTEGERS, LEVELS, CODEBOOKS)
 SCHEMES = st.one_of(UNIFORM, FLOATS)
 
 
@@ -107,6 +110,9 @@ def test_junk_is_refused_in_one_line(text):
         ("kmeans4-channel", (4, 6), 4 * (3 + 16 * 2)),
         ("kmeans2-tensor", (4, 6), 4 * 2 + 4 * 2),
         ("kmeans2-g4", (4, 8), 4 * (2 + 2 * 4 * 2)),
+        ("nf4-g64", (10, 64), 10 * (32 + 2)),
+        ("nf3-channel", (4, 5), 4 * (2 + 2)),
+        ("log5-tensor", (4, 8), 4 * 5 + 2),
         ("rtn-fp8-channel", (4, 6), 4 * (6 + 2)),
         ("rtn-fp8-tensor-a8static", (4, 6), 24 + 2 + 2),
         ("rtn-fp8_e5m2-g3", (4, 6), 4 * (6 + 2 * 2)),
@@ -148,12 +154,12 @@ def test_bytes_by_an_independent_count_of_bits(scheme, rows, groups, width, dtyp
         else:
             bits += sets[0] * sets[1] * 16
             bits += {"none": 0, "real": sets[0] * sets[1] * 16, "integer": sets[0] * pad(sets[1] * scheme.bits)}[
-                scheme.zero
+                getattr(scheme, "zero", "none")
             ]
     assert scheme.nbytes(rows, columns, dtype) * 8 == bits
 
 
-@given(scheme=st.one_of(INTEGERS, CODEBOOKS), rows=st.integers(1, 9), width=st.integers(1, 64))
+@given(scheme=st.one_of(INTEGERS, LEVELS, CODEBOOKS), rows=st.integers(1, 9), width=st.integers(1, 64))
 def test_more_bits_never_take_less_room(scheme, rows, width):
     columns = width * scheme.granularity.size if isinstance(scheme.granularity, PerGroup) else width
     if scheme.bits < 8:
@@ -163,9 +169,18 @@ def test_more_bits_never_take_less_room(scheme, rows, width):
 
 @pytest.mark.parametrize("bits", [-1, 0, 1, 9, 16])
 def test_bits_out_of_range_name_the_choices(bits):
-    for make in (Integer, Codebook):
+    for make, method in ((Integer, "x"), (Codebook, "x"), (Levels, "nf")):
         with pytest.raises(BadInput, match=rf"^{bits} bits is out of range; choose from 2 to 8$"):
-            make("x", bits, PerChannel())
+            make(method, bits, PerChannel())
+
+
+def test_fixed_levels_and_codebooks_are_told_apart_by_the_method():
+    assert parse_scheme("nf4-g64") == Levels("nf", 4, PerGroup(64))
+    assert parse_scheme("kmeans4-g64") == Codebook("kmeans", 4, PerGroup(64))
+    with pytest.raises(BadInput, match=r"^'kmeans' has no fixed levels; choose from log, nf$"):
+        Levels("kmeans", 4, PerGroup(64))
+    with pytest.raises(BadInput, match=r"^nf has fixed levels and no codebook$"):
+        Codebook("nf", 4, PerGroup(64))
 
 
 @pytest.mark.parametrize(

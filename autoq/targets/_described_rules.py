@@ -18,19 +18,21 @@ from autoq.energy import work
 from autoq.energy.work import DTYPE_FORMATS, ComputeFormat, Phase, Work
 from autoq.errors import SpecError
 from autoq.layer import Layer, ModelInfo
-from autoq.scheme import Codebook, Float, Gguf, Integer, Keep, PerGroup, Scheme, parse_scheme
+from autoq.scheme import Codebook, Float, Gguf, Integer, Keep, Levels, PerGroup, Scheme, parse_scheme
 from autoq.spec import TargetSpec
 from autoq.targets import UNQUANTIZED, CostTable
 from autoq.targets._described_device import Device, KernelRule
 
 
-def _weights(scheme: Integer | Codebook | Float) -> str:
+def _weights(scheme: Integer | Levels | Codebook | Float) -> str:
     if isinstance(scheme, Float):
         return scheme.format
+    if isinstance(scheme, Levels):
+        return f"{scheme.method}{scheme.bits}"
     return f"{'int' if isinstance(scheme, Integer) else 'codebook'}{scheme.bits}"
 
 
-def _granularity(scheme: Integer | Codebook | Float) -> int | str:
+def _granularity(scheme: Integer | Levels | Codebook | Float) -> int | str:
     if isinstance(scheme.granularity, PerGroup):
         return scheme.granularity.size
     return str(scheme.granularity).removeprefix("b")  # of a block, as a spec writes it
@@ -59,7 +61,7 @@ def rule_for(device: Device, layer: Layer, scheme: Scheme) -> KernelRule | str:
     return _misfit(device, rule, layer, scheme) or rule
 
 
-def _misfit(device: Device, rule: KernelRule, layer: Layer, scheme: Integer | Codebook | Float) -> str | None:
+def _misfit(device: Device, rule: KernelRule, layer: Layer, scheme: Integer | Levels | Codebook | Float) -> str | None:
     shape = f"shape ({layer.out_features}, {layer.in_features})"
     size = _granularity(scheme)
     # Block formats of floats carry their own granularity.

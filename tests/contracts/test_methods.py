@@ -20,7 +20,6 @@ from autoq.methods._float_weight import DTYPES, magnitudes
 from autoq.methods._weights import restore
 from autoq.scheme import (
     FLOAT_FORMATS,
-    Codebook,
     Float,
     Gguf,
     Integer,
@@ -207,7 +206,7 @@ def test_refuses_and_quantize_agree(name):
     other = next(o for o in plugins.names("methods") if o != name)
     own = schemes(name)
     foreign = schemes(other)
-    odd = [Integer(name, 4, PerGroup(5)), Codebook(name, 2, PerGroup(5)), Integer(name, 4, PerTensor(), "real")]
+    odd = [Integer(name, 4, PerGroup(5)), parse_scheme(f"{name}2-g5"), Integer(name, 4, PerTensor(), "real")]
     for shape in ((5, 12), (3, 7), (1, 36)):
         for scheme in [*own, *foreign, *odd]:
             reason = method(name).refuses(layer(shape), scheme)
@@ -221,9 +220,10 @@ def test_refuses_and_quantize_agree(name):
     assert method(name).refuses(layer((5, 12)), foreign[0]) is not None
 
 
-@pytest.mark.parametrize("name", ["rtn", "hqq", "kmeans"])
-def test_a_group_size_that_does_not_divide_is_named_with_the_shape(name):
-    scheme = Codebook(name, 2, PerGroup(5)) if name == "kmeans" else Integer(name, 4, PerGroup(5))
+@pytest.mark.parametrize("text", ["rtn-int4-g5", "hqq-int4-g5", "kmeans2-g5", "nf4-g5", "log4-g5", "rtn-fp4-g5"])
+def test_a_group_size_that_does_not_divide_is_named_with_the_shape(text):
+    scheme = parse_scheme(text)
+    name = scheme.method
     reason = method(name).refuses(layer((5, 12)), scheme)
     assert reason == "group size 5 does not divide the 12 inputs of shape (5, 12)"
 

@@ -124,7 +124,7 @@ RARE = {
         for text in (
             "rtn-fp8-g32", "rtn-fp8_e5m2-channel", "rtn-fp8_e5m2-g32", "rtn-fp8_e5m2-b32x32",
             "rtn-fp4-g32", "rtn-fp4-channel", "rtn-mxfp8-g32", "rtn-mxfp8_e5m2-g32", "rtn-mxfp6_e2m3-g32",
-            "rtn-mxfp6_e3m2-g32",
+            "rtn-mxfp6_e3m2-g32", "nf4-g64", "nf2-channel", "log4-g64", "kmeans4-channel",
         )
     },
 }  # fmt: skip
