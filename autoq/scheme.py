@@ -11,8 +11,11 @@ databases and file names:
     rtn-int8-channel-sym-a8dyn    and activations quantized to 8 bits on the fly
     rtn-int8-channel-sym-a8static and activations quantized to 8 bits by a calibrated range
     kmeans4-channel               16 centroids per output row; kmeans4-tensor shares them
+    nf4-g64, log4-g64             16 levels that nobody needs to ship, times a scale per group
     rtn-fp8-channel-a8dyn         8-bit floats (E4M3) on both sides
-    rtn-mxfp4-g32, rtn-nvfp4-g16  4-bit floats (E2M1) in blocks that share a scale
+    rtn-fp8-b128x128              8-bit floats, a scale per block of 128 outputs by 128 inputs
+    rtn-fp8_e5m2-g128, rtn-fp4-g64  other elements (E5M2, E2M1) under bfloat16 scales
+    rtn-mxfp8-g32, rtn-mxfp6_e2m3-g32, rtn-mxfp4-g32, rtn-nvfp4-g16  blocks that share a scale of 8 bits
     gguf-q4_k, gguf-q4_k-im       a block format of llama.cpp, without and with an importance matrix
 
 The text form is canonical: `parse_scheme(str(s)) == s`. Sizes are exact: every code, scale, zero
@@ -33,7 +36,9 @@ from autoq.errors import BadInput
 ZeroPoint = Literal["none", "integer", "real"]
 # Inputs in 8 bits too: by a range found while running (whose, the target says), or by a calibrated one.
 Activation = Literal["a8dyn", "a8static"]
-FloatFormat = Literal["fp8", "mxfp4", "nvfp4"]
+FloatFormat = Literal[
+    "fp8", "fp8_e5m2", "fp4", "mxfp8", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4", "nvfp4"
+]  # fmt: skip
 
 PARAMETER_BITS = 16  # a scale, a real zero point, a centroid: bfloat16
 MIN_BITS, MAX_BITS = 2, 8
@@ -67,6 +72,21 @@ class PerGroup:
 
     def __str__(self) -> str:
         return f"g{self.size}"
+
+
+@dataclass(frozen=True, order=True)
+class PerBlock:
+    """One set of parameters per `rows` outputs by `columns` inputs; blocks at the ends may be smaller."""
+
+    rows: int
+    columns: int
+
+    def __post_init__(self) -> None:
+        if min(self.rows, self.columns) < 2:
+            raise BadInput(f"block {self.rows}x{self.columns} is too small; the least is 2x2")
+
+    def __str__(self) -> str:
+        return f"b{self.rows}x{self.columns}"
 
 
 Granularity = PerTensor | PerChannel | PerGroup
@@ -133,6 +153,38 @@ class Integer:
         return codes + scales + zeros + _static_scale_bytes(self.activation)
 
 
+# The methods whose levels are fixed by their width. `nf4-g64` and `kmeans4-g64` have one form, and this tells
+# them apart; it is the one place beside the method's file that knows of it.
+FIXED_LEVELS = ("log", "nf")
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Fixed non-uniform levels times a scale: weight = scale * level[code], by a table of 2**bits numbers.
+
+    A bfloat16 scale per group, channel or tensor; the table belongs to the method and does not ship.
+    """
+
+    method: str
+    bits: int
+    granularity: Granularity
+
+    def __post_init__(self) -> None:
+        _check_bits(self.bits)
+        if self.method not in FIXED_LEVELS:
+            raise BadInput(f"{self.method!r:.40} has no fixed levels; choose from {', '.join(FIXED_LEVELS)}")
+
+    def __str__(self) -> str:
+        return f"{self.method}{self.bits}-{self.granularity}"
+
+    def nbytes(self, out_features: int, in_features: int, dtype_bytes: int) -> int:
+        """Bytes that ship for a weight of shape (out, in): codes and scales."""
+        scales = 1
+        if not isinstance(self.granularity, PerTensor):
+            scales = out_features * _groups_per_row(self.granularity, in_features)
+        return out_features * _packed_row_bytes(in_features, self.bits) + scales * PARAMETER_BITS // 8
+
+
 @dataclass(frozen=True)
 class Codebook:
     """Non-uniform levels: weight = centroid[code], 2**bits centroids per group, channel or tensor."""
@@ -143,6 +195,8 @@ class Codebook:
 
     def __post_init__(self) -> None:
         _check_bits(self.bits)
+        if self.method in FIXED_LEVELS:
+            raise BadInput(f"{self.method} has fixed levels and no codebook")
 
     def __str__(self) -> str:
         return f"{self.method}{self.bits}-{self.granularity}"
@@ -158,45 +212,87 @@ class Codebook:
 
 
 @dataclass(frozen=True)
+class FloatForm:
+    """What a floating-point format is made of: the codes' element, their width, the scales, its own group."""
+
+    element: Literal["e2m1", "e2m3", "e3m2", "e4m3", "e5m2"]
+    bits: int
+    scale: Literal["bfloat16", "e8m0", "e4m3"]
+    group: int | None = None
+
+
+FLOAT_FORMATS: dict[FloatFormat, FloatForm] = {
+    "fp8": FloatForm("e4m3", 8, "bfloat16"),
+    "fp8_e5m2": FloatForm("e5m2", 8, "bfloat16"),
+    "fp4": FloatForm("e2m1", 4, "bfloat16"),
+    "mxfp8": FloatForm("e4m3", 8, "e8m0", 32),
+    "mxfp8_e5m2": FloatForm("e5m2", 8, "e8m0", 32),
+    "mxfp6_e2m3": FloatForm("e2m3", 6, "e8m0", 32),
+    "mxfp6_e3m2": FloatForm("e3m2", 6, "e8m0", 32),
+    "mxfp4": FloatForm("e2m1", 4, "e8m0", 32),
+    "nvfp4": FloatForm("e2m1", 4, "e4m3", 16),
+}
+
+
+@dataclass(frozen=True)
 class Float:
     """Floating-point levels times a scale: weight = scale * float code.
 
-    fp8     E4M3 codes, a bfloat16 scale per channel or tensor (OCP 8-bit floating point, 2023)
-    mxfp4   E2M1 codes, a power-of-two scale (E8M0, one byte) per 32 inputs (OCP Microscaling v1.0)
-    nvfp4   E2M1 codes, an E4M3 scale per 16 inputs, and one float32 scale for the whole tensor
+    fp8, fp8_e5m2  E4M3 or E5M2 codes (OCP 8-bit floating point, 2023), a bfloat16 scale per channel, tensor,
+                   group or block; blocks of 128x128 are DeepSeek-V3's
+    fp4            E2M1 codes, a bfloat16 scale per channel, tensor or group
+    mxfp8, mxfp8_e5m2, mxfp6_e2m3, mxfp6_e3m2, mxfp4
+                   E4M3, E5M2, E2M3, E3M2, E2M1 codes, a power-of-two scale (E8M0, one byte) per 32 inputs
+                   (OCP Microscaling v1.0)
+    nvfp4          E2M1 codes, an E4M3 scale per 16 inputs, and one float32 scale for the whole tensor
     """
 
     method: str
     format: FloatFormat
-    granularity: Granularity
+    granularity: Granularity | PerBlock
     activation: Activation | None = None
 
     def __post_init__(self) -> None:
-        own = {"mxfp4": PerGroup(32), "nvfp4": PerGroup(16)}.get(self.format)
-        if own is not None and self.granularity != own:
-            raise BadInput(f"{self.format} has its own granularity, {own}, not {self.granularity}")
-        if own is None and isinstance(self.granularity, PerGroup):
-            raise BadInput(f"{self.format} has a scale per channel or tensor, not per {self.granularity}")
-        if own is not None and self.activation is not None:
+        own = self.form.group
+        if own is not None and self.granularity != PerGroup(own):
+            raise BadInput(f"{self.format} has its own granularity, {PerGroup(own)}, not {self.granularity}")
+        if isinstance(self.granularity, PerBlock) and self.bits != 8:
+            raise BadInput(f"{self.format} has a scale per channel, tensor or group, not per {self.granularity}")
+        if self.activation is not None and self.format != "fp8":
             raise BadInput(f"{self.format} is a weight-only format here; leave {self.activation} out")
+        if self.activation is not None and isinstance(self.granularity, PerGroup | PerBlock):
+            raise BadInput(f"{self.activation} goes with a scale per channel or tensor, not per {self.granularity}")
 
     def __str__(self) -> str:
         text = f"{self.method}-{self.format}-{self.granularity}"
         return text + (f"-{self.activation}" if self.activation else "")
 
     @property
+    def form(self) -> FloatForm:
+        """What the format is made of."""
+        return FLOAT_FORMATS[self.format]
+
+    @property
     def bits(self) -> int:
         """Width of one code."""
-        return 8 if self.format == "fp8" else 4
+        return self.form.bits
+
+    def scale_grid(self, out_features: int, in_features: int) -> tuple[int, int]:
+        """(rows, groups per row) of the scales that ship for a weight of shape (out, in)."""
+        match self.granularity:
+            case PerTensor():
+                return 1, 1
+            case PerBlock(rows, columns):
+                return -(-out_features // rows), -(-in_features // columns)
+            case granularity:
+                return out_features, _groups_per_row(granularity, in_features)
 
     def nbytes(self, out_features: int, in_features: int, dtype_bytes: int) -> int:
         """Bytes that ship for a weight of shape (out, in): codes and scales."""
         codes = out_features * _packed_row_bytes(in_features, self.bits)
-        if self.format == "fp8":
-            rows = 1 if isinstance(self.granularity, PerTensor) else out_features
-            return codes + rows * PARAMETER_BITS // 8 + _static_scale_bytes(self.activation)
-        scales = out_features * _groups_per_row(self.granularity, in_features)
-        return codes + scales + (4 if self.format == "nvfp4" else 0)
+        rows, groups = self.scale_grid(out_features, in_features)
+        scales = rows * groups * (PARAMETER_BITS // 8 if self.form.scale == "bfloat16" else 1)
+        return codes + scales + (4 if self.format == "nvfp4" else 0) + _static_scale_bytes(self.activation)
 
 
 def _static_scale_bytes(activation: Activation | None) -> int:
@@ -264,7 +360,7 @@ class Gguf:
         return out_features * (in_features // block) * size
 
 
-Scheme = Keep | Integer | Codebook | Float | Gguf
+Scheme = Keep | Integer | Levels | Codebook | Float | Gguf
 
 _INTEGER = re.compile(
     r"(?P<method>[a-z][a-z_]*)-int(?P<bits>\d)-(?P<granularity>tensor|channel|g\d{1,6})"
@@ -272,15 +368,17 @@ _INTEGER = re.compile(
     re.ASCII,
 )
 _FLOAT = re.compile(
-    r"(?P<method>[a-z][a-z_]*)-(?P<format>fp8|mxfp4|nvfp4)-(?P<granularity>tensor|channel|g\d{1,6})"
+    rf"(?P<method>[a-z][a-z_]*)-(?P<format>{'|'.join(FLOAT_FORMATS)})"
+    r"-(?P<granularity>tensor|channel|g\d{1,6}|b[1-9]\d{0,4}x[1-9]\d{0,4})"
     r"(?:-(?P<activation>a8dyn|a8static))?",
     re.ASCII,
 )
+_FLOAT_LIKE = re.compile(r"[a-z_]+-(?P<format>(?:mx|nv)?fp\d[a-z0-9_]*)-.*", re.ASCII)
 _GGUF = re.compile(r"gguf-(?P<type>[a-z][a-z0-9_]*)(?P<importance>-im)?", re.ASCII)
 _CODEBOOK = re.compile(r"(?P<method>[a-z][a-z_]*)(?P<bits>\d)-(?P<granularity>tensor|channel|g\d{1,6})", re.ASCII)
 _FORMS = (
-    "keep, METHOD-intB-G[-sym|-rz][-a8dyn|-a8static], METHODB-G, METHOD-fp8-G[-a8dyn|-a8static], METHOD-mxfp4-g32, "
-    "METHOD-nvfp4-g16 or gguf-TYPE[-im], where G is gSIZE, channel or tensor"
+    "keep, METHOD-intB-G[-sym|-rz][-a8dyn|-a8static], METHODB-G, METHOD-FLOAT-G[-a8dyn|-a8static] or gguf-TYPE[-im], "
+    "where G is gSIZE, channel, tensor or bROWSxCOLUMNS"
 )
 
 
@@ -297,6 +395,11 @@ def _granularity(text: str) -> Granularity:
     if text.startswith("g0"):
         raise BadInput(f"group size in {text!r} must not start with 0")
     return PerGroup(int(text[1:]))
+
+
+def _block(text: str) -> PerBlock | None:
+    rows, by, columns = text[1:].partition("x")
+    return PerBlock(int(rows), int(columns)) if text.startswith("b") and by else None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -316,13 +419,16 @@ def parse_scheme(text: str) -> Scheme:
         return Float(
             found["method"],
             found["format"],  # type: ignore[arg-type]
-            _granularity(found["granularity"]),
+            _block(found["granularity"]) or _granularity(found["granularity"]),
             found["activation"],  # type: ignore[arg-type]
         )
     if found := _GGUF.fullmatch(text):
         return Gguf(found["type"], found["importance"] is not None)
     if found := _CODEBOOK.fullmatch(text):
-        return Codebook(found["method"], int(found["bits"]), _granularity(found["granularity"]))
+        kind = Levels if found["method"] in FIXED_LEVELS else Codebook
+        return kind(found["method"], int(found["bits"]), _granularity(found["granularity"]))
+    if (found := _FLOAT_LIKE.fullmatch(text)) and found["format"] not in FLOAT_FORMATS:
+        raise BadInput(f"no floating-point format {found['format'][:40]!r}; choose from {', '.join(FLOAT_FORMATS)}")
     raise BadInput(f"scheme {text!r:.80} is not of a known form: {_FORMS}")
 
 

@@ -17,13 +17,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from autoq import plugins, strict_yaml
 from autoq.errors import BadInput, SpecError, UnknownName
-from autoq.scheme import MAX_BITS, MIN_BITS, ZeroPoint, parse_scheme
+from autoq.scheme import MAX_BITS, MIN_BITS, FloatFormat, ZeroPoint, parse_scheme
 from autoq.spec_errors import one_line, short
 
 _BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _BYTE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _SIZE = re.compile(r"\s*(\d{1,20}(?:\.\d{0,20})?(?:[eE][+-]?\d{1,2})?)\s*([A-Za-z]*)\s*")
 _TIME_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_BLOCK = re.compile(r"(\d{1,5})x(\d{1,5})", re.ASCII)
 _TIME = re.compile(r"\s*(?:\d{1,9}(?:\.\d{0,9})?\s*[smhd]\s*)+")
 
 
@@ -63,6 +64,17 @@ def _group_size(value: object) -> object:
     return value
 
 
+def _group_size_or_block(value: object) -> object:
+    if isinstance(value, str) and (found := _BLOCK.fullmatch(value)):
+        if min(int(found[1]), int(found[2])) < 2:
+            raise ValueError("must be a block of at least 2x2, such as 64x64")
+        return value
+    try:
+        return _group_size(value)
+    except ValueError as problem:
+        raise ValueError(str(problem).replace("channel or", "a block such as 64x64, channel or")) from None
+
+
 # Whole numbers are strict: 4.0, "4" and true are mistakes more often than they are the number meant.
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0, le=2**63 - 1)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0)]
@@ -72,9 +84,10 @@ Threads = Annotated[int, Field(strict=True, ge=1, le=1024)]
 Bits = Annotated[int, Field(strict=True, ge=MIN_BITS, le=MAX_BITS)]
 Number = Annotated[float, BeforeValidator(_no_bool)]
 GroupSize = Annotated[int | str, BeforeValidator(_group_size)]
+GroupSizeOrBlock = Annotated[int | str, BeforeValidator(_group_size_or_block)]
 ActivationChoice = Literal["none", "a8dyn", "a8static"]
 LayerKindChoice = Literal["linear", "embedding", "head"]
-_GRID_AXES = ("methods", "bits", "group_size", "zero_points", "activations")
+_GRID_AXES = ("methods", "bits", "group_size", "zero_points", "activations", "formats")
 
 
 def _known(folder: plugins.Folder, name: str) -> str:
@@ -141,14 +154,19 @@ class TargetSpec(_Section):
 
 
 class _Choices(_Section):
-    """Either `schemes`, spelled out, or a grid of methods × bits × group sizes × zero points."""
+    """Either `schemes`, spelled out, or a grid of methods × bits × group sizes × zero points.
+
+    `formats` are floating-point formats, which a grid holds where its bits and group sizes are theirs and
+    it has weights without zero points. Some know blocks of outputs by inputs: `group_size: [128x128]`.
+    """
 
     schemes: tuple[str, ...] | None = None
     methods: tuple[str, ...] | None = None
     bits: tuple[Bits, ...] | None = None
-    group_size: tuple[GroupSize, ...] | None = None
+    group_size: tuple[GroupSizeOrBlock, ...] | None = None
     zero_points: tuple[ZeroPoint, ...] | None = None
     activations: tuple[ActivationChoice, ...] | None = None
+    formats: tuple[FloatFormat, ...] | None = None
 
     @field_validator("schemes")
     @classmethod

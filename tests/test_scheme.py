@@ -8,9 +8,14 @@ from hypothesis import strategies as st
 
 from autoq.errors import BadInput
 from autoq.scheme import (
+    FIXED_LEVELS,
+    FLOAT_FORMATS,
     Codebook,
+    Float,
     Integer,
     Keep,
+    Levels,
+    PerBlock,
     PerChannel,
     PerGroup,
     PerTensor,
@@ -18,7 +23,7 @@ from autoq.scheme import (
     parse_scheme,
 )
 
-METHODS = st.from_regex(r"[a-z][a-z_]{0,11}", fullmatch=True)
+METHODS = st.from_regex(r"[a-z][a-z_]{0,11}", fullmatch=True).filter(lambda name: name not in FIXED_LEVELS)
 BITS = st.integers(2, 8)
 GRANULARITIES = st.one_of(
     st.just(PerTensor()), st.just(PerChannel()), st.builds(PerGroup, st.integers(2, 999_999))
@@ -32,7 +37,17 @@ INTEGERS = st.builds(
     st.sampled_from([None, "a8dyn"]),
 )  # fmt: skip
 CODEBOOKS = st.builds(Codebook, METHODS, BITS, GRANULARITIES)
-SCHEMES = st.one_of(st.just(Keep()), INTEGERS, CODEBOOKS)
+BLOCKS = st.builds(PerBlock, st.integers(2, 99_999), st.integers(2, 99_999))
+FLOATS = st.one_of(
+    st.builds(Float, METHODS, st.sampled_from(["fp8", "fp8_e5m2"]), st.one_of(GRANULARITIES, BLOCKS)),
+    st.builds(Float, METHODS, st.just("fp4"), GRANULARITIES),
+    st.builds(Float, METHODS, st.just("nvfp4"), st.just(PerGroup(16))),
+    st.builds(Float, METHODS, st.sampled_from([n for n in FLOAT_FORMATS if n[:2] == "mx"]), st.just(PerGroup(32))),
+    st.builds(Float, METHODS, st.just("fp8"), st.just(PerChannel()), st.sampled_from(["a8dyn", "a8static"])),
+)  # fmt: skip
+LEVELS = st.builds(Levels, st.sampled_from(FIXED_LEVELS), BITS, GRANULARITIES)
+UNIFORM = st.one_of(st.just(Keep()), INTEGERS, LEVELS, CODEBOOKS)
+SCHEMES = st.one_of(UNIFORM, FLOATS)
 
 
 @given(scheme=SCHEMES)
@@ -65,6 +80,9 @@ def test_any_text_is_a_scheme_or_bad_input_in_one_line(text):
         "rtn-int1-g64", "rtn-int9-g64", "rtn-int16-g64", "rtn-int4-row", "rtn-int4-g64-asym", "rtn-int4-g64-rz-sym",
         "rtn-int4-g64-sym-rz", "rtn-int4-g64-a8", "rtn-int4-g64-a8dyn-sym", "rtn-int4-g64-", "RTN-int4-g64", "keep ",
         "keep-int4-g64-", "kmeans4", "kmeans-channel", "kmeans4-channel-sym", "kmeans1-channel", "4-channel",
+        "rtn-fp8", "rtn-fp8-b128", "rtn-fp8-b0x128", "rtn-fp8-b128x0128", "rtn-fp8-b128x128x128", "rtn-fp8-g1",
+        "rtn-fp8_e4m3-channel", "rtn-int8-b128x128", "rtn-mxfp6-g32", "rtn-mxfp8-g64", "rtn-mxfp8-channel",
+        "rtn-nvfp4-g32", "rtn-fp4-b128x128", "rtn-fp8_e5m2-channel-a8dyn", "rtn-mxfp8-g32-a8dyn", "rtn-fp8-b1x128",
         "rtn-int4-g64\n", "rtn-int4-g99999999", "rtn-int٤-g64", "rtn-int4-g٦٤", "x" * 10**5,
     ],
 )  # fmt: skip
@@ -92,6 +110,21 @@ def test_junk_is_refused_in_one_line(text):
         ("kmeans4-channel", (4, 6), 4 * (3 + 16 * 2)),
         ("kmeans2-tensor", (4, 6), 4 * 2 + 4 * 2),
         ("kmeans2-g4", (4, 8), 4 * (2 + 2 * 4 * 2)),
+        ("nf4-g64", (10, 64), 10 * (32 + 2)),
+        ("nf3-channel", (4, 5), 4 * (2 + 2)),
+        ("log5-tensor", (4, 8), 4 * 5 + 2),
+        ("rtn-fp8-channel", (4, 6), 4 * (6 + 2)),
+        ("rtn-fp8-tensor-a8static", (4, 6), 24 + 2 + 2),
+        ("rtn-fp8_e5m2-g3", (4, 6), 4 * (6 + 2 * 2)),
+        # 130x576: two rows of five blocks, a bfloat16 each.
+        ("rtn-fp8-b128x128", (130, 576), 130 * 576 + 2 * 5 * 2),
+        ("rtn-fp4-channel", (4, 5), 4 * (3 + 2)),
+        ("rtn-fp4-tensor", (4, 6), 4 * 3 + 2),
+        # 64 codes of 6 bits are 48 bytes; two scales of a byte.
+        ("rtn-mxfp6_e2m3-g32", (3, 64), 3 * (48 + 2)),
+        ("rtn-mxfp8-g32", (3, 64), 3 * (64 + 2)),
+        ("rtn-mxfp4-g32", (3, 64), 3 * (32 + 2)),
+        ("rtn-nvfp4-g16", (3, 64), 3 * (32 + 4) + 4),
     ],
 )
 def test_bytes_by_hand(text, shape, expected):
@@ -99,7 +132,7 @@ def test_bytes_by_hand(text, shape, expected):
 
 
 @given(
-    scheme=SCHEMES,
+    scheme=UNIFORM,
     rows=st.integers(1, 50),
     groups=st.integers(1, 7),
     width=st.integers(2, 40),
@@ -121,12 +154,12 @@ def test_bytes_by_an_independent_count_of_bits(scheme, rows, groups, width, dtyp
         else:
             bits += sets[0] * sets[1] * 16
             bits += {"none": 0, "real": sets[0] * sets[1] * 16, "integer": sets[0] * pad(sets[1] * scheme.bits)}[
-                scheme.zero
+                getattr(scheme, "zero", "none")
             ]
     assert scheme.nbytes(rows, columns, dtype) * 8 == bits
 
 
-@given(scheme=st.one_of(INTEGERS, CODEBOOKS), rows=st.integers(1, 9), width=st.integers(1, 64))
+@given(scheme=st.one_of(INTEGERS, LEVELS, CODEBOOKS), rows=st.integers(1, 9), width=st.integers(1, 64))
 def test_more_bits_never_take_less_room(scheme, rows, width):
     columns = width * scheme.granularity.size if isinstance(scheme.granularity, PerGroup) else width
     if scheme.bits < 8:
@@ -136,9 +169,40 @@ def test_more_bits_never_take_less_room(scheme, rows, width):
 
 @pytest.mark.parametrize("bits", [-1, 0, 1, 9, 16])
 def test_bits_out_of_range_name_the_choices(bits):
-    for make in (Integer, Codebook):
+    for make, method in ((Integer, "x"), (Codebook, "x"), (Levels, "nf")):
         with pytest.raises(BadInput, match=rf"^{bits} bits is out of range; choose from 2 to 8$"):
-            make("x", bits, PerChannel())
+            make(method, bits, PerChannel())
+
+
+def test_fixed_levels_and_codebooks_are_told_apart_by_the_method():
+    assert parse_scheme("nf4-g64") == Levels("nf", 4, PerGroup(64))
+    assert parse_scheme("kmeans4-g64") == Codebook("kmeans", 4, PerGroup(64))
+    with pytest.raises(BadInput, match=r"^'kmeans' has no fixed levels; choose from log, nf$"):
+        Levels("kmeans", 4, PerGroup(64))
+    with pytest.raises(BadInput, match=r"^nf has fixed levels and no codebook$"):
+        Codebook("nf", 4, PerGroup(64))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("rtn-mxfp8-g64", "mxfp8 has its own granularity, g32, not g64"),
+        ("rtn-fp4-b128x128", "fp4 has a scale per channel, tensor or group, not per b128x128"),
+        ("rtn-fp8_e5m2-channel-a8dyn", "fp8_e5m2 is a weight-only format here; leave a8dyn out"),
+        ("rtn-fp8-b128x128-a8dyn", "a8dyn goes with a scale per channel or tensor, not per b128x128"),
+        ("rtn-fp8-g128-a8static", "a8static goes with a scale per channel or tensor, not per g128"),
+        ("rtn-fp8-b1x128", "block 1x128 is too small; the least is 2x2"),
+    ],
+)
+def test_floats_say_what_they_do_not_hold(text, reason):
+    with pytest.raises(BadInput) as refusal:
+        parse_scheme(text)
+    assert str(refusal.value) == reason
+
+
+def test_an_unknown_format_names_the_choices():
+    with pytest.raises(BadInput, match=r"^no floating-point format 'fp9'; choose from fp8, fp8_e5m2, fp4, mxfp8, "):
+        parse_scheme("rtn-fp9-channel")
 
 
 @pytest.mark.parametrize("size", [-4, 0, 1])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from autoq.layer import Layer
-from autoq.scheme import Activation, FloatFormat, Granularity, Integer, Scheme, ZeroPoint
+from autoq.scheme import Activation, FloatFormat, Granularity, Integer, PerBlock, Scheme, ZeroPoint
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Grid:
     zero_points: tuple[ZeroPoint, ...]
     activations: tuple[Activation | None, ...] = (None,)
     formats: tuple[FloatFormat, ...] = ()
+    blocks: tuple[PerBlock, ...] = ()  # granularities that only some formats know
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from autoq.errors import SchemeRefused
 from autoq.methods import QuantizedWeight
 from autoq.methods._float_weight import FloatWeight, float_tensors
 from autoq.methods._gguf_weight import GgufWeight, gguf_tensors
+from autoq.methods._levels import LevelsWeight
 from autoq.methods._packing import pack_rows, unpack_rows
-from autoq.scheme import Codebook, Float, Gguf, Granularity, Integer, Keep, PerGroup, PerTensor, Scheme
+from autoq.scheme import Codebook, Float, Gguf, Granularity, Integer, Keep, Levels, PerGroup, PerTensor, Scheme
 
 # Elements per block of rows: a block's float32 temporaries stay in a core's cache.
 BLOCK_ELEMENTS = 1 << 18
@@ -179,6 +180,8 @@ def restore(scheme: Scheme, shape: tuple[int, int], tensors: Mapping[str, Tensor
             return KeptWeight(scheme, shape, tensors)
         case Integer():
             return IntegerWeight(scheme, shape, tensors)
+        case Levels():
+            return LevelsWeight(scheme, shape, tensors)
         case Codebook():
             return CodebookWeight(scheme, shape, tensors)
         case Float():
@@ -202,6 +205,8 @@ def expected_tensors(
     if isinstance(scheme, Codebook):
         return {"codes": codes, "codebook": ((rows, groups, 2**scheme.bits), torch.bfloat16)}
     parameters = ((rows, groups), torch.bfloat16)
+    if isinstance(scheme, Levels):
+        return {"codes": codes, "scales": parameters}
     tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"codes": codes, "scales": parameters}
     if scheme.zero == "real":
         tensors["zeros"] = parameters

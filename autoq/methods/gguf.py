@@ -31,12 +31,12 @@ from autoq.errors import AutoQError, SchemeRefused
 from autoq.layer import Layer
 from autoq.methods import Grid, QuantizedWeight, Statistics
 from autoq.methods._gguf_weight import FLOATS, GgufWeight, ggml_type
+from autoq.methods._importance import importance
 from autoq.methods._ruled import RuledMethod
 from autoq.scheme import GGUF_TYPES, Gguf, Scheme
 
 _NO_IMPORTANCE = frozenset({*FLOATS, "q8_0", "mxfp4"})
 _LIKE_FLOAT32 = frozenset({"bf16", "mxfp4"})  # exponents of 8 bits; all others end where halves do
-_LEAST_IMPORTANCE = 1e-6  # of the mean
 
 
 class GgufBlocks(RuledMethod):
@@ -68,8 +68,8 @@ class GgufBlocks(RuledMethod):
         if scheme.type in FLOATS:
             blocks = values.to(FLOATS[scheme.type]).view(torch.uint8)
         else:
-            importance = _importance(scheme, statistics, weight.shape[1]) if scheme.importance else None
-            blocks = torch.from_numpy(_quantize(values.numpy(), scheme, importance))
+            counts = importance(scheme, statistics, weight.shape[1]).numpy() if scheme.importance else None
+            blocks = torch.from_numpy(_quantize(values.numpy(), scheme, counts))
         made = GgufWeight(scheme, (weight.shape[0], weight.shape[1]), {"blocks": blocks})
         if not made.dequantize().isfinite().all():
             raise SchemeRefused(f"{scheme} has scales in half precision, which are too small for this weight's range")
@@ -82,21 +82,6 @@ class GgufBlocks(RuledMethod):
                 yield Gguf(kind)
                 if kind not in _NO_IMPORTANCE:
                     yield Gguf(kind, importance=True)
-
-
-def _importance(scheme: Scheme, statistics: Statistics | None, inputs: int) -> np.ndarray:
-    """E[x_j²] (in,) float32 of the layer's inputs, positive.
-
-    Raises `SchemeRefused` where the calibration never saw the layer's inputs.
-    """
-    if statistics is None or "input_mean_square" not in statistics:
-        raise SchemeRefused(f"{scheme} is made from statistics of the layer's inputs, and there are none")
-    moments = statistics["input_mean_square"].float()
-    assert moments.shape == (inputs,), (moments.shape, inputs)
-    mean = float(moments.mean())
-    if mean <= 0:
-        raise SchemeRefused(f"{scheme}: all inputs of the layer were zero on the calibration data")
-    return moments.clamp(min=_LEAST_IMPORTANCE * mean).numpy()
 
 
 def _quantize(values: np.ndarray, scheme: Gguf, importance: np.ndarray | None) -> np.ndarray:

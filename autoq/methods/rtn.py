@@ -37,6 +37,8 @@ from autoq.scheme import Float, Integer, PerTensor, Scheme
 class RoundToNearest(RuledMethod):
     """Uniform integers over the range of each group, channel or tensor, and floating-point codes."""
 
+    version = 2
+
     def rule(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         if isinstance(scheme, Float):
             return None
@@ -74,7 +76,8 @@ class RoundToNearest(RuledMethod):
         yield from super().schemes(name, grid)
         if "none" not in grid.zero_points:
             return
-        for format_, granularity, activation in itertools.product(grid.formats, grid.granularities, grid.activations):
+        granularities = (*grid.granularities, *grid.blocks)
+        for format_, granularity, activation in itertools.product(grid.formats, granularities, grid.activations):
             with contextlib.suppress(BadInput):  # not of this format
                 scheme = Float(name, format_, granularity, activation)
                 if scheme.bits in grid.bits:

@@ -10,13 +10,25 @@ import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import cast
 
 from autoq import plugins
 from autoq.assignment import Assignment
 from autoq.errors import SchemeRefused, SpecError
 from autoq.layer import Layer, ModelInfo
 from autoq.methods import Grid, Method
-from autoq.scheme import Keep, PerChannel, PerGroup, PerTensor, Scheme, parse_scheme
+from autoq.scheme import (
+    FLOAT_FORMATS,
+    FloatFormat,
+    Granularity,
+    Keep,
+    PerBlock,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    Scheme,
+    parse_scheme,
+)
 from autoq.spec import OverrideSpec, SpaceSpec
 from autoq.targets import Target
 
@@ -157,10 +169,13 @@ def _section(layer: Layer, spec: SpaceSpec) -> SpaceSpec | OverrideSpec:
     return matching[-1] if matching else spec
 
 
-def _granularity(value: int | str) -> PerGroup | PerChannel | PerTensor:
+def _granularity(value: int | str) -> Granularity | PerBlock:
     if isinstance(value, int):
         return PerGroup(value)
-    return PerChannel() if value == "channel" else PerTensor()
+    if value in ("channel", "tensor"):
+        return PerChannel() if value == "channel" else PerTensor()
+    rows, _, columns = value.partition("x")
+    return PerBlock(int(rows), int(columns))
 
 
 def _grid(section: SpaceSpec | OverrideSpec, default: Grid) -> Grid:
@@ -168,15 +183,19 @@ def _grid(section: SpaceSpec | OverrideSpec, default: Grid) -> Grid:
     activations = (
         None if section.activations is None else tuple(None if a == "none" else a for a in section.activations)
     )
+    sizes = [_granularity(value) for value in section.group_size or ()]
     return Grid(
         methods=section.methods or default.methods,
         bits=section.bits or default.bits,
-        granularities=tuple(_granularity(v) for v in section.group_size)
-        if section.group_size
-        else default.granularities,
+        granularities=default.granularities
+        if section.group_size is None
+        else tuple(size for size in sizes if not isinstance(size, PerBlock)),
         zero_points=section.zero_points or default.zero_points,
         activations=activations or default.activations,
-        formats=default.formats,
+        formats=section.formats or default.formats,
+        blocks=default.blocks
+        if section.group_size is None
+        else tuple(size for size in sizes if isinstance(size, PerBlock)),
     )
 
 
@@ -222,6 +241,7 @@ def _refuse_unusable(layers: Sequence[Layer], spec: SpaceSpec, default: Grid, re
                 (f"group_size: {size}", partial(_is, "granularity", _granularity(size)))
                 for size in section.group_size or ()
             ),
+            *((f"formats: {name}", partial(_is, "format", name)) for name in section.formats or ()),
         ]
         for what, asks in asked:
             if any(asks(scheme) for scheme in usable):
@@ -230,12 +250,20 @@ def _refuse_unusable(layers: Sequence[Layer], spec: SpaceSpec, default: Grid, re
             layer = own[0]
             if scheme is None:
                 names = ", ".join((section.methods or default.methods) if section.schemes is None else ())
-                raise SchemeRefused(f"space.{what} gives no scheme with the methods {names}")
+                hint = _needs(what.removeprefix("formats: ")) if what.startswith("formats: ") else ""
+                raise SchemeRefused(f"space.{what} gives no scheme with the methods {names}{hint}")
             rule = refuses(layer, scheme)
             raise SchemeRefused(
                 f"space.{what} runs on no layer; for instance {layer.name} of shape "
                 f"({layer.out_features}, {layer.in_features}) as {scheme}: {rule}"
             )
+
+
+def _needs(name: str) -> str:
+    """What a grid must hold beside the floating-point format `name`."""
+    form = FLOAT_FORMATS[cast("FloatFormat", name)]
+    group = "" if form.group is None else f" group_size {form.group},"
+    return f"; {name} needs the method rtn,{group} bits {form.bits} and zero_points none"
 
 
 def _is(attribute: str, wanted: object, scheme: Scheme) -> bool:

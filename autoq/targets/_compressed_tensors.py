@@ -7,7 +7,8 @@ Per layer, beside its bias (compressed_tensors/compressors, release 0.20):
                       weight_zero_point (out*b/32, groups) int32, packed along the outputs
     int-quantized     weight (out, in) int8, the code minus 128; weight_scale (out, 1) or (1,);
                       input_scale (1,) if calibrated
-    float-quantized   weight (out, in) float8_e4m3fn; weight_scale and input_scale as before
+    float-quantized   weight (out, in) float8_e4m3fn; weight_scale and input_scale as before, or weight_scale
+                      (out/128, in/128) for blocks
     mxfp4-pack-…      weight_packed (out, in/2) uint8; weight_scale (out, groups) uint8, E8M0
     nvfp4-pack-…      weight_packed (out, in/2) uint8; weight_scale (out, groups) float8_e4m3fn;
                       weight_global_scale (1,) float32, a divisor
@@ -26,7 +27,7 @@ from autoq.methods._float_weight import FloatWeight
 from autoq.methods._packing import pack_rows, unpack_rows
 from autoq.methods._uniform import MIN_SCALE, stored
 from autoq.methods._weights import IntegerWeight
-from autoq.scheme import Float, Integer, PerTensor
+from autoq.scheme import Float, Integer, PerBlock, PerTensor
 from autoq.targets._compressed_tensors_config import storage_format
 
 E4M3 = torch.float8_e4m3fn
@@ -55,6 +56,9 @@ def expected(scheme: Integer | Float, shape: tuple[int, int]) -> dict[str, tuple
     rows, columns = shape
     groups = columns // getattr(scheme.granularity, "size", columns)
     scale = (1,) if isinstance(scheme.granularity, PerTensor) else (rows, groups)
+    if isinstance(scheme.granularity, PerBlock):
+        assert isinstance(scheme, Float)
+        scale = scheme.scale_grid(rows, columns)
     found: dict[str, tuple[torch.dtype, tuple[int, ...]]]
     match storage_format(scheme):
         case "pack-quantized":

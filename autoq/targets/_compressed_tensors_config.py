@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from autoq.scheme import Float, Integer, Keep, PerGroup, PerTensor, Scheme
+from autoq.scheme import Float, Integer, Keep, PerBlock, PerGroup, PerTensor, Scheme
 from autoq.targets._vllm_rules import layout
 
 MIXED = "mixed-precision"
@@ -40,6 +40,8 @@ def group_of(scheme: Integer | Float, targets: list[str]) -> dict[str, Any]:
         "group_size": None,
         "dynamic": False,
     }
+    if isinstance(scheme.granularity, PerBlock):
+        weights |= {"strategy": "block", "block_structure": [scheme.granularity.rows, scheme.granularity.columns]}
     if isinstance(scheme.granularity, PerGroup):
         weights |= {"strategy": "group", "group_size": scheme.granularity.size}
     if isinstance(scheme, Float) and scheme.format in _FOUR_BIT_FLOATS:
@@ -102,7 +104,10 @@ def layout_of(group: Mapping[str, Any]) -> str:
     if strategy is None:  # as QuantizationArgs infers it
         strategy = "tensor" if size is None else "channel" if size == -1 else "group"
     granularity = f"g{size}" if strategy in ("group", "tensor_group") else strategy
-    floats = {"8 channel": "fp8", "8 tensor": "fp8", "4 group": "mxfp4", "4 tensor_group": "nvfp4"}
+    if strategy == "block" and isinstance(structure := weights.get("block_structure"), list) and len(structure) == 2:
+        granularity = f"b{structure[0]}x{structure[1]}"
+        strategy = granularity
+    floats = {"8 b128x128": "fp8", "8 channel": "fp8", "8 tensor": "fp8", "4 group": "mxfp4", "4 tensor_group": "nvfp4"}
     symmetric = weights.get("symmetric", True)
     number = None
     if kind == "int" and strategy in ("tensor", "channel", "group"):

@@ -25,7 +25,7 @@ from autoq.spec_errors import one_line
 
 WeightFormat = Literal[
     "int2", "int3", "int4", "int5", "int6", "int8", "codebook2", "codebook3", "codebook4", "codebook8",
-    "fp8", "mxfp4", "nvfp4",
+    "fp8", "fp8_e5m2", "fp4", "mxfp8", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4", "nvfp4",
 ]  # fmt: skip
 Place = Literal["linear", "conv1d", "embedding", "head"]
 Multiple = Annotated[int, Field(strict=True, ge=1, le=65536)]
@@ -103,7 +103,7 @@ class KernelRule(_Section):
             raise ValueError(f"activations {quantized[0]} need computes: the format that is multiplied in")
         if self.computes is not None and "none" in self.activations:
             raise ValueError("computes is for quantized activations; give 'none' a kernel of its own")
-        if quantized and not self.weights.startswith(("int", "fp8")):
+        if quantized and self.weights != "fp8" and not self.weights.startswith("int"):
             raise ValueError(f"weights {self.weights} have no scheme with quantized activations")
         return self
 

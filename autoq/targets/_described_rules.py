@@ -18,22 +18,24 @@ from autoq.energy import work
 from autoq.energy.work import DTYPE_FORMATS, ComputeFormat, Phase, Work
 from autoq.errors import SpecError
 from autoq.layer import Layer, ModelInfo
-from autoq.scheme import Codebook, Float, Gguf, Integer, Keep, PerChannel, PerGroup, Scheme, parse_scheme
+from autoq.scheme import Codebook, Float, Gguf, Integer, Keep, Levels, PerGroup, Scheme, parse_scheme
 from autoq.spec import TargetSpec
 from autoq.targets import UNQUANTIZED, CostTable
 from autoq.targets._described_device import Device, KernelRule
 
 
-def _weights(scheme: Integer | Codebook | Float) -> str:
+def _weights(scheme: Integer | Levels | Codebook | Float) -> str:
     if isinstance(scheme, Float):
         return scheme.format
+    if isinstance(scheme, Levels):
+        return f"{scheme.method}{scheme.bits}"
     return f"{'int' if isinstance(scheme, Integer) else 'codebook'}{scheme.bits}"
 
 
-def _granularity(scheme: Integer | Codebook | Float) -> int | str:
+def _granularity(scheme: Integer | Levels | Codebook | Float) -> int | str:
     if isinstance(scheme.granularity, PerGroup):
         return scheme.granularity.size
-    return "channel" if isinstance(scheme.granularity, PerChannel) else "tensor"
+    return str(scheme.granularity).removeprefix("b")  # of a block, as a spec writes it
 
 
 def rule_for(device: Device, layer: Layer, scheme: Scheme) -> KernelRule | str:
@@ -59,11 +61,12 @@ def rule_for(device: Device, layer: Layer, scheme: Scheme) -> KernelRule | str:
     return _misfit(device, rule, layer, scheme) or rule
 
 
-def _misfit(device: Device, rule: KernelRule, layer: Layer, scheme: Integer | Codebook | Float) -> str | None:
+def _misfit(device: Device, rule: KernelRule, layer: Layer, scheme: Integer | Levels | Codebook | Float) -> str | None:
     shape = f"shape ({layer.out_features}, {layer.in_features})"
     size = _granularity(scheme)
     # Block formats of floats carry their own granularity.
-    if size not in rule.group_sizes and getattr(scheme, "format", None) not in ("mxfp4", "nvfp4"):
+    own = isinstance(scheme, Float) and scheme.form.group is not None
+    if size not in rule.group_sizes and not own:
         known = ", ".join(map(str, rule.group_sizes))
         return f"{device.name} runs {rule.weights} weights by group size {known}, not {size}"
     if isinstance(size, int) and layer.in_features % size:

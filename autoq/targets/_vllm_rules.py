@@ -11,6 +11,8 @@ model_executor/kernels/linear). The kernels are those of its CUDA build:
     fp8           Marlin, weights only; with a8dyn or a8static CUTLASS on devices with FP8 arithmetic.
                   With one scale per tensor and inputs in 8 bits, vLLM rounds merged layers again to the
                   largest of their scales: not what was measured, so refused for layers that are merged.
+                  Weights only they may have a scale per block of 128x128 (`CompressedTensorsW8A16Fp8`), which a
+                  merged layer's members must consist of (`validate_fp8_block_shape`).
     mxfp4, nvfp4  Marlin, weights only. For mxfp4 on Blackwell vLLM may choose a kernel that rounds inputs
                   too; `--linear-backend marlin` keeps it from it.
 
@@ -22,11 +24,12 @@ a8dyn only. A quantized head must be of its own: what is tied to an embedding is
 from __future__ import annotations
 
 from autoq.layer import Layer
-from autoq.scheme import Float, Integer, Keep, PerGroup, PerTensor, Scheme
+from autoq.scheme import Float, Integer, Keep, PerBlock, PerGroup, PerTensor, Scheme
 
 GROUP_SIZES = (32, 64, 128)
 IN_MULTIPLE = 32
 OUT_MULTIPLE = 16
+BLOCK = PerBlock(128, 128)
 
 
 def refusal(layer: Layer, scheme: Scheme) -> str | None:
@@ -63,6 +66,18 @@ def _integer(scheme: Integer) -> str | None:
 
 
 def _float(layer: Layer, scheme: Float) -> str | None:
+    if scheme.format not in ("fp8", "mxfp4", "nvfp4"):
+        return f"there is no kernel for {scheme.format}; choose from fp8, mxfp4, nvfp4"
+    if isinstance(scheme.granularity, PerBlock) or (
+        scheme.format == "fp8" and isinstance(scheme.granularity, PerGroup)
+    ):
+        if scheme.granularity != BLOCK:
+            return f"fp8 runs with a scale per channel, tensor or {BLOCK}, not per {scheme.granularity}"
+        if layer.in_features % BLOCK.columns or layer.out_features % BLOCK.rows:
+            return (
+                f"blocks of {BLOCK.rows}x{BLOCK.columns} must divide the layer, which has shape "
+                f"({layer.out_features}, {layer.in_features})"
+            )
     if scheme.activation and layer.fusion_group and isinstance(scheme.granularity, PerTensor):
         return (
             f"{layer.fusion_group} run as one layer, whose FP8 codes vLLM would round again to one scale per tensor; "

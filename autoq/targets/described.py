@@ -16,7 +16,7 @@ from autoq.energy import work
 from autoq.energy.estimate import Constants, Estimate, per_token
 from autoq.errors import SpecError
 from autoq.layer import Layer, ModelInfo
-from autoq.scheme import Float, FloatFormat, Integer, Keep, PerChannel, PerGroup, PerTensor, Scheme
+from autoq.scheme import FLOAT_FORMATS, Float, FloatFormat, Integer, Keep, PerChannel, PerGroup, PerTensor, Scheme
 from autoq.spec import TargetSpec
 from autoq.targets import CostTable, Target
 from autoq.targets import _described_rules as rules
@@ -66,8 +66,12 @@ class Described(Target):
         from autoq.methods import Grid
 
         kernels = self.device.kernels
+        formats = tuple(name for name in get_args(FloatFormat) if any(rule.weights == name for rule in kernels))
+        forms = [FLOAT_FORMATS[name] for name in formats]
         sizes = dict.fromkeys(size for rule in kernels for size in rule.group_sizes)
+        sizes |= dict.fromkeys(form.group for form in forms if form.group is not None)
         widths = {int(rule.weights[3:]) for rule in kernels if rule.weights.startswith("int")}
+        widths |= {form.bits for form in forms}
         activations: list[Activation | None] = [None]
         if any("a8dyn" in rule.activations for rule in kernels):
             activations.append("a8dyn")
@@ -77,7 +81,7 @@ class Described(Target):
             granularities=tuple(_granularity(size) for size in sizes),
             zero_points=tuple(dict.fromkeys(zero for rule in kernels for zero in rule.zero_points)),
             activations=tuple(activations),
-            formats=tuple(name for name in get_args(FloatFormat) if any(rule.weights == name for rule in kernels)),
+            formats=formats,
         )
 
     def refuses(self, layer: Layer, scheme: Scheme) -> str | None:

@@ -43,6 +43,7 @@ class Vllm(Target):
             zero_points=("none", "integer"),
             activations=(None, "a8dyn", "a8static"),
             formats=("fp8", "mxfp4", "nvfp4"),
+            blocks=(rules.BLOCK,),
         )
 
     def refuses(self, layer: Layer, scheme: Scheme) -> str | None:

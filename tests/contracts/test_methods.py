@@ -16,9 +16,20 @@ from autoq.bank import Bank
 from autoq.errors import NotFinite, SchemeRefused
 from autoq.layer import Layer
 from autoq.methods import Grid, Method
-from autoq.methods._float_weight import E2M1
+from autoq.methods._float_weight import DTYPES, magnitudes
 from autoq.methods._weights import restore
-from autoq.scheme import Codebook, Float, Gguf, Integer, Keep, PerChannel, PerGroup, PerTensor, parse_scheme
+from autoq.scheme import (
+    FLOAT_FORMATS,
+    Float,
+    Gguf,
+    Integer,
+    Keep,
+    PerBlock,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    parse_scheme,
+)
 
 GRID = Grid(
     methods=plugins.names("methods"),
@@ -26,7 +37,8 @@ GRID = Grid(
     granularities=(PerTensor(), PerChannel(), PerGroup(3), PerGroup(6), PerGroup(12), PerGroup(16), PerGroup(32)),
     zero_points=("none", "integer", "real"),
     activations=(None, "a8dyn"),
-    formats=("fp8", "mxfp4", "nvfp4"),
+    formats=tuple(FLOAT_FORMATS),
+    blocks=(PerBlock(2, 8), PerBlock(128, 128)),
 )
 SHAPES = ((5, 12), (1, 36), (7, 1), (3, 7), (6, 96), (3, 256), (40, 300))
 
@@ -70,10 +82,11 @@ def quantize(name: str, w: torch.Tensor, scheme):
 
 def float_levels(scheme: Float) -> torch.Tensor:
     """The numbers of the format's codes, ascending."""
-    if scheme.format == "fp8":
-        every = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float()
+    if scheme.form.element in DTYPES:
+        every = torch.arange(256).to(torch.uint8).view(DTYPES[scheme.form.element]).float()
         return every[every.isfinite()].sort().values
-    return torch.cat([-E2M1.flip(0), E2M1])
+    positive = magnitudes(scheme.form.element)
+    return torch.cat([-positive.flip(0), positive])
 
 
 CASES = [(name, shape) for name in plugins.names("methods") for shape in SHAPES]
@@ -193,7 +206,7 @@ def test_refuses_and_quantize_agree(name):
     other = next(o for o in plugins.names("methods") if o != name)
     own = schemes(name)
     foreign = schemes(other)
-    odd = [Integer(name, 4, PerGroup(5)), Codebook(name, 2, PerGroup(5)), Integer(name, 4, PerTensor(), "real")]
+    odd = [Integer(name, 4, PerGroup(5)), parse_scheme(f"{name}2-g5"), Integer(name, 4, PerTensor(), "real")]
     for shape in ((5, 12), (3, 7), (1, 36)):
         for scheme in [*own, *foreign, *odd]:
             reason = method(name).refuses(layer(shape), scheme)
@@ -207,9 +220,10 @@ def test_refuses_and_quantize_agree(name):
     assert method(name).refuses(layer((5, 12)), foreign[0]) is not None
 
 
-@pytest.mark.parametrize("name", ["rtn", "hqq", "kmeans"])
-def test_a_group_size_that_does_not_divide_is_named_with_the_shape(name):
-    scheme = Codebook(name, 2, PerGroup(5)) if name == "kmeans" else Integer(name, 4, PerGroup(5))
+@pytest.mark.parametrize("text", ["rtn-int4-g5", "hqq-int4-g5", "kmeans2-g5", "nf4-g5", "log4-g5", "rtn-fp4-g5"])
+def test_a_group_size_that_does_not_divide_is_named_with_the_shape(text):
+    scheme = parse_scheme(text)
+    name = scheme.method
     reason = method(name).refuses(layer((5, 12)), scheme)
     assert reason == "group size 5 does not divide the 12 inputs of shape (5, 12)"
 
@@ -281,7 +295,7 @@ def test_a_constant_comes_back_to_bfloat16_precision(name, constant):
     for scheme in made(name, (4, 36)):
         if isinstance(scheme, Integer) and scheme.zero == "none":
             continue  # the positive end lies half a step out by definition
-        if isinstance(scheme, Float) and scheme.bits < 8:
+        if isinstance(scheme, Float) and (scheme.bits < 8 or scheme.form.scale != "bfloat16"):
             continue  # scales of so few bits cannot
         if isinstance(scheme, Gguf):
             continue  # halves end before 1e30 and 1e-30

@@ -113,6 +113,31 @@ class TestTarget:
         assert missing is None or (missing and "\n" not in missing)
 
 
+# Weights that few runtimes multiply, and who does; whoever is not named must say no.
+RARE = {
+    "rtn-fp8-channel": {"generic", "vllm"},
+    "rtn-fp8-b128x128": {"generic", "vllm"},
+    "rtn-mxfp4-g32": {"generic", "vllm"},
+    "rtn-nvfp4-g16": {"generic", "vllm"},
+    **{
+        text: {"generic"}
+        for text in (
+            "rtn-fp8-g32", "rtn-fp8_e5m2-channel", "rtn-fp8_e5m2-g32", "rtn-fp8_e5m2-b32x32",
+            "rtn-fp4-g32", "rtn-fp4-channel", "rtn-mxfp8-g32", "rtn-mxfp8_e5m2-g32", "rtn-mxfp6_e2m3-g32",
+            "rtn-mxfp6_e3m2-g32", "nf4-g64", "nf2-channel", "log4-g64", "kmeans4-channel",
+        )
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", RARE)
+def test_rare_formats_run_only_where_a_kernel_is_known(text):
+    scheme, layer = parse_scheme(text), Layer("x", "linear", 256, 256, 2)
+    rules = {name: load(name).refuses(layer, scheme) for name in NAMES}
+    assert {name for name, rule in rules.items() if rule is None} == RARE[text]
+    assert all(rule is None or (rule and "\n" not in rule) for rule in rules.values())
+
+
 def test_loading_and_asking_targets_imports_no_torch():
     program = f"""
 import json, sys

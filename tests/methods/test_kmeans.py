@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from autoq import plugins
-from autoq.methods import Method, kmeans
+from autoq.methods import Method, _codebook
 from autoq.scheme import parse_scheme
 
 KMEANS, RTN = (plugins.load("methods", name, Method) for name in ("kmeans", "rtn"))
@@ -85,7 +85,7 @@ def test_a_sample_of_a_large_tensor_is_enough(monkeypatch):
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
     weight[5, 5] = 30.0
     whole = errors(KMEANS, weight, "kmeans4-tensor").sum()
-    monkeypatch.setattr(kmeans, "SAMPLE", 4096)
+    monkeypatch.setattr(_codebook, "SAMPLE", 4096)
     part = errors(KMEANS, weight, "kmeans4-tensor").sum()
     assert part < whole * 1.05
     assert abs(KMEANS.quantize(weight, parse_scheme("kmeans4-tensor")).dequantize()[5, 5] - 30.0) < 0.2

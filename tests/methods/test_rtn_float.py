@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 
 from autoq import plugins
 from autoq.methods import Grid, Method, _floats
-from autoq.methods._float_weight import E2M1, power_of_two
+from autoq.methods._float_weight import magnitudes, power_of_two
 from autoq.scheme import PerChannel, PerGroup, PerTensor, parse_scheme
 
 RTN = plugins.load("methods", "rtn", Method)
 ALL = ("rtn-fp8-channel", "rtn-fp8-tensor", "rtn-mxfp4-g32", "rtn-nvfp4-g16")
+MORE = ("rtn-fp8_e5m2-g32", "rtn-fp4-g16", "rtn-fp8-b8x32", "rtn-mxfp8-g32", "rtn-mxfp6_e2m3-g32", "rtn-mxfp6_e3m2-g32")
 
 
 def made(weight, text):
@@ -37,13 +38,13 @@ def test_fp8_by_hand():
 
 def test_e2m1_rounds_ties_to_the_even_code():
     halves = torch.tensor([0.0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 7.0])
-    codes = _floats.encode_e2m1(halves)
+    codes = _floats.encode(halves, "e2m1")
     assert codes.tolist() == [0, 0, 2, 2, 4, 4, 6, 6, 7]
-    assert _floats.encode_e2m1(-halves).tolist() == [0, 0, 10, 10, 12, 12, 14, 14, 15]
+    assert _floats.encode(-halves, "e2m1").tolist() == [8, 8, 10, 10, 12, 12, 14, 14, 15]
     above = torch.nextafter(halves[1:-1], torch.full((7,), torch.inf))
-    assert _floats.encode_e2m1(above).tolist() == [1, 2, 3, 4, 5, 6, 7]
+    assert _floats.encode(above, "e2m1").tolist() == [1, 2, 3, 4, 5, 6, 7]
     below = torch.nextafter(halves[1:-1], torch.zeros(7))
-    assert _floats.encode_e2m1(below).tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert _floats.encode(below, "e2m1").tolist() == [0, 1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(
@@ -84,13 +85,13 @@ def test_exponents_are_powers_of_two_down_to_the_least():
     ]
 
 
-@pytest.mark.parametrize("text", ALL)
+@pytest.mark.parametrize("text", [*ALL, *MORE])
 @settings(max_examples=30, deadline=None)
 @given(exponent=st.integers(-120, 120), seed=st.integers(0, 5))
 def test_scaling_by_a_power_of_two_scales_the_result(text, exponent, seed):
     """Floats know no preferred size; only the ends of the formats' ranges do."""
     weight = gaussian(4, 64, seed)
-    limited = max(min(exponent, 110), -110 if text != "rtn-nvfp4-g16" else -100)
+    limited = max(min(exponent, 110), -100 if "nvfp4" in text or "e5m2" in text else -110)
     found = made((weight.double() * 2.0**limited).float(), text).dequantize().double()
     assert torch.equal(found, made(weight, text).dequantize().double() * 2.0**limited)
 
@@ -172,9 +173,9 @@ def test_blocks_of_rows_do_not_show(monkeypatch):
     from autoq.methods import _weights
 
     weight = gaussian(50, 64)
-    whole = [made(weight, text) for text in ALL]
+    whole = [made(weight, text) for text in (*ALL, *MORE)]
     monkeypatch.setattr(_weights, "BLOCK_ELEMENTS", 100)
-    for text, expected in zip(ALL, whole, strict=True):
+    for text, expected in zip((*ALL, *MORE), whole, strict=True):
         found = made(weight, text)
         assert all(
             torch.equal(found.tensors[k].view(torch.uint8), t.view(torch.uint8)) for k, t in expected.tensors.items()
@@ -192,7 +193,8 @@ def test_a_grid_holds_floats_where_its_axes_do():
     )
     texts = {str(scheme) for scheme in RTN.schemes("rtn", grid)}
     floats = {text for text in texts if "int" not in text}
-    assert floats == {*ALL, "rtn-fp8-channel-a8dyn", "rtn-fp8-tensor-a8dyn"}
+    grouped = {"rtn-fp8-g16", "rtn-fp8-g32"}
+    assert floats == {*ALL, *grouped, "rtn-fp8-channel-a8dyn", "rtn-fp8-tensor-a8dyn"}
     only_four = Grid(("rtn",), (4,), grid.granularities, ("none",), formats=grid.formats)
     assert {str(s) for s in RTN.schemes("rtn", only_four)} & floats == {"rtn-mxfp4-g32", "rtn-nvfp4-g16"}
     asymmetric = Grid(("rtn",), (4,), grid.granularities, ("integer",), formats=grid.formats)
@@ -200,6 +202,5 @@ def test_a_grid_holds_floats_where_its_axes_do():
 
 
 def test_every_e2m1_number_has_its_code():
-    numbers = torch.cat([E2M1, -E2M1[1:]])
-    codes = _floats.encode_e2m1(numbers)
-    assert sorted(codes.tolist()) == [*range(8), *range(9, 16)]
+    numbers = torch.cat([magnitudes("e2m1"), -magnitudes("e2m1")])
+    assert _floats.encode(numbers, "e2m1").tolist() == [*range(16)]

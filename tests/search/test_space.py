@@ -87,6 +87,23 @@ def test_exclude_and_kinds_and_overrides():
     assert space(kinds=["embedding"], schemes=["keep"]).variables[0].name == "embed"
 
 
+def test_floats_where_the_grid_holds_them():
+    found = space(
+        methods=["rtn"], bits=[8], zero_points=["none"], group_size=["channel", 32, "48x128"],
+        formats=["mxfp8", "fp8"], exclude=["*.thin"],
+    )  # fmt: skip
+    names = {str(scheme) for scheme in found.variables[0].choices}
+    integers = {"rtn-int8-channel-sym", "rtn-int8-g32-sym"}
+    assert names == {"rtn-fp8-b48x128", "rtn-fp8-channel", "rtn-fp8-g32", "rtn-mxfp8-g32"} | integers
+    overridden = space(
+        methods=["rtn"], bits=[8], zero_points=["none"], group_size=["channel"],
+        overrides=[{"match": "*.q", "methods": ["rtn"], "bits": [4], "formats": ["fp4"], "zero_points": ["none"]}],
+    )  # fmt: skip
+    own = {variable.name: {str(scheme) for scheme in variable.choices} for variable in overridden.variables}
+    assert {"rtn-fp4-channel", "rtn-fp4-g32"} < own["h.0.q"]
+    assert own["h.0.k"] == {"rtn-int8-channel-sym"}
+
+
 def test_uniform_takes_the_first_scheme_that_runs():
     found = space(schemes=["rtn-int8-channel"])
     preference = [parse_scheme("rtn-int4-g32"), parse_scheme("rtn-int8-channel")]
@@ -108,6 +125,11 @@ def test_uniform_takes_the_first_scheme_that_runs():
         ({"bits": [3, 8]}, ["bits: 3", "h.0.q", "only 4 and 8 bits"]),
         ({"bits": [4], "methods": ["rtn"]}, ["h.0.thin", "(64, 16)", "4 bits need at least 32 inputs", "exclude it"]),
         ({"group_size": [48, "channel"], "bits": [8]}, ["group_size: 48", "(64, 64)", "48"]),
+        ({"group_size": ["128x128"], "methods": ["rtn"]}, ["the grid spans no scheme"]),
+        (
+            {"formats": ["mxfp6_e2m3"], "methods": ["rtn"], "zero_points": ["none"]},
+            ["formats: mxfp6_e2m3 gives no scheme", "needs the method rtn, group_size 32, bits 6 and zero_points none"],
+        ),
         ({"methods": ["keep"], "bits": [4]}, ["space.bits: 4 gives no scheme with the methods keep"]),
         ({"kinds": ["embedding"], "schemes": ["rtn-int8-channel"]}, ["embed", "(100, 64)", "embeddings stay"]),
     ],

@@ -114,6 +114,10 @@ class TestRefuses:
             ("rtn-int8-g64-sym-a8dyn", "8-bit activations run with int8-channel-sym or int8-tensor-sym"),
             ("kmeans4-channel", "there is no kernel for kmeans4-channel"),
             ("gguf-q8_0", "there is no kernel for gguf-q8_0"),
+            ("rtn-mxfp8-g32", "there is no kernel for mxfp8; choose from fp8, mxfp4, nvfp4"),
+            ("rtn-fp8-g32", "fp8 runs with a scale per channel, tensor or b128x128, not per g32"),
+            ("rtn-fp8-b64x128", "fp8 runs with a scale per channel, tensor or b128x128, not per b64x128"),
+            ("rtn-fp8-b128x128", r"blocks of 128x128 must divide the layer, which has shape \(96, 128\)"),
             ("rtn-fp8-tensor-a8dyn", r"attn.q\+k run as one layer, whose FP8 codes vLLM would round again"),
         ],
     )
@@ -241,6 +245,33 @@ def test_large_models_are_written_in_shards(model, tmp_path, monkeypatch):
     with VLLM.reload(tmp_path / "out") as runtime:
         assert runtime.differences(assignment(weights)) == []
         assert torch.equal(runtime.outputs(tokens()), evaluated(llama, weights, tokens()))
+
+
+def test_blocks_of_fp8_come_back_bit_for_bit(tiny_models, tmp_path, monkeypatch):
+    """As a DeepSeek-V3-style checkpoint: a scale per 128x128, beside layers that are stored otherwise."""
+    from safetensors import safe_open
+
+    from autoq.models import load
+
+    kind, cls, settings = tiny_models.FAMILIES["llama"]
+    wide = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 2}
+    monkeypatch.setitem(tiny_models.FAMILIES, "llama", (kind, cls, {**settings, **wide}))
+    own = load(ModelSpec(id=str(tiny_models.save("llama", tmp_path / "in"))))
+    weights = dealt(own, ["rtn-fp8-b128x128", "rtn-fp8-b128x128", "rtn-int4-g32"])
+    export(own, weights, tmp_path / "out")
+    blocked = [name for name, weight in weights.items() if str(weight.scheme) == "rtn-fp8-b128x128"]
+    assert len(blocked) > 4
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        for name in blocked:
+            rows, columns = weights[name].shape
+            scale = file.get_tensor(f"{name}.weight_scale")
+            assert scale.shape == (rows // 128, columns // 128)
+            blocks = file.get_tensor(f"{name}.weight").float().view(rows // 128, 128, columns // 128, 128)
+            values = (blocks * scale.float()[:, None, :, None]).view(rows, columns)
+            assert torch.equal(values, weights[name].dequantize())
+    with VLLM.reload(tmp_path / "out") as runtime:
+        assert runtime.differences(assignment(weights)) == []
+        assert torch.equal(runtime.outputs(tokens()), evaluated(own, weights, tokens()))
 
 
 class TestExportRefuses:
@@ -386,7 +417,7 @@ def test_a_calibrated_range_ends_at_the_largest_code():
 
 
 class TestConfig:
-    @pytest.mark.parametrize("text", [t for t in EVERY if t != "keep"])
+    @pytest.mark.parametrize("text", [*EVERY, "rtn-fp8-b128x128"])
     def test_groups_are_read_back_and_known_to_compressed_tensors(self, text):
         from compressed_tensors.quantization import QuantizationScheme
 
@@ -415,7 +446,9 @@ class TestConfig:
     def test_what_no_scheme_says_is_told_in_words(self):
         from autoq.targets._compressed_tensors_config import layout_of
 
-        assert "block" in layout_of({"weights": {"num_bits": 8, "type": "float", "strategy": "block"}})
+        blocks = {"num_bits": 8, "type": "float", "strategy": "block"}
+        assert "block" in layout_of({"weights": blocks})
+        assert "block" in layout_of({"weights": blocks | {"block_structure": [64, 64]}})
         inputs = {"num_bits": 4, "type": "int", "strategy": "token", "dynamic": True}
         weights = {"num_bits": 4, "type": "int", "strategy": "channel", "symmetric": True}
         assert layout_of({"weights": weights, "input_activations": inputs}).startswith("int4-channel-sym, inputs")
