@@ -31,6 +31,7 @@ from autoq.errors import AutoQError, SchemeRefused
 from autoq.layer import Layer
 from autoq.methods import Grid, QuantizedWeight, Statistics
 from autoq.methods._gguf_weight import FLOATS, GgufWeight, ggml_type
+from autoq.methods._inputs import needed
 from autoq.methods._ruled import RuledMethod
 from autoq.scheme import GGUF_TYPES, Gguf, Scheme
 
@@ -87,12 +88,9 @@ class GgufBlocks(RuledMethod):
 def _importance(scheme: Scheme, statistics: Statistics | None, inputs: int) -> np.ndarray:
     """E[x_j²] (in,) float32 of the layer's inputs, positive.
 
-    Raises `SchemeRefused` where the calibration never saw the layer's inputs.
+    Raises `SchemeRefused` where the calibration never saw the layer's inputs, `NotFinite` where they were not.
     """
-    if statistics is None or "input_mean_square" not in statistics:
-        raise SchemeRefused(f"{scheme} is made from statistics of the layer's inputs, and there are none")
-    moments = statistics["input_mean_square"].float()
-    assert moments.shape == (inputs,), (moments.shape, inputs)
+    moments = needed(scheme, statistics, "input_mean_square", (inputs,))
     mean = float(moments.mean())
     if mean <= 0:
         raise SchemeRefused(f"{scheme}: all inputs of the layer were zero on the calibration data")
