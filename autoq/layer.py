@@ -10,6 +10,9 @@ from autoq.scheme import Scheme
 LayerKind = Literal["linear", "conv1d", "embedding", "head"]
 Task = Literal["causal", "masked", "seq2seq", "encoder"]
 
+# Calibration keeps no second moments between the inputs of a layer that has more: that matrix alone would take 1 GB.
+MOST_HESSIAN_INPUTS = 16384
+
 
 @dataclass(frozen=True)
 class Layer:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch.nn.functional as F  # noqa: N812 - the field's own abbreviation
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from autoq.layer import MOST_HESSIAN_INPUTS
 from autoq.models.loaded import LoadedModel
 
 
@@ -27,8 +28,24 @@ class Sums:
     step_square: Tensor | None = None  # () squared 8-bit step of the input, times the sum of a pass's squared gradients
     plain_square: Tensor | None = None  # (in,) sum over positions of the squared input
     positions: int = 0  # in `plain_square`
-    low: float = 0.0  # the least input
-    high: float = 0.0
+    low: Tensor | None = None  # (in,) the least input, at most 0
+    high: Tensor | None = None
+    hessian: Tensor | None = None  # (in, in) sum over positions of x xᵀ; never written to, as others may hold it
+    read: tuple[Tensor, ...] = ()  # or the inputs themselves, (positions, in) of each pass
+
+
+@dataclass
+class _Read:
+    """The input that was read last. Layers that read it one after the other (q, k, v) share what is made of it."""
+
+    input: Tensor
+    rows: Tensor  # (positions, in), detached
+    low: Tensor  # (in,)
+    high: Tensor
+    square: Tensor  # (in,) summed over positions
+    product: Tensor | None = None  # (in, in) summed over positions, or a copy of the rows
+    before: Tensor | None = None  # the sum that `product` was added to first
+    after: Tensor | None = None
 
 
 class LookUps(TorchFunctionMode):
@@ -50,8 +67,9 @@ class Gatherer:
         self.tokens = tokens
         self.by_module: dict[nn.Module, Sums] = {}
         self._look_ups = LookUps()
+        self._last: _Read | None = None
 
-    @contextmanager
+    @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         handles = []
         for layer in self.model.info.layers:
@@ -64,6 +82,7 @@ class Gatherer:
         finally:
             for handle in handles:
                 handle.remove()
+            self._last = None
 
     def _on_forward(self, module: nn.Module) -> Callable[..., Any]:
         own = self.by_module[module]
@@ -74,8 +93,8 @@ class Gatherer:
             if isinstance(module, nn.Embedding):
                 on_gradient = self._rows_seen(own, self._look_ups.ids, module.num_embeddings)
             else:
-                on_gradient = self._inputs_seen(own, inputs[0].detach())
-            output.register_hook(lambda grad: on_gradient(grad.detach().reshape(-1, grad.shape[-1]).float()))  # type: ignore[no-untyped-call]
+                on_gradient = self._inputs_seen(own, inputs[0])
+            output.register_hook(lambda grad: on_gradient(grad.detach().reshape(-1, grad.shape[-1])))  # type: ignore[no-untyped-call]
 
         return hook
 
@@ -85,7 +104,7 @@ class Gatherer:
         def on_gradient(grad: Tensor) -> None:
             # Not on a GPU, where the order of the additions is another one each time.
             read, place = torch.unique(ids.reshape(-1).cpu(), return_inverse=True)
-            whole = torch.zeros(len(read), grad.shape[1]).index_add_(0, place, grad.cpu())
+            whole = torch.zeros(len(read), grad.shape[1]).index_add_(0, place, grad.float().cpu())
             square = whole.square()
             own.output_square = _plus(own.output_square, square.sum(0))
             if own.row_square is None:
@@ -95,29 +114,75 @@ class Gatherer:
         return on_gradient
 
     def _inputs_seen(self, own: Sums, x: Tensor) -> Callable[[Tensor], None]:
-        low, high = torch.aminmax(x)
-        step_square = float((high.clamp(min=0) - low.clamp(max=0)) / 255) ** 2
-        own.low, own.high = min(own.low, float(low)), max(own.high, float(high))
-        flat = x.reshape(-1, x.shape[-1])
-        own.plain_square = _plus(own.plain_square, flat.float().square().sum(0))
-        own.positions += len(flat)
+        if self._last is None or self._last.input is not x:
+            rows = x.detach().reshape(-1, x.shape[-1])
+            low, high = torch.aminmax(rows, dim=0)
+            self._last = _Read(x, rows, low.float().clamp(max=0), high.float().clamp(min=0), _squares(rows, 0))
+        last = self._last
+        step_square = float((last.high.max() - last.low.min()) / 255) ** 2
+        own.low = last.low if own.low is None else torch.minimum(own.low, last.low)
+        own.high = last.high if own.high is None else torch.maximum(own.high, last.high)
+        own.plain_square = last.square if own.plain_square is None else own.plain_square + last.square
+        own.positions += len(last.rows)
+        self._add_second_moments(own, last)
+        rows = last.rows
 
         def on_gradient(grad: Tensor) -> None:
-            # Not in place: a float32 gradient would go on squared.
-            square = grad.square().sum(0)
+            square = _squares(grad, 0)
             own.grad_square = _plus(own.grad_square, square)
             own.step_square = _plus(own.step_square, step_square * square.sum())
-            inputs = flat.float()
-            whole = grad.t() @ inputs
-            own.output_square = _plus(own.output_square, whole.square().sum(1))
+            whole = product(grad, rows)
+            own.output_square = _plus(own.output_square, _squares(whole, 1))
             if self.tokens >= whole.shape[1]:
-                own.input_square = _plus(own.input_square, whole.t() @ whole)
+                own.input_square = _plus(own.input_square, product(whole, whole, short=rows.dtype is torch.bfloat16))
             elif len(grad) >= whole.shape[0]:
                 own.inputs.append(whole)
             else:  # g gᵀ = Rᵀ R, so xᵀ g gᵀ x are the squares of the rows of R x, which are fewer
-                own.inputs.append(torch.linalg.qr(grad.t(), mode="r").R @ inputs)
+                own.inputs.append(torch.linalg.qr(grad.float().t(), mode="r").R @ rows.float())
 
         return on_gradient
+
+    def _add_second_moments(self, own: Sums, last: _Read) -> None:
+        """Layers whose sums were one tensor before and that read the same again hold one tensor after."""
+        inputs = last.rows.shape[1]
+        if inputs > MOST_HESSIAN_INPUTS:
+            return
+        if self.tokens < inputs:  # fewer numbers than the matrix has
+            if last.product is None:
+                last.product = last.rows.clone()
+            own.read = (*own.read, last.product)
+            return
+        if last.product is None:
+            last.product, last.before = product(last.rows, last.rows), own.hessian
+            last.after = last.product if own.hessian is None else own.hessian + last.product
+            own.hessian = last.after
+        elif own.hessian is last.before:
+            own.hessian = last.after
+        else:
+            own.hessian = last.product if own.hessian is None else own.hessian + last.product
+
+
+def product(a: Tensor, b: Tensor, short: bool = False) -> Tensor:
+    """aᵀ b float32 for `a` (n, i) and `b` (n, j), summed in float32.
+
+    Of bfloat16 numbers the products are exact, so units for them do it without a loss, several times faster;
+    `short` lets them round the numbers of other types, too.
+    """
+    if not (short or a.dtype is b.dtype is torch.bfloat16) or a.device.type != "cpu":
+        return a.float().t() @ b.float()
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        return a.float().t() @ b.float()
+    finally:
+        matmul.fp32_precision = before
+
+
+def _squares(values: Tensor, dim: int) -> Tensor:
+    """Sum of squares over `dim`, float32. Values stay as they are: a gradient goes on."""
+    norms: Tensor = torch.linalg.vector_norm(values, dim=dim, dtype=torch.float32)
+    return norms.square_()
 
 
 def _plus(total: Tensor | None, more: Tensor) -> Tensor:

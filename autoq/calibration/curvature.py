@@ -30,7 +30,12 @@ adds ½ Σ_i E[g_i²] Σ_j W_ij² E[|g|² Δ²] / (12 E[|g|²]), with `grad_squa
 one-hot, so E[G Gᵀ] is diagonal for rows that are read and the cost is ½ Σ_v f_v Σ_j A_j ΔW_vj² with f the rows'
 share of the trace; a tied weight pays as head and as embedding.
 
-    E[x²]  `input_mean_square`  (in,), not weighted: for methods that weigh a layer's inputs
+Methods that quantize with an eye to a layer's inputs get these, not weighted by gradients, of all positions:
+
+    E[x²]     `input_mean_square`  (in,)
+    E[x xᵀ]   `hessian`            (in, in) or `input_rows` (k, in), the inputs as they were, where these are fewer
+                                   numbers; neither for a layer of too many (`MOST_HESSIAN_INPUTS`)
+    max |x|   `input_peak`         (in,)
 
 An encoder without a head has no labels: there the loss is Σ v·h/|h| with Gaussian v, and the proxy is that of
 half the squared change of its normalized hidden states.
@@ -49,24 +54,31 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from autoq.calibration._hooks import Gatherer
+from autoq.calibration._hooks import Gatherer, Sums
 from autoq.errors import AutoQError, NotFinite
 from autoq.layer import Layer
 from autoq.models.loaded import LoadedModel
 
 
-def _loss(model: LoadedModel, window: Tensor, generator: torch.Generator) -> Tensor:
-    """A sequence's summed loss, whose output gradients have the Fisher matrix as covariance."""
-    output = model.outputs(window).float()
-    flat = output.reshape(-1, output.shape[-1])
-    if not torch.isfinite(flat).all():
+def _go_back(model: LoadedModel, window: Tensor, generator: torch.Generator) -> None:
+    """Run a sequence forward, and backward from a loss whose output gradients have the Fisher matrix as covariance.
+
+    The cross-entropy with drawn labels has the gradient p minus one-hot: it is not computed by way of its value.
+    """
+    output = model.outputs(window)
+    flat = output.float().reshape(-1, output.shape[-1])
+    if not torch.stack(torch.aminmax(flat.detach())).isfinite().all():  # NaN wins over every number
         raise NotFinite("the unquantized model's outputs on the calibration data are NaN or infinite")
     if model.info.task == "encoder":
         directions = torch.randn(flat.shape, generator=generator).to(flat.device)
-        return (F.normalize(flat, dim=-1) * directions).sum()
-    with torch.no_grad():
-        labels = torch.multinomial(flat.softmax(-1).cpu(), 1, generator=generator).squeeze(-1).to(flat.device)
-    return F.cross_entropy(flat, labels, reduction="sum")
+        (F.normalize(flat, dim=-1) * directions).sum().backward()  # type: ignore[no-untyped-call]
+        return
+    probabilities = flat.detach().softmax(-1).cpu()
+    upto = probabilities.cumsum(-1)
+    drawn = torch.rand(len(upto), 1, generator=generator) * upto[:, -1:]
+    labels = torch.searchsorted(upto, drawn, right=True).clamp_(max=upto.shape[1] - 1)
+    probabilities.scatter_add_(1, labels, torch.full(labels.shape, -1.0))
+    output.backward(probabilities.to(output.device, output.dtype).view_as(output))  # type: ignore[no-untyped-call]
 
 
 def gather(
@@ -75,28 +87,40 @@ def gather(
     """Statistics of every layer from one forward and one backward pass over `windows` (n, tokens).
 
     Returns layer name -> tensors: `output_square`, `input_square` or `inputs`, `grad_square`, `step_square`,
-    `input_range` (least and greatest input, widened to hold 0), `input_mean_square`, and for a layer that is
-    read as an embedding `row_frequency` and `row_output_square`. What is squared is a sum over all positions by
-    the number of tokens, so a module that runs twice pays twice; H, steps and rows are shares of such sums,
-    `input_mean_square` is a plain mean. Float32. Each window is a sequence of its own. Deterministic for a seed.
+    `input_range` (least and greatest input, widened to hold 0), `input_mean_square`, `hessian` or `input_rows`,
+    `input_peak`, and for a layer that is read as an embedding `row_frequency` and `row_output_square`. What is
+    squared is a sum over all positions by the number of tokens, so a module that runs twice pays twice; H, steps
+    and rows are shares of such sums, `input_mean_square` and `hessian` are plain means. Float32 but for
+    `input_rows`, which are the model's own numbers. Layers that read the same input one after the other share one
+    tensor. Each window is a sequence of its own. Deterministic for a seed.
     """
     generator = torch.Generator().manual_seed(seed)
     gatherer = Gatherer(model, windows.numel())
     with gatherer.watching(), torch.enable_grad():
         for window in windows:
-            # Not named: it would hold this pass's inputs, which the hooks refer to, during the next one.
-            _loss(model, window.unsqueeze(0).to(model.device), generator).backward()  # type: ignore[no-untyped-call]
+            _go_back(model, window.unsqueeze(0).to(model.device), generator)
             progress()
-    return {layer.name: _averages(model, layer, gatherer) for layer in model.info.layers}
+    shared: dict[tuple[int, ...], dict[str, Tensor]] = {}
+    return {layer.name: _averages(model, layer, gatherer, shared) for layer in model.info.layers}
 
 
-def _averages(model: LoadedModel, layer: Layer, gatherer: Gatherer) -> dict[str, Tensor]:
+def _averages(
+    model: LoadedModel, layer: Layer, gatherer: Gatherer, shared: dict[tuple[int, ...], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The statistics of one layer; `shared` remembers the second moments of inputs that several layers read."""
     result: dict[str, Tensor] = {}
     for module in model.modules_of(layer):
         own = gatherer.by_module[module]
         if own.plain_square is not None:
-            result["input_range"] = torch.tensor([own.low, own.high])
+            assert own.low is not None
+            assert own.high is not None
+            result["input_range"] = torch.stack([own.low.min(), own.high.max()]).cpu()
+            result["input_peak"] = torch.maximum(-own.low, own.high).cpu()
             result["input_mean_square"] = (own.plain_square / own.positions).cpu()
+            key = (id(own.hessian), *map(id, own.read))
+            if key not in shared:
+                shared[key] = _second_moments(own)
+            result |= shared[key]
         if own.output_square is None:  # nothing depends on this module's output, or the model did not run it
             continue
         output_square = (own.output_square / gatherer.tokens).cpu()
@@ -117,6 +141,13 @@ def _averages(model: LoadedModel, layer: Layer, gatherer: Gatherer) -> dict[str,
             rows = torch.cat(own.inputs)
             result["inputs"] = (rows / trace.sqrt() * len(rows) ** 0.5).cpu()
     return result
+
+
+def _second_moments(own: Sums) -> dict[str, Tensor]:
+    if own.hessian is not None:
+        # Of a product that is not computed as one of its own transpose, halves may round differently.
+        return {"hessian": (own.hessian + own.hessian.t()).div_(2 * own.positions).cpu()}
+    return {"input_rows": torch.cat(own.read).cpu()} if own.read else {}
 
 
 def _divisor(sums: Tensor) -> Tensor:
@@ -147,12 +178,24 @@ def proxy(statistics: dict[str, Tensor], weight: Tensor, dequantized: Tensor, dy
 
 
 def save(statistics: dict[str, dict[str, Tensor]], path: Path) -> None:
-    """Write statistics to one safetensors file, atomically. Raises `AutoQError` where it cannot be written."""
-    flat = {f"{layer}/{name}": t.contiguous() for layer, own in statistics.items() for name, t in own.items()}
+    """Write statistics to one safetensors file, atomically. Raises `AutoQError` where it cannot be written.
+
+    A tensor that several layers share is written once; for the others the file's metadata names its place.
+    """
+    flat: dict[str, Tensor] = {}
+    first: dict[int, str] = {}
+    elsewhere: dict[str, str] = {}
+    for layer, own in statistics.items():
+        for name, tensor in own.items():
+            place = first.setdefault(id(tensor), f"{layer}/{name}")
+            if place == f"{layer}/{name}":
+                flat[place] = tensor.contiguous()
+            else:
+                elsewhere[f"{layer}/{name}"] = place
     beside = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(flat, beside)
+        save_file(flat, beside, elsewhere)
         beside.replace(path)
     except (OSError, SafetensorError) as problem:
         with suppress(OSError):
@@ -193,5 +236,9 @@ def bound(folder: Path, limit_bytes: int) -> None:
 def load(path: Path, layer: str) -> dict[str, Tensor]:
     """The statistics of one layer from a file that `save` wrote; memory-mapped."""
     with safe_open(path, framework="pt") as file:
-        keys = [key for key in file.keys() if key.rpartition("/")[0] == layer]  # noqa: SIM118 - not a dict
-        return {key.rpartition("/")[2]: file.get_tensor(key) for key in keys}
+        places = {key: key for key in file.keys()} | (file.metadata() or {})  # noqa: SIM118 - not a dict
+        return {
+            key.rpartition("/")[2]: file.get_tensor(place)
+            for key, place in places.items()
+            if key.rpartition("/")[0] == layer
+        }

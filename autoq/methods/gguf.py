@@ -31,7 +31,7 @@ from autoq.errors import AutoQError, SchemeRefused
 from autoq.layer import Layer
 from autoq.methods import Grid, QuantizedWeight, Statistics
 from autoq.methods._gguf_weight import FLOATS, GgufWeight, ggml_type
-from autoq.methods._importance import importance
+from autoq.methods._inputs import importance
 from autoq.methods._ruled import RuledMethod
 from autoq.scheme import GGUF_TYPES, Gguf, Scheme
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from autoq.layer import Layer
 from autoq.methods import Statistics
 from autoq.methods._codebook import CodebookMethod
-from autoq.methods._importance import importance
+from autoq.methods._inputs import importance
 from autoq.scheme import Scheme
 
 

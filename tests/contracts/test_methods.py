@@ -67,16 +67,26 @@ def made(name: str, shape):
     return [scheme for scheme in schemes(name) if method(name).refuses(layer(shape), scheme) is None]
 
 
-def statistics(name: str, scheme, columns: int):
-    """How to get calibration statistics of a layer with so many inputs, where the scheme is made from them."""
+def statistics(name: str, scheme, columns: int, related: bool = True):
+    """How to get calibration statistics of a layer with so many inputs, where the scheme is made from them.
+
+    Inputs that are not `related` have nothing to do with each other.
+    """
     if not method(name).uses_statistics(scheme):
         return None
     inputs = torch.randn(64, columns, generator=torch.Generator().manual_seed(7))
-    return lambda: {"input_mean_square": inputs.square().mean(0)}
+    squares = inputs.square().mean(0)
+    hessian = inputs.t() @ inputs / 64 if related else squares.diag()
+    return lambda: {
+        "input_mean_square": squares,
+        "hessian": hessian,
+        "input_peak": inputs.abs().amax(0),
+        "input_range": torch.stack(torch.aminmax(inputs)),
+    }
 
 
-def quantize(name: str, w: torch.Tensor, scheme):
-    given = statistics(name, scheme, w.shape[-1])
+def quantize(name: str, w: torch.Tensor, scheme, related: bool = True):
+    given = statistics(name, scheme, w.shape[-1], related)
     return method(name).quantize(w, scheme, given() if given else None)
 
 
@@ -167,11 +177,12 @@ def test_codes_and_parameters_explain_the_numbers(name, shape):
 @pytest.mark.parametrize("name", plugins.names("methods"))
 @pytest.mark.parametrize("columns", [36, 96])
 def test_every_code_is_the_nearest_level_that_ships(name, columns):
+    """Where inputs are not related: else an error in one column may make up for that in another."""
     w = weight((6, columns))
     for scheme in made(name, (6, columns)):
         if isinstance(scheme, Keep | Gguf):
             continue
-        quantized = quantize(name, w, scheme)
+        quantized = quantize(name, w, scheme, related=False)
         if isinstance(scheme, Float):
             levels = float_levels(scheme) * quantized.scales()[..., None]
         elif isinstance(scheme, Integer):
@@ -235,6 +246,19 @@ def test_numbers_that_are_not_finite_are_counted(name, bad):
     w[1, 3] = w[2, 5] = bad
     with pytest.raises(NotFinite, match=r"^2 of the 144 numbers of the weight \(4, 36\) are NaN or infinite$"):
         quantize(name, w, made(name, (4, 36))[0])
+
+
+@pytest.mark.parametrize("name", plugins.names("methods"))
+def test_statistics_that_are_not_there_or_not_finite_are_refused(name):
+    for scheme in made(name, (4, 36)):
+        given = statistics(name, scheme, 36)
+        if given is None:
+            continue
+        with pytest.raises(SchemeRefused, match="statistics"):
+            method(name).quantize(weight((4, 36)), scheme)
+        spoilt = {key: torch.full_like(tensor, float("nan")) for key, tensor in given().items()}
+        with pytest.raises(NotFinite, match="statistic"):
+            method(name).quantize(weight((4, 36)), scheme, spoilt)
 
 
 @pytest.mark.parametrize("name", plugins.names("methods"))

@@ -1,0 +1,144 @@
+"""GPTQ: columns are rounded one after the other, and those still to come make up for each one's error.
+
+Frantar, Ashkboos, Hoefler & Alistarh, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+Transformers" (2023), algorithm 1. It looks for codes with a small error of the layer's output on its inputs,
+
+    E|W x - W' x|² = tr(ΔW H ΔWᵀ)        H = E[x xᵀ]
+
+With U the upper Cholesky factor of the inverse, (H + λI)⁻¹ = Uᵀ U, and for each column j in turn
+
+    w'_j ← nearest level to w_j          e ← (w_j - w'_j) / U_jj          w_k ← w_k - U_jk e   for all k after j
+
+which is what least squares asks of the columns to come. Updates of columns beyond the current `BLOCK` are
+gathered and done as one product ("lazy batch updates").
+
+    W  `work`, transposed: (in, out), so that a column is contiguous     e  `errors`     U  `factor`
+    H  `hessian`      λ  DAMPING times the mean of H's diagonal
+
+Where we differ, and why:
+
+- Grids are those of rtn, fixed before the first column ("static groups"), so that columns can be taken in any
+  order while groups stay contiguous and the scheme ships no permutation. The order is that of H's diagonal,
+  greatest first ("act-order" in the authors' code): inputs that matter most are rounded while all others can
+  still make up for them. Without groups it is the same order; there grids are fixed in the paper, too.
+- The factor is formed from the Cholesky factor of H in reversed order, whose inverse it is: two triangular
+  steps instead of an inverse between two factorizations, and none of them meets a matrix of squared condition.
+- An input that was always zero (H_jj = 0) gets plain rounding and takes no part, as in the authors' code, but its
+  weights are kept, not set to zero: other text may read them. λ doubles until the factorization succeeds, so a
+  Hessian of any rank will do; of rank 0 the result is rtn's.
+- Each row keeps rtn's codes where theirs is the smaller error by H: never worse than rtn, row by row.
+- The row is scaled by a power of two, so that nothing overflows that the weight itself holds.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from autoq.layer import MOST_HESSIAN_INPUTS
+from autoq.methods import QuantizedWeight, Statistics
+from autoq.methods._inputs import InputMethod, second_moments
+from autoq.methods._uniform import encode, minmax_grid
+from autoq.methods._weights import IntegerWeight, grid_shape
+from autoq.scheme import Integer, PerTensor, Scheme
+
+DAMPING = 0.01
+BLOCK = 64
+_ROWS = 4096  # at once: rows do not depend on each other, and a block of columns of so many stays in a cache
+
+
+class Gptq(InputMethod):
+    """Uniform integers on rtn's grids, with codes that make up for each other's errors."""
+
+    def rule(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+        if not isinstance(scheme, Integer):
+            return "gptq makes integers only"
+        if shape[1] > MOST_HESSIAN_INPUTS:
+            return f"gptq needs the Hessian of the inputs, which is kept for at most {MOST_HESSIAN_INPUTS}"
+        return None
+
+    def make(self, weight: Tensor, scheme: Scheme, statistics: Statistics | None) -> QuantizedWeight:
+        assert isinstance(scheme, Integer)
+        rows, columns = weight.shape
+        hessian = second_moments(scheme, statistics, columns)
+        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+        factor = _factor(hessian[order][:, order]).float()
+        moments = hessian.float()
+        weight = weight.float()
+        scales, zeros = _grids(weight, scheme)
+        codes = torch.empty(rows, columns, dtype=torch.uint8)
+        unit = _unit(weight)
+        group_of = torch.arange(columns) // (columns // scales.shape[1])
+        for start in range(0, rows, _ROWS):
+            part = slice(start, min(start + _ROWS, rows))
+            # In units in which the largest weight is near 1, so that no sum of others overflows.
+            own = weight[part] * unit
+            scale = (scales[part] if len(scales) > 1 else scales) * unit
+            scale = scale.clamp_(min=torch.finfo(torch.float32).tiny)[:, group_of]
+            zero = (zeros[part] if len(zeros) > 1 else zeros)[:, group_of]
+            plain = encode(own, scale, zero, scheme.bits)
+            found = torch.empty_like(plain)
+            turned = [matrix[:, order].t().contiguous().expand(-1, len(own)) for matrix in (own, scale, zero)]
+            found[:, order] = _solve(turned[0], turned[1], turned[2], factor, scheme.bits).t()
+            errors = [_errors(own - (each - zero) * scale, moments) for each in (found, plain)]
+            codes[part] = torch.where((errors[0] < errors[1])[:, None], found, plain)
+        return IntegerWeight.of(scheme, codes, scales, zeros)
+
+
+def _grids(weight: Tensor, scheme: Integer) -> tuple[Tensor, Tensor]:
+    """(scales, zeros) of rtn, each (rows, groups) as they ship."""
+    if isinstance(scheme.granularity, PerTensor):
+        low, high = (end.view(1, 1) for end in torch.aminmax(weight))
+    else:
+        rows, groups = grid_shape(scheme.granularity, (weight.shape[0], weight.shape[1]))
+        low, high = torch.aminmax(weight.view(rows, groups, -1), dim=-1)
+    return minmax_grid(low, high, scheme.bits, scheme.zero)
+
+
+def _unit(weight: Tensor) -> float:
+    """The power of two that brings the largest number of `weight` to between 1/2 and 1."""
+    _, exponent = torch.frexp(weight.abs().max())
+    return float(2.0 ** -max(int(exponent), -100))
+
+
+def _factor(hessian: Tensor) -> Tensor:
+    """The upper U of (H + λI)⁻¹ = Uᵀ U, float64, for H (in, in) whose diagonal has the mean 1."""
+    damped = hessian.clone()
+    diagonal = damped.diagonal()
+    diagonal[diagonal == 0] = 1.0
+    damping = DAMPING
+    while True:
+        # H = R Rᵀ with R upper is a Cholesky factorization of H in reversed order, and then U = R⁻¹.
+        reverse = (damped + damping * torch.eye(len(damped), dtype=damped.dtype)).flip(0, 1)
+        lower, failed = torch.linalg.cholesky_ex(reverse)
+        if not failed:
+            break
+        damping *= 2
+    root = lower.flip(0, 1)
+    factor: Tensor = torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=root.dtype), upper=True)
+    return factor
+
+
+def _solve(weight: Tensor, scale: Tensor, zero: Tensor, factor: Tensor, bits: int) -> Tensor:
+    """Codes (in, rows), float32 whole numbers, for `weight`, `scale` and `zero` (in, rows) in the factor's order."""
+    work = weight.clone()
+    codes = torch.empty_like(work)
+    inverse = factor.diagonal().reciprocal()
+    columns, top = len(work), 2**bits - 1
+    for start in range(0, columns, BLOCK):
+        end = min(start + BLOCK, columns)
+        errors = torch.empty(end - start, work.shape[1])
+        for column in range(start, end):
+            own, step, origin = work[column], scale[column], zero[column]
+            code = torch.div(own, step, out=codes[column]).add_(origin).round_().clamp_(0, top)
+            error = torch.sub(own, (code - origin).mul_(step), out=errors[column - start]).mul_(inverse[column])
+            if column + 1 < end:
+                work[column + 1 : end].addr_(factor[column, column + 1 : end], error, alpha=-1)
+        if end < columns:
+            work[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
+    return codes
+
+
+def _errors(delta: Tensor, moments: Tensor) -> Tensor:
+    """(ΔW H ΔWᵀ)_ii of each row of `delta` (rows, in)."""
+    return (delta @ moments).mul_(delta).sum(1)
