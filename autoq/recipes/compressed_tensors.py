@@ -20,7 +20,7 @@ from autoq.errors import BadInput
 from autoq.layer import Layer, LayerKind, ModelInfo
 from autoq.recipes._files import Rules, Section, listed, shown
 from autoq.recipes._integers import group_granularity, integers
-from autoq.scheme import Activation, Float, Granularity, Keep, PerChannel, PerGroup, PerTensor, Scheme
+from autoq.scheme import Activation, Float, Granularity, Keep, PerBlock, PerChannel, PerGroup, PerTensor, Scheme
 
 # The classes that a module of a kind is an instance of, in alphabetical order. GPT-2's Conv1D is no Module here:
 # it is not quantized by class.
@@ -150,8 +150,12 @@ def _float(weights: Section, activation: Activation | None) -> Scheme:
         weights.refuse("symmetric", "must be true for floats")
     bits = weights.whole("num_bits", 8)
     if bits == 8:
-        strategy = _strategy(weights, ("channel", "tensor"))
-        return Float("rtn", "fp8", _granularity(weights, strategy), activation)
+        strategy = _strategy(weights, ("channel", "tensor", "block"))
+        if strategy != "block":
+            return Float("rtn", "fp8", _granularity(weights, strategy), activation)
+        if activation is not None:
+            raise BadInput(f"{weights.where}: blocks of floats with inputs quantized per token have no scheme here")
+        return Float("rtn", "fp8", _block(weights))
     if bits != 4:
         weights.refuse("num_bits", "must be 4 or 8 for floats")
     if activation is not None:
@@ -163,6 +167,13 @@ def _float(weights: Section, activation: Activation | None) -> Scheme:
     if weights.whole("group_size") != 32:
         weights.refuse("group_size", "must be 32 for 4-bit floats of strategy group")
     return Float("rtn", "mxfp4", PerGroup(32))
+
+
+def _block(weights: Section) -> PerBlock:
+    sides = weights.fields().get("block_structure")
+    if not (isinstance(sides, list) and len(sides) == 2 and all(type(side) is int and side >= 2 for side in sides)):
+        weights.refuse("block_structure", "must be two whole numbers of at least 2, as [128, 128]")
+    return PerBlock(*sides)
 
 
 def _activation(inputs: Section, number: str) -> Activation:

@@ -47,6 +47,7 @@ def group(weights=W4, targets=("Linear",), **more):
         (W8, {"num_bits": 8, "dynamic": False, "strategy": "tensor"}, "rtn-int8-channel-sym-a8static"),
         (F8, F8, "rtn-fp8-tensor-a8static"),
         (F8 | {"strategy": "channel"}, A8 | {"type": "float"}, "rtn-fp8-channel-a8dyn"),
+        (F8 | {"strategy": "block", "block_structure": [128, 128]}, None, "rtn-fp8-b128x128"),
         ({"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}, None, "rtn-nvfp4-g16"),
         ({"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}, None, "rtn-mxfp4-g32"),
     ],
@@ -159,6 +160,20 @@ def test_a_conv1d_is_not_quantized_by_class_and_refused_by_name(recipe):
         (config(group(F8 | {"num_bits": 6})), "weights.num_bits must be 4 or 8 for floats"),
         (config(group(F8 | {"symmetric": False})), "weights.symmetric must be true for floats"),
         (config(group(F8 | {"strategy": "group", "group_size": 32})), "strategy must be one of channel, tensor"),
+        (config(group(F8 | {"strategy": "block"})), "block_structure must be two whole numbers of at least 2"),
+        (
+            config(group(F8 | {"strategy": "block", "block_structure": [128, "128"]})),
+            "block_structure must be two whole numbers of at least 2",
+        ),
+        (
+            config(
+                group(
+                    F8 | {"strategy": "block", "block_structure": [128, 128]},
+                    input_activations=A8 | {"type": "float"},
+                )
+            ),
+            "blocks of floats with inputs quantized per token have no scheme here",
+        ),
         (config(group({"num_bits": 8, "type": "float", "group_size": 32})), "group_size makes the strategy group"),
         (
             config(group({"num_bits": 4, "type": "float", "strategy": "group", "group_size": 64})),
