@@ -101,11 +101,13 @@ def _quantize(values: np.ndarray, scheme: Gguf, importance: np.ndarray | None) -
     def part(start: int, end: int) -> None:
         libgguf.quantize_rows_into_raw(kind, values[start:end], blocks[start:end], end - start, columns, importance)
 
-    threads = min(torch.get_num_threads(), rows)
-    if threads == 1:
+    threads = min(torch.get_num_threads(), rows - 1)
+    if threads <= 1:
         part(0, rows)
         return blocks
-    edges = [rows * index // threads for index in range(threads + 1)]
+    # ggml builds a type's tables when it first needs them, which two threads at once do not survive.
+    part(0, 1)
+    edges = [1 + (rows - 1) * index // threads for index in range(threads + 1)]
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(part, edges[:-1], edges[1:]))
     return blocks

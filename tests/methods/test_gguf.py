@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import gguf
 import libgguf
 import numpy as np
@@ -202,3 +205,19 @@ def test_schemes_are_the_types_of_these_widths():
 def test_no_type_needs_an_importance_matrix():
     """A new type that ggml cannot make without one must be refused without one."""
     assert not any(libgguf.quantize_requires_imatrix(number(kind)) for kind in GGUF_TYPES)
+
+
+def test_the_first_weight_of_a_process_survives_many_threads():
+    """ggml builds the tables of these types when it first needs them."""
+    program = """
+import torch
+from autoq import plugins
+from autoq.methods import Method
+from autoq.scheme import parse_scheme
+
+torch.set_num_threads(4)
+for kind in ("iq3_xxs", "iq3_s"):
+    plugins.load("methods", "gguf", Method).quantize(torch.ones(40, 256), parse_scheme(f"gguf-{kind}"))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
