@@ -28,7 +28,7 @@ from autoq.device import threads
 from autoq.errors import AutoQError, BadInput, NotFinite, SchemeRefused
 from autoq.methods import Method, QuantizedWeight, Statistics
 from autoq.models import LoadedModel, load
-from autoq.scheme import Keep, Scheme
+from autoq.scheme import Integer, Keep, Scheme
 from autoq.spec import StudySpec
 from autoq.targets import load_target
 
@@ -46,6 +46,11 @@ def _naming(layer: str, scheme: Scheme) -> Iterator[None]:
         raise
     except Exception as problem:
         raise AutoQError(f"layer {layer} as {scheme}: {type(problem).__name__}: {problem}") from problem
+
+
+def _over(scales: Tensor, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """What `function` does to an input that it gets over its scales (in,), in the input's own units and dtype."""
+    return function(x.float() / scales).mul(scales).to(x.dtype)
 
 
 class QuantizedModel:
@@ -110,11 +115,17 @@ class QuantizedModel:
         return functools.partial(self.statistics, name), self._statistics_path().stem
 
     def activation(self, name: str, scheme: Scheme) -> Callable[[Tensor], Tensor] | None:
-        """What the target's kernel does to the layer's input."""
-        if getattr(scheme, "activation", None) != "a8static":
+        """What the target's kernel does to the layer's input, which it sees over its scales where it has some."""
+        activation = getattr(scheme, "activation", None)
+        scaled = isinstance(scheme, Integer) and scheme.scales_inputs and activation is not None
+        if activation != "a8static" and not scaled:
             return self.target.activation(scheme)
         if (name, scheme) not in self._calibrated:
-            self._calibrated[name, scheme] = self.target.activation(scheme, self.statistics(name))
+            function = self.target.activation(scheme, self.statistics(name) if activation == "a8static" else None)
+            if scaled and function is not None:
+                scales = self.quantized(name, scheme).tensors["input_scales"].float().to(self.model.device)
+                function = functools.partial(_over, scales, function)
+            self._calibrated[name, scheme] = function
         return self._calibrated[name, scheme]
 
     def swappable(self, assignment: Assignment) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -12,6 +12,7 @@ databases and file names:
     rtn-int8-channel-sym-a8static and activations quantized to 8 bits by a calibrated range
     kmeans4-channel               16 centroids per output row; kmeans4-tensor shares them
     nf4-g64, log4-g64             16 levels that nobody needs to ship, times a scale per group
+    awq-int4-g64                  a scale per input too, by which the input is divided
     rtn-fp8-channel-a8dyn         8-bit floats (E4M3) on both sides
     rtn-fp8-b128x128              8-bit floats, a scale per block of 128 outputs by 128 inputs
     rtn-fp8_e5m2-g128, rtn-fp4-g64  other elements (E5M2, E2M1) under bfloat16 scales
@@ -42,6 +43,8 @@ FloatFormat = Literal[
 
 PARAMETER_BITS = 16  # a scale, a real zero point, a centroid: bfloat16
 MIN_BITS, MAX_BITS = 2, 8
+# Methods whose integers ship a scale per input, bfloat16: the kernel divides the layer's input by it.
+INPUT_SCALING = frozenset({"awq", "smooth"})
 
 
 @dataclass(frozen=True, order=True)
@@ -121,7 +124,10 @@ class Keep:
 
 @dataclass(frozen=True)
 class Integer:
-    """Uniform integer levels: weight = (code - zero) * scale per group, channel or tensor."""
+    """Uniform integer levels: weight = (code - zero) * scale per group, channel or tensor.
+
+    By the method's name it `scales_inputs`: then weight = (code - zero) * scale / input scale.
+    """
 
     method: str
     bits: int
@@ -137,8 +143,13 @@ class Integer:
         text += {"none": "-sym", "integer": "", "real": "-rz"}[self.zero]
         return text + (f"-{self.activation}" if self.activation else "")
 
+    @property
+    def scales_inputs(self) -> bool:
+        """Whether a scale per input ships beside the weight, which the kernel must divide the input by."""
+        return self.method in INPUT_SCALING
+
     def nbytes(self, out_features: int, in_features: int, dtype_bytes: int) -> int:
-        """Bytes that ship for a weight of shape (out, in): codes, scales and zero points."""
+        """Bytes that ship for a weight of shape (out, in): codes, scales, zero points and scales of inputs."""
         if isinstance(self.granularity, PerTensor):
             rows, groups = 1, 1
         else:
@@ -150,7 +161,8 @@ class Integer:
             "integer": rows * _packed_row_bytes(groups, self.bits),
             "real": rows * groups * PARAMETER_BITS // 8,
         }[self.zero]
-        return codes + scales + zeros + _static_scale_bytes(self.activation)
+        inputs = in_features * PARAMETER_BITS // 8 if self.scales_inputs else 0
+        return codes + scales + zeros + inputs + _static_scale_bytes(self.activation)
 
 
 # The methods whose levels are fixed by their width. `nf4-g64` and `kmeans4-g64` have one form, and this tells

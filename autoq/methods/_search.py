@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from autoq.methods._uniform import encode
+from autoq.methods._uniform import encode, minmax_grid
 from autoq.methods._weights import IntegerWeight, grid_shape, row_blocks
 from autoq.scheme import Integer, PerTensor
 
@@ -33,15 +33,45 @@ def best_grid(weight: Tensor, scheme: Integer, grids: Grids, importance: Tensor 
     return scales, zeros
 
 
-def nearest(weight: Tensor, scheme: Integer, scales: Tensor, zeros: Tensor) -> IntegerWeight:
-    """`weight` (out, in) rounded to the nearest levels of a grid (rows, groups)."""
+def plain_grid(weight: Tensor, scheme: Integer) -> tuple[Tensor, Tensor]:
+    """(scales, zeros), each (rows, groups): those of rtn, over the whole range of each group."""
+    if isinstance(scheme.granularity, PerTensor):
+        low, high = (end.float().view(1, 1) for end in torch.aminmax(weight))
+    else:
+        rows, groups = grid_shape(scheme.granularity, (weight.shape[0], weight.shape[1]))
+        low, high = torch.aminmax(weight.float().view(rows, groups, -1), dim=-1)
+    return minmax_grid(low, high, scheme.bits, scheme.zero)
+
+
+def values(weight: Tensor, scheme: Integer, scales: Tensor, zeros: Tensor) -> Tensor:
+    """The levels nearest to `weight` (out, in) of a grid (rows, groups), float32: `nearest`, but not packed."""
+    grouped = weight.float().view(len(weight), scales.shape[1], -1)
+    codes = encode(grouped, scales[..., None], zeros[..., None], scheme.bits)
+    return codes.sub_(zeros[..., None]).mul_(scales[..., None]).view_as(weight)
+
+
+def unit_of(weight: Tensor) -> float:
+    """The power of two that brings the largest number of `weight` to between 1/2 and 1, for sums of squares."""
+    _, exponent = torch.frexp(weight.abs().max().float())
+    return float(2.0 ** -max(int(exponent), -100))
+
+
+def row_errors(delta: Tensor, moments: Tensor) -> Tensor:
+    """(ΔW H ΔWᵀ)_ii of each row of `delta` (rows, in), with H `moments` (in, in)."""
+    return (delta @ moments).mul_(delta).sum(1)
+
+
+def nearest(
+    weight: Tensor, scheme: Integer, scales: Tensor, zeros: Tensor, input_scales: Tensor | None = None
+) -> IntegerWeight:
+    """`weight` (out, in), which `input_scales` (in,) are in already, on the nearest levels of a grid (rows, groups)."""
     rows, columns = weight.shape
     codes = torch.empty(rows, columns, dtype=torch.uint8)
     for block in row_blocks(rows, columns):
         own = slice(None) if len(scales) == 1 else block
         grouped = weight[block].float().view(-1, scales.shape[1], columns // scales.shape[1])
         codes[block] = encode(grouped, scales[own, :, None], zeros[own, :, None], scheme.bits).view(-1, columns)
-    return IntegerWeight.of(scheme, codes, scales, zeros)
+    return IntegerWeight.of(scheme, codes, scales, zeros, input_scales)
 
 
 def _choose(

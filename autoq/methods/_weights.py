@@ -55,17 +55,24 @@ class KeptWeight(QuantizedWeight):
 
 @dataclass(frozen=True)
 class IntegerWeight(QuantizedWeight):
-    """Uniform levels: weight = (code - zero) * scale.
+    """Uniform levels: weight = (code - zero) * scale, over the input's scale where the scheme scales inputs.
 
     `tensors`: `codes` (out, ceil(in*bits/8)) uint8, a bit stream per row; `scales` (rows, groups)
     bfloat16; `zeros`, packed like the codes if integer, (rows, groups) bfloat16 if real, absent if
-    symmetric. Codes are unsigned; a symmetric code has its zero at 2**(bits-1). One scale for the
-    whole tensor has rows = groups = 1.
+    symmetric; `input_scales` (in,) bfloat16, positive, of schemes that scale inputs. Codes are unsigned; a
+    symmetric code has its zero at 2**(bits-1). One scale for the whole tensor has rows = groups = 1.
     """
 
     @classmethod
-    def of(cls, scheme: Integer, codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> IntegerWeight:
-        """Pack `codes` (out, in) uint8, `scales` and `zeros` (rows, groups) in code units.
+    def of(
+        cls,
+        scheme: Integer,
+        codes: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None = None,
+        input_scales: Tensor | None = None,
+    ) -> IntegerWeight:
+        """Pack `codes` (out, in) uint8, `scales` and `zeros` (rows, groups) in code units, `input_scales` (in,).
 
         Scales and real zeros must already be bfloat16 numbers and integer zeros codes, whatever dtype
         carries them: packing rounds nothing.
@@ -77,6 +84,9 @@ class IntegerWeight(QuantizedWeight):
             assert zeros is not None and zeros.shape == scales.shape, scheme
             real = scheme.zero == "real"
             tensors["zeros"] = _exactly_bfloat16(zeros) if real else pack_rows(zeros.to(torch.uint8), scheme.bits)
+        if scheme.scales_inputs:
+            assert input_scales is not None and input_scales.shape == shape[1:], scheme
+            tensors["input_scales"] = _exactly_bfloat16(input_scales)
         return cls(scheme, shape, tensors)
 
     def codes(self) -> Tensor:
@@ -91,16 +101,23 @@ class IntegerWeight(QuantizedWeight):
         """The code, maybe fractional, that stands for zero in each group, (out, groups) float32."""
         return self._per_row(self._zeros())
 
+    def input_scales(self) -> Tensor | None:
+        """What each input is to be divided by before it meets the codes, (in,) float32; None where nothing is."""
+        return self.tensors["input_scales"].float() if self._integer.scales_inputs else None
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         scheme, (rows, columns) = self._integer, self.shape
+        inputs = self.input_scales()
         scales, zeros = self.scales()[:, :, None], self.zeros()[:, :, None]
         codes = self.codes()
         peak = scales.abs().max().item() * (2**scheme.bits + zeros.abs().max().item())
-        saturate = _saturates(peak, dtype)
+        saturate = _saturates(peak if inputs is None else peak / inputs.min().item(), dtype)
         result = torch.empty(self.shape, dtype=dtype)
         for block in row_blocks(rows, columns):
             grouped = codes[block].view(-1, scales.shape[1], columns // scales.shape[1])
             values = grouped.to(torch.float32).sub_(zeros[block]).mul_(scales[block]).view(-1, columns)
+            if inputs is not None:
+                values.div_(inputs)
             result[block] = to_dtype(values, dtype) if saturate else values
         return result
 
@@ -212,6 +229,8 @@ def expected_tensors(
         tensors["zeros"] = parameters
     elif scheme.zero == "integer":
         tensors["zeros"] = ((rows, math.ceil(groups * scheme.bits / 8)), torch.uint8)
+    if scheme.scales_inputs:
+        tensors["input_scales"] = (shape[1:], torch.bfloat16)
     return tensors
 
 

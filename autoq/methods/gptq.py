@@ -38,9 +38,10 @@ from torch import Tensor
 from autoq.layer import MOST_HESSIAN_INPUTS
 from autoq.methods import QuantizedWeight, Statistics
 from autoq.methods._inputs import InputMethod, second_moments
-from autoq.methods._uniform import encode, minmax_grid
-from autoq.methods._weights import IntegerWeight, grid_shape
-from autoq.scheme import Integer, PerTensor, Scheme
+from autoq.methods._search import plain_grid, row_errors, unit_of
+from autoq.methods._uniform import encode
+from autoq.methods._weights import IntegerWeight
+from autoq.scheme import Integer, Scheme
 
 DAMPING = 0.01
 BLOCK = 64
@@ -65,9 +66,9 @@ class Gptq(InputMethod):
         factor = _factor(hessian[order][:, order]).float()
         moments = hessian.float()
         weight = weight.float()
-        scales, zeros = _grids(weight, scheme)
+        scales, zeros = plain_grid(weight, scheme)
         codes = torch.empty(rows, columns, dtype=torch.uint8)
-        unit = _unit(weight)
+        unit = unit_of(weight)
         group_of = torch.arange(columns) // (columns // scales.shape[1])
         for start in range(0, rows, _ROWS):
             part = slice(start, min(start + _ROWS, rows))
@@ -80,25 +81,9 @@ class Gptq(InputMethod):
             found = torch.empty_like(plain)
             turned = [matrix[:, order].t().contiguous().expand(-1, len(own)) for matrix in (own, scale, zero)]
             found[:, order] = _solve(turned[0], turned[1], turned[2], factor, scheme.bits).t()
-            errors = [_errors(own - (each - zero) * scale, moments) for each in (found, plain)]
+            errors = [row_errors(own - (each - zero) * scale, moments) for each in (found, plain)]
             codes[part] = torch.where((errors[0] < errors[1])[:, None], found, plain)
         return IntegerWeight.of(scheme, codes, scales, zeros)
-
-
-def _grids(weight: Tensor, scheme: Integer) -> tuple[Tensor, Tensor]:
-    """(scales, zeros) of rtn, each (rows, groups) as they ship."""
-    if isinstance(scheme.granularity, PerTensor):
-        low, high = (end.view(1, 1) for end in torch.aminmax(weight))
-    else:
-        rows, groups = grid_shape(scheme.granularity, (weight.shape[0], weight.shape[1]))
-        low, high = torch.aminmax(weight.view(rows, groups, -1), dim=-1)
-    return minmax_grid(low, high, scheme.bits, scheme.zero)
-
-
-def _unit(weight: Tensor) -> float:
-    """The power of two that brings the largest number of `weight` to between 1/2 and 1."""
-    _, exponent = torch.frexp(weight.abs().max())
-    return float(2.0 ** -max(int(exponent), -100))
 
 
 def _factor(hessian: Tensor) -> Tensor:
@@ -137,8 +122,3 @@ def _solve(weight: Tensor, scale: Tensor, zero: Tensor, factor: Tensor, bits: in
         if end < columns:
             work[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
     return codes
-
-
-def _errors(delta: Tensor, moments: Tensor) -> Tensor:
-    """(ΔW H ΔWᵀ)_ii of each row of `delta` (rows, in)."""
-    return (delta @ moments).mul_(delta).sum(1)

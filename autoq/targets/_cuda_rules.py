@@ -55,6 +55,8 @@ def kernel_for(layer: Layer, scheme: Scheme) -> Kernel | str:
         return f"there is no kernel for {scheme}"
     if layer.kind == "embedding" or layer.tied:
         return "rows of an embedding are looked up, which no quantized kernel does"
+    if isinstance(scheme, Integer) and scheme.scales_inputs:
+        return f"the kernels take inputs as they are, and {scheme.method} divides them by scales"
     if layer.dtype_bytes != 2:
         return "the kernels give bfloat16, and the model has another dtype"
     if isinstance(scheme.granularity, PerGroup) and layer.in_features % scheme.granularity.size:

@@ -43,6 +43,8 @@ def rule_for(device: Device, layer: Layer, scheme: Scheme) -> KernelRule | str:
     assert not isinstance(scheme, Keep)
     if isinstance(scheme, Gguf):
         return "a GGUF type belongs to the target llama-cpp"
+    if isinstance(scheme, Integer) and scheme.scales_inputs:
+        return f"{device.name} has no kernels that divide a layer's input by scales, as {scheme.method} needs"
     weights = _weights(scheme)
     same = [rule for rule in device.kernels if rule.weights == weights]
     if not same:

@@ -79,6 +79,8 @@ def kernel_for(layer: Layer, scheme: Scheme) -> Kernel | str:
         return FLOAT
     if not isinstance(scheme, Integer):
         return f"there is no kernel for {scheme}"
+    if scheme.scales_inputs:
+        return f"the graph has no place for scales that a layer's input is divided by, as {scheme.method} needs"
     shape = f"shape ({layer.out_features}, {layer.in_features})"
     if layer.in_features % (run := run_of(scheme, layer.in_features)):
         return f"group size {run} does not divide the {layer.in_features} inputs of {shape}"

@@ -24,6 +24,7 @@ from autoq.scheme import Integer
 from autoq.targets._torch_cpu_kernels import (
     Int8Embedding,
     Int8Linear,
+    ScaledInput,
     UniformWeight,
     dynamic_activation,
     pack,
@@ -94,6 +95,8 @@ def packed_modules(
             bias = getattr(module, "bias", None)
             packed = pack(kernel, weight, None if bias is None else bias.detach(), name)
             head = packed if isinstance(packed, Int8Linear) else None
+            if kernel.scaled:
+                packed = ScaledInput(packed, weight.tensors["input_scales"].float())
         found.append((module, packed))
     return found
 
@@ -145,6 +148,7 @@ def check(layer: Layer, weight: QuantizedWeight, kernel: Kernel, pairs: Sequence
     The error is ‖y - y'‖ / ‖y'‖ over all outputs. Raises `KernelMismatch` naming layer, scheme and error.
     """
     generator = torch.Generator().manual_seed(0)
+    scales = weight.tensors["input_scales"].float() if kernel.scaled else torch.ones(1)
     dequantized = weight.dequantize(torch.float32)
     dynamic = isinstance(weight.scheme, Integer) and weight.scheme.activation is not None
     for module, packed in pairs:
@@ -156,7 +160,7 @@ def check(layer: Layer, weight: QuantizedWeight, kernel: Kernel, pairs: Sequence
             assert isinstance(module.weight, Tensor)
             x = x.to(module.weight.dtype)
             bias: Tensor | None = getattr(module, "bias", None)
-            seen = dynamic_activation(x.float()) if dynamic else x.float()
+            seen = dynamic_activation(x.float() / scales) * scales if dynamic else x.float()
             found = packed(x)
             expected = F.linear(seen, dequantized, None if bias is None else bias.float())
         error = _relative_error(found.float(), expected)

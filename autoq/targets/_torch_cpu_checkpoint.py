@@ -1,7 +1,7 @@
 """Checkpoints for PyTorch's CPU kernels: one safetensors file, and the loader that runs it.
 
 `model.safetensors` holds, for each quantized layer, exactly the tensors that its scheme ships
-(`NAME.weight.codes`, `.scales`, `.zeros`), and every other tensor of the model under its own name; a
+(`NAME.weight.codes`, `.scales`, `.zeros`, `.input_scales`), and every other tensor of the model under its own name; a
 tensor that several names share is stored once. Its metadata say what each layer is. `config.json` and
 the tokenizer's files are the model's own. Codes are packed for the kernels of the machine that loads
 them, as packed layouts differ between machines.

@@ -1,7 +1,7 @@
 """Packed layers on PyTorch's CPU kernels, each from the exact tensors that ship.
 
 Every module computes y = x Wᵀ + bias for x (…, in) of the model's dtype, W = (code - zero) * scale.
-Shapes: codes (out, in), scales and zeros (out, groups).
+Shapes: codes (out, in), scales and zeros (out, groups). `ScaledInput` gives another module x over a scale (in,).
 """
 
 from __future__ import annotations
@@ -179,6 +179,25 @@ class DynamicLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self._kernel(x.float(), self.packed, self.reduced)
+        return y.to(x.dtype)
+
+
+class ScaledInput(nn.Module):
+    """y = f(x / s) for a packed module f and scales s (in,), float32.
+
+    f gets a float32 input where it takes one, and otherwise one that was rounded to the dtype of x.
+    """
+
+    scales: Tensor
+
+    def __init__(self, packed: nn.Module, scales: Tensor) -> None:
+        super().__init__()
+        self.packed = packed
+        self.register_buffer("scales", scales)
+
+    def forward(self, x: Tensor) -> Tensor:
+        divided = x.float().div_(self.scales) if x.dtype != torch.float32 else x / self.scales
+        y: Tensor = self.packed(divided if isinstance(self.packed, DynamicLinear) else divided.to(x.dtype))
         return y.to(x.dtype)
 
 

@@ -11,13 +11,14 @@ int8mm_kernel.cpp, aten/src/ATen/native/quantized/cpu/qlinear_dynamic.cpp):
                   affine range per tensor; any shape; one scale per output row
     as-is         the model's own module
 
+Where a scheme scales inputs, x is divided by those scales before any of the quantized ones (`-scaled`).
 A coarser granularity runs exactly on a finer kernel by repeating its scale, so a run of inputs that
 share a scale may be any multiple of a kernel's group. The converse would need another scale: refused.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from autoq.layer import Layer
@@ -31,17 +32,31 @@ LOOKUP = "int8-channel-sym"
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel; `group` is the number of inputs that share a scale inside the int4 kernel."""
+    """One kernel; `group` is the number of inputs that share a scale inside the int4 kernel.
+
+    `scaled` says that it is given its input over a scale for each.
+    """
 
     name: Literal["as-is", "int8", "int8-dynamic", "int4"]
     group: int | None = None
+    scaled: bool = False
 
     def __str__(self) -> str:
-        return self.name if self.group is None else f"{self.name}-g{self.group}"
+        text = self.name if self.group is None else f"{self.name}-g{self.group}"
+        return f"{text}-scaled" if self.scaled else text
 
 
 def kernel_for(layer: Layer, scheme: Scheme) -> Kernel | str:
     """The kernel that runs `scheme` on `layer`, or the rule (one clause) by which none does."""
+    if not isinstance(scheme, Integer) or not scheme.scales_inputs:
+        return _unscaled(layer, scheme)
+    if layer.kind == "embedding" or layer.tied:
+        return f"rows of an embedding are looked up, and {scheme.method} needs an input to divide"
+    kernel = _unscaled(layer, scheme)
+    return kernel if isinstance(kernel, str) else replace(kernel, scaled=True)
+
+
+def _unscaled(layer: Layer, scheme: Scheme) -> Kernel | str:
     if isinstance(scheme, Keep):
         return Kernel("as-is")
     shape = f"shape ({layer.out_features}, {layer.in_features})"

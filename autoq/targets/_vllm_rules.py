@@ -42,6 +42,8 @@ def refusal(layer: Layer, scheme: Scheme) -> str | None:
         return "compressed-tensors holds linear layers, and a Conv1D stores its weight the other way round"
     if layer.dtype_bytes != 2:
         return "scales ship in bfloat16, the dtype that the model must have"
+    if isinstance(scheme, Integer) and scheme.scales_inputs:
+        return "compressed-tensors holds no scales that a layer's input is divided by"
     if isinstance(scheme, Integer):
         return _integer(scheme) or _shape(layer, scheme)
     if isinstance(scheme, Float):
