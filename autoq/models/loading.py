@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from autoq.errors import ModelRefused
 from autoq.layer import ModelInfo
-from autoq.models import conversion
+from autoq.models import conversion, experts
 from autoq.models.inspection import architecture, attention, build, first_line, float32_patterns, read_config, skeleton
 from autoq.models.loaded import LoadedModel
 from autoq.models.quiet import quiet
@@ -36,6 +36,7 @@ def load(spec: ModelSpec, device: str = "cpu") -> LoadedModel:
         if not float32_patterns(build(spec, folder, config)[0], spec.dtype):
             folder = conversion.recast(spec.id, folder, spec.dtype)
         model = _read_weights(spec, folder, config)
+        experts.split(model)
         tokenizer = read_tokenizer(spec, folder)
     _check_ties(spec, model, info)
     model.requires_grad_(False)
@@ -50,6 +51,7 @@ def _read_weights(spec: ModelSpec, folder: Path, config: Any) -> Any:
             config=config,
             dtype=getattr(torch, spec.dtype),
             attn_implementation=attention(model_class),
+            experts_implementation=experts.NAME,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
