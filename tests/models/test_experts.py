@@ -8,13 +8,15 @@ import pytest
 import torch
 import transformers
 
+from autoq import plugins
 from autoq.calibration import curvature
 from autoq.errors import SpecError
+from autoq.methods import Grid, Method
 from autoq.methods.rtn import RoundToNearest as Rtn
 from autoq.models import inspect, load
 from autoq.models.experts import split, stacks
 from autoq.models.inspection import architecture, read_config
-from autoq.scheme import parse_scheme
+from autoq.scheme import Keep, PerChannel, PerGroup, parse_scheme
 from autoq.search.space import build_space
 from autoq.spec import ModelSpec, SpaceSpec
 from autoq.targets.generic import Generic
@@ -183,6 +185,18 @@ class TestCalibration:
                 assert costs == sorted(costs, reverse=True)
                 assert 0 < costs[-1] < costs[0] < float("inf")
 
+    @pytest.mark.parametrize("name", plugins.names("methods"))
+    def test_methods_that_weigh_inputs_can_make_an_expert_that_saw_none(self, loaded, seen, name):
+        found, rows, _ = seen
+        layer = next(layer for layer in loaded.info.layers if layer.stack and layer.name not in rows)
+        method = plugins.load("methods", name, Method)
+        grid = Grid((name,), (4,), (PerChannel(), PerGroup(32)), ("integer", "none", "real"))
+        for scheme in method.schemes(name, grid):
+            if method.uses_statistics(scheme) and method.refuses(layer, scheme) is None:
+                made = method.quantize(loaded.weight(layer.name), scheme, found[layer.name])
+                assert made.dequantize().isfinite().all()
+                assert made.nbytes == layer.nbytes(scheme)
+
 
 class TestSpace:
     @staticmethod
@@ -236,8 +250,6 @@ def test_a_model_without_experts_stays_as_it_is(tiny_model_dir):
 
 
 def test_what_is_counted_adds_up_to_the_checkpoint(folder):
-    from autoq.scheme import Keep
-
     info = inspect(ModelSpec(id=str(folder)))
     stored = sum((folder / name).stat().st_size for name in ["model.safetensors"])
     counted = sum(layer.nbytes(Keep()) for layer in info.layers) + info.other_bytes
