@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from autoq.scheme import Scheme
 
-LayerKind = Literal["linear", "conv1d", "embedding", "head"]
+LayerKind = Literal["linear", "conv1d", "embedding", "head", "router"]
 Task = Literal["causal", "masked", "seq2seq", "encoder"]
 
 # Calibration keeps no second moments between the inputs of a layer that has more: that matrix alone would take 1 GB.
@@ -25,6 +26,12 @@ class Layer:
     `fusion_group` names the layers that read the same input in the same parent module (q/k/v,
     gate/up): they carry equal group names; a layer alone in its group has None.
     `block` is the index of the repeated block that holds the layer, or None.
+
+    A matrix of one expert of a mixture is a slice of a 3-D parameter, which `stack` names; it is None for all
+    other layers. Gate and up are one matrix, as the model holds them: a runtime that runs them as one demands one
+    scheme, and for all others a method that works row by row gives the same codes. All matrices of a block's
+    experts are one fusion group. `reach` is the share of tokens that the layer sees, if experts see equally many.
+    What weighs the experts is a layer of kind `router`.
     """
 
     name: str
@@ -36,6 +43,8 @@ class Layer:
     tied: tuple[str, ...] = ()
     fusion_group: str | None = None
     block: int | None = None
+    stack: str | None = None
+    reach: float = 1.0
 
     @property
     def parameters(self) -> int:
@@ -65,7 +74,8 @@ class ModelInfo:
 
     def layer(self, name: str) -> Layer:
         """The layer of that name. Raises `KeyError` where there is none."""
-        for layer in self.layers:
-            if layer.name == name:
-                return layer
-        raise KeyError(name)
+        return self._by_name[name]
+
+    @cached_property
+    def _by_name(self) -> dict[str, Layer]:
+        return {layer.name: layer for layer in self.layers}

@@ -28,12 +28,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script:DeprecationWarning")
 
 
-@pytest.fixture(scope="session")
-def tiny_models() -> ModuleType:
-    """`tests/support/tiny_models.py`: families, and how to save one or build a tokenizer."""
-    name = "tiny_models"
+def _support(name: str) -> ModuleType:
+    """A module of `tests/support`, which is no package."""
     if name not in sys.modules:
-        found = importlib.util.spec_from_file_location(name, Path(__file__).parent / "support" / "tiny_models.py")
+        found = importlib.util.spec_from_file_location(name, Path(__file__).parent / "support" / f"{name}.py")
         assert found is not None
         assert found.loader is not None
         module = importlib.util.module_from_spec(found)
@@ -43,13 +41,35 @@ def tiny_models() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def tiny_models() -> ModuleType:
+    """`tests/support/tiny_models.py`: families, and how to save one or build a tokenizer."""
+    return _support("tiny_models")
+
+
+@pytest.fixture(scope="session")
 def tiny_model_dir(tiny_models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Family -> folder of a tiny bfloat16 checkpoint, made when first asked for. Read only."""
+    return _made_once(tiny_models, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def trained_models(tiny_models: ModuleType) -> ModuleType:
+    """`tests/support/trained_models.py`: families, and how to train and save one."""
+    return _support("trained_models")
+
+
+@pytest.fixture(scope="session")
+def trained_model_dir(trained_models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Family -> folder of a small bfloat16 checkpoint that was trained, when first asked for. Read only."""
+    return _made_once(trained_models, tmp_path_factory)
+
+
+def _made_once(models: ModuleType, folders: pytest.TempPathFactory) -> Callable[[str], Path]:
     made: dict[str, Path] = {}
 
     def folder(family: str) -> Path:
         if family not in made:
-            made[family] = tiny_models.save(family, tmp_path_factory.mktemp(family))
+            made[family] = models.save(family, folders.mktemp(family))
         return made[family]
 
     return folder

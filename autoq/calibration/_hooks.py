@@ -59,6 +59,12 @@ class LookUps(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def linear_output(outputs: Any) -> Tensor:
+    """The product with the weight among a module's outputs: a router gives what it makes of it as well."""
+    found: Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
+    return found
+
+
 class Gatherer:
     """The sums of every layer's modules, over passes of `tokens` tokens in all."""
 
@@ -87,7 +93,8 @@ class Gatherer:
     def _on_forward(self, module: nn.Module) -> Callable[..., Any]:
         own = self.by_module[module]
 
-        def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        def hook(_: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> None:
+            output = linear_output(outputs)
             if not output.requires_grad:
                 output.requires_grad_()
             if isinstance(module, nn.Embedding):

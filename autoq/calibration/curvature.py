@@ -54,6 +54,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from autoq.calibration import unseen
 from autoq.calibration._hooks import Gatherer, Sums
 from autoq.errors import AutoQError, NotFinite
 from autoq.layer import Layer
@@ -92,7 +93,8 @@ def gather(
     squared is a sum over all positions by the number of tokens, so a module that runs twice pays twice; H, steps
     and rows are shares of such sums, `input_mean_square` and `hessian` are plain means. Float32 but for
     `input_rows`, which are the model's own numbers. Layers that read the same input one after the other share one
-    tensor. Each window is a sequence of its own. Deterministic for a seed.
+    tensor. An expert's are of the tokens that it saw; for one that saw none see `autoq.calibration.unseen`. Each
+    window is a sequence of its own. Deterministic for a seed.
     """
     generator = torch.Generator().manual_seed(seed)
     gatherer = Gatherer(model, windows.numel())
@@ -101,7 +103,12 @@ def gather(
             _go_back(model, window.unsqueeze(0).to(model.device), generator)
             progress()
     shared: dict[tuple[int, ...], dict[str, Tensor]] = {}
-    return {layer.name: _averages(model, layer, gatherer, shared) for layer in model.info.layers}
+    found = {layer.name: _averages(model, layer, gatherer, shared) for layer in model.info.layers}
+    seen = {
+        layer.name: sum(gatherer.by_module[m].positions for m in model.modules_of(layer)) for layer in model.info.layers
+    }
+    unseen.fill(model.info, found, seen)
+    return found
 
 
 def _averages(

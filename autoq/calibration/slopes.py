@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoq.calibration._hooks import LookUps
+from autoq.calibration._hooks import LookUps, linear_output
 from autoq.layer import Layer
 from autoq.models.loaded import LoadedModel
 
@@ -39,7 +39,8 @@ def gather(
     handles, look_ups = [], LookUps()
 
     def watch(layer: Layer, module: nn.Module) -> None:
-        def on_forward(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        def on_forward(_: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> None:
+            output = linear_output(outputs)
             if not output.requires_grad:
                 output.requires_grad_()
             seen = look_ups.ids if isinstance(module, nn.Embedding) else inputs[0].detach()

@@ -5,7 +5,8 @@ and outputs written once, in the model's dtype), lookups in embeddings, attentio
 2 · queries · keys · width operations each; keys and values read, new ones written) and one reading of
 everything else that ships (norms, biases). Element-wise arithmetic is left out: it is less than a
 percent of the products. Keys and values are kept in the model's dtype for the whole context, so a model
-with sliding windows is counted from above.
+with sliding windows is counted from above. Tokens are taken to come to experts evenly and at random: an
+expert multiplies its share of them, and is read if any comes.
 
 A skeleton does not say which layer holds keys and values, nor which tokens a layer sees. Both are told
 by the names that transformers gives its modules, and a model whose names say neither is refused.
@@ -168,13 +169,21 @@ def _rows(info: ModelInfo, layer: Layer, phase: Phase, workload: TargetSpec) -> 
     return products, lookups if layer.tied else 0
 
 
+def runs(info: ModelInfo, layer: Layer, phase: Phase, workload: TargetSpec) -> float:
+    """How often the layer runs in one pass: once, but for an expert that perhaps no token comes to."""
+    tokens_in, lookups = _rows(info, layer, phase, workload)
+    return 1.0 if lookups else 1 - (1 - layer.reach) ** tokens_in
+
+
 def layer_work(info: ModelInfo, layer: Layer, scheme: Scheme, phase: Phase, workload: TargetSpec) -> Work:
     """One layer's share of one pass over the whole batch under `scheme`."""
-    products, lookups = _rows(info, layer, phase, workload)
+    tokens_in, lookups = _rows(info, layer, phase, workload)
     out, inputs, nbytes, wide = layer.out_features, layer.in_features, layer.nbytes(scheme), layer.dtype_bytes
     work = Work()
-    if products:
-        work += Work(2.0 * products * out * inputs, nbytes + products * (inputs + out) * wide)
+    if tokens_in:
+        products = tokens_in * layer.reach
+        read = nbytes * runs(info, layer, phase, workload)
+        work += Work(2.0 * products * out * inputs, read + products * (inputs + out) * wide)
     if lookups:
         work += Work(0.0, nbytes * min(lookups, out) / out + lookups * inputs * wide)
     return work

@@ -1,16 +1,19 @@
 """A model's skeleton, found by structure: no weights are read and no architecture is known by name.
 
 The architecture is built from its config without storage. Layers are modules of the kinds that hold
-one weight matrix. Which of them run together is seen, not guessed: a short forward pass records which
-tensor object each linear reads, and linears of one parent module that read the very same object are a
-fusion group (q/k/v, gate/up, but never a decoder's q with the k and v that read the encoder). Layers
-that this pass does not reach (a vision tower) are left alone and counted with everything else.
+one weight matrix, of which experts get their own first (`autoq.models.experts`), and routers: modules that
+give back the product of their input and their weight. Which of them run together is seen, not guessed: a
+short forward pass records which tensor object each linear reads, and linears of one parent module that read
+the very same object are a fusion group (q/k/v, gate/up, but never a decoder's q with the k and v that read
+the encoder). Layers that this pass does not reach (a vision tower) are left alone and counted with everything
+else. The experts of a block are reached together.
 """
 
 from __future__ import annotations
 
 import collections
 import copy
+import functools
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from autoq.errors import ModelRefused
 from autoq.layer import Layer, LayerKind, ModelInfo, Task
-from autoq.models import conversion
+from autoq.models import conversion, experts
 from autoq.models.quiet import quiet
 from autoq.spec import ModelSpec
 
@@ -91,8 +94,7 @@ def build(spec: ModelSpec, folder: Path, config: Any) -> tuple[nn.Module, Task]:
                 copy.deepcopy(config),
                 dtype=getattr(torch, spec.dtype),
                 attn_implementation=attention(model_class),
-                # Grouped kernels for experts refuse the tensors without strides that the probe uses.
-                experts_implementation="eager",
+                experts_implementation=experts.NAME,
             )
         model.tie_weights()
     except Exception as problem:
@@ -102,6 +104,7 @@ def build(spec: ModelSpec, folder: Path, config: Any) -> tuple[nn.Module, Task]:
     if task == "seq2seq" and getattr(config, "decoder_start_token_id", None) is None:
         raise ModelRefused(f"model {spec.id!r}: config.json has no decoder_start_token_id")
     _untie(spec, model, folder)
+    experts.split(model)
     return model.eval(), task
 
 
@@ -136,8 +139,10 @@ def skeleton(spec: ModelSpec, folder: Path, config: Any) -> ModelInfo:
     layers = []
     groups = _fusion_groups(model, names, inputs, head)
     blocks = _blocks(model)
+    stacks = experts.stacks(model)
+    reach = _reach(stacks, inputs)
     for key, holders in shared.items():
-        if not any(inputs[name] for name in holders):
+        if not any(inputs[name] or reach.get(stacks.get(name)) for name in holders):
             continue
         name = next((name for name in holders if _module(model, name) is head), holders[0])
         module = _module(model, name)
@@ -152,8 +157,10 @@ def skeleton(spec: ModelSpec, folder: Path, config: Any) -> ModelInfo:
                 dtype_bytes=getattr(torch, spec.dtype).itemsize,
                 has_bias=getattr(module, "bias", None) is not None,
                 tied=tuple(other for other in holders if other != name),
-                fusion_group=groups.get(name),
+                fusion_group=stacks[name].rpartition(".")[0] if name in stacks else groups.get(name),
                 block=_block(name, blocks),
+                stack=stacks.get(name),
+                reach=reach.get(stacks.get(name), 1.0),
             )
         )
         del stored[key]
@@ -172,8 +179,18 @@ def skeleton(spec: ModelSpec, folder: Path, config: Any) -> ModelInfo:
 
 
 def _weight_holders(model: nn.Module) -> list[str]:
-    """Names of all modules that hold one weight matrix, in the model's order."""
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D | nn.Embedding)]
+    """Names of all modules that hold one weight matrix, in the model's order; those that may be routers too."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D | nn.Embedding) or _may_route(module)
+    ]
+
+
+def _may_route(module: nn.Module) -> bool:
+    """Whether the module has a matrix of its own that it is not known to multiply its input with."""
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() == 2 and not isinstance(module, nn.Linear | Conv1D | nn.Embedding)
 
 
 def _module(model: nn.Module, name: str) -> Any:
@@ -185,16 +202,31 @@ def _kind(module: nn.Module, head: nn.Module | None) -> LayerKind:
         return "head"
     if isinstance(module, nn.Embedding):
         return "embedding"
+    if _may_route(module):
+        return "router"
     return "conv1d" if isinstance(module, Conv1D) else "linear"
 
 
 class _ZeroLinear(TorchFunctionMode):
-    """Every `F.linear` within gives zeros of the right shape."""
+    """Every `F.linear` within gives zeros of the right shape. `routed` has those by one of the `weights`."""
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._weights = {id(weight) for weight in weights}
+        self.routed: list[tuple[Tensor, Tensor]] = []  # weight, product
+
+    def product_of(self, weight: Tensor, outputs: Any) -> bool:
+        """Whether a module's outputs, or the first of them, are a product by `weight` as it was made."""
+        first = outputs[0] if isinstance(outputs, tuple) else outputs
+        return any(made is first and by is weight for by, made in self.routed)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is nn.functional.linear:
             x, weight = args[:2]
-            return x.new_zeros(*x.shape[:-1], weight.shape[0])
+            product = x.new_zeros(*x.shape[:-1], weight.shape[0])
+            if id(weight) in self._weights:
+                self.routed.append((weight, product))
+            return product
         return func(*args, **(kwargs or {}))
 
 
@@ -209,20 +241,41 @@ def _probe(spec: ModelSpec, model: nn.Module, names: Iterable[str], task: Task) 
     """
     model._apply(lambda tensor: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape))  # type: ignore[no-untyped-call]
     inputs: dict[str, list[Tensor]] = {name: [] for name in names}
+    zeros = _ZeroLinear(_module(model, name).weight for name in names if _may_route(_module(model, name)))
+
+    def routes(name: str, module: Any, outputs: Any) -> bool:
+        # One that is kept in another format than the rest is no layer: it is nobody's to quantize.
+        same = module.weight.dtype == getattr(torch, spec.dtype)
+        kept = _kept_in_float32(model, spec.dtype, f"{name}.weight")
+        return same and not kept and zeros.product_of(module.weight, outputs)
+
+    def see(name: str, module: Any, read: tuple[Tensor, ...], outputs: Any) -> None:
+        if not _may_route(module) or routes(name, module, outputs):
+            inputs[name].append(read[0])
+
     for name in names:
-        _module(model, name).register_forward_pre_hook(lambda _, args, name=name: inputs[name].append(args[0]))
+        _module(model, name).register_forward_hook(functools.partial(see, name))
     tokens = torch.zeros(1, _PROBE_TOKENS, dtype=torch.int64)
     arguments = {"input_ids": tokens}
     if task == "seq2seq":
         arguments["decoder_input_ids"] = tokens
     try:
-        with _ZeroLinear():
+        with zeros:
             model(**arguments)
     except Exception as problem:
         raise ModelRefused(
             f"model {spec.id!r}: {type(model).__name__} does not run on token ids alone: {first_line(problem)}"
         ) from problem
     return inputs
+
+
+def _reach(stacks: dict[str, str], inputs: dict[str, list[Tensor]]) -> dict[str | None, float]:
+    """Name of a 3-D parameter -> the share of tokens that one of its slices sees; 0 where it is not used at all."""
+    rows: collections.Counter[str | None] = collections.Counter()
+    experts_of: collections.Counter[str | None] = collections.Counter(stacks.values())
+    for name, stack in stacks.items():
+        rows[stack] += sum(len(read) for read in inputs[name])
+    return {stack: rows[stack] / (count * _PROBE_TOKENS) for stack, count in experts_of.items()}
 
 
 def _fusion_groups(
@@ -232,7 +285,7 @@ def _fusion_groups(
     members: dict[tuple[str, tuple[int, ...]], list[str]] = collections.defaultdict(list)
     for name in names:
         module = _module(model, name)
-        if inputs[name] and module is not head and not isinstance(module, nn.Embedding):
+        if inputs[name] and module is not head and isinstance(module, nn.Linear | Conv1D):
             members[name.rpartition(".")[0], tuple(map(id, inputs[name]))].append(name)
     groups = {}
     for (parent, _), together in members.items():

@@ -6,6 +6,8 @@ share one copy of them; other dtypes are converted into the cache first (`autoq.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from safetensors import SafetensorError
 
 from autoq.errors import ModelRefused
 from autoq.layer import ModelInfo
-from autoq.models import conversion
+from autoq.models import conversion, experts
 from autoq.models.inspection import architecture, attention, build, first_line, float32_patterns, read_config, skeleton
 from autoq.models.loaded import LoadedModel
 from autoq.models.quiet import quiet
@@ -25,9 +27,9 @@ from autoq.spec import ModelSpec
 def load(spec: ModelSpec, device: str = "cpu") -> LoadedModel:
     """The model in eval mode on `device`, without gradients on its parameters, and its tokenizer.
 
-    Raises `ModelRefused` with one line for what cannot be used: see `autoq.models.sources`; and for
+    Raises `ModelRefused` with one line for what cannot be used: see `autoq.models.sources`; for
     weights that are missing or of another shape than the config says, which transformers would
-    replace by random numbers.
+    replace by random numbers; and for those of blocks that the config leaves out, which it would drop.
     """
     with quiet():
         folder = conversion.safetensors_folder(spec)
@@ -36,6 +38,7 @@ def load(spec: ModelSpec, device: str = "cpu") -> LoadedModel:
         if not float32_patterns(build(spec, folder, config)[0], spec.dtype):
             folder = conversion.recast(spec.id, folder, spec.dtype)
         model = _read_weights(spec, folder, config)
+        experts.split(model)
         tokenizer = read_tokenizer(spec, folder)
     _check_ties(spec, model, info)
     model.requires_grad_(False)
@@ -50,6 +53,7 @@ def _read_weights(spec: ModelSpec, folder: Path, config: Any) -> Any:
             config=config,
             dtype=getattr(torch, spec.dtype),
             attn_implementation=attention(model_class),
+            experts_implementation=experts.NAME,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
@@ -63,7 +67,25 @@ def _read_weights(spec: ModelSpec, folder: Path, config: Any) -> Any:
         if found := sorted(key if isinstance(key, str) else key[0] for key in report[what]):
             fault = "lacks" if what == "missing_keys" else "has another shape than its config says for"
             raise ModelRefused(f"model {spec.id!r} {fault} {len(found)} of its weights, the first being {found[0]}")
+    _refuse_left_over(spec, model, report["unexpected_keys"])
     return model
+
+
+def _refuse_left_over(spec: ModelSpec, model: Any, unexpected: Iterable[str]) -> None:
+    """Refuse weights of blocks that the config does not have: without them it is another model.
+
+    What else is left over (a head for another task, buffers of former versions) was never part of it.
+    """
+    own = {_without_numbers(name) for name in model.state_dict()}
+    if found := sorted(name for name in unexpected if _without_numbers(name) in own):
+        raise ModelRefused(
+            f"model {spec.id!r} has {len(found)} weights of blocks that its config does not have, the first being "
+            f"{found[0]}"
+        )
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", name)
 
 
 def _check_ties(spec: ModelSpec, model: Any, info: ModelInfo) -> None:

@@ -268,6 +268,6 @@ def _sorted_into(blocks: Sequence[nn.Module], called: Sequence[nn.Module], modul
         place = 1 + inside[module] if module in inside else len(blocks) + 1 if module in after else 0
         first[layer.name] = min(place, first.get(layer.name, place))
         if not isinstance(module, nn.Embedding):  # a look-up costs nothing
-            weights[place] += layer.parameters
+            weights[place] += round(layer.parameters * layer.reach)
     names = [[name for name, place in first.items() if place == i] for i in range(len(blocks) + 1)]
     return Chain(blocks, names, weights)

@@ -29,6 +29,7 @@ _CLASSES: dict[LayerKind, tuple[str, ...]] = {
     "head": ("Linear", "Module"),
     "embedding": ("Embedding", "Module"),
     "conv1d": ("Conv1D",),
+    "router": (),  # a class of its own in every family, so only its name can be meant
 }
 # Formats whose weights are sparse too, in which a group's numbers are half of the story.
 _SPARSE = ("marlin-24", "sparse-bitmask", "sparse-24-bitmask")

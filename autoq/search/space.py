@@ -37,7 +37,8 @@ Refusal = Callable[[Layer, Scheme], str | None]
 
 @dataclass(frozen=True)
 class Variable:
-    """One decision of the search: the scheme of a layer, or of a fusion group that must share one.
+    """One decision of the search: the scheme of a layer, of a fusion group that must share one, or of the same
+    matrix of all of a block's experts.
 
     `choices` are sorted by bytes, fewest first, so that an index is an ordinal quantity.
     """
@@ -153,9 +154,11 @@ def build_space(info: ModelInfo, spec: SpaceSpec, target_name: str, target: Targ
     for index, override in enumerate(spec.overrides):
         if not any(fnmatch.fnmatchcase(layer.name, override.match) for layer in layers):
             raise SpecError(f"space.overrides.{index}.match: {override.match!r} matches no searched layer")
+    if target.fuses and spec.experts == "apart" and any(layer.stack for layer in layers):
+        raise SpecError(f"space.experts: apart: {target_name} runs the experts of a block as one; leave it out")
     options = {layer.name: _options(layer, _section(layer, spec), target.grid(), refuses) for layer in layers}
     _refuse_unusable(layers, spec, target.grid(), refuses)
-    return SearchSpace(info, tuple(_variables(layers, options, target.fuses)))
+    return SearchSpace(info, tuple(_variables(layers, options, target.fuses, spec.experts == "together")))
 
 
 def _matches(layer: Layer, patterns: Iterable[str]) -> bool:
@@ -271,17 +274,18 @@ def _is(attribute: str, wanted: object, scheme: Scheme) -> bool:
     return (getattr(scheme, attribute, None) if attribute else str(scheme)) == wanted
 
 
-def _variables(layers: Sequence[Layer], options: Mapping[str, Sequence[Scheme]], fuses: bool) -> Iterable[Variable]:
+def _variables(
+    layers: Sequence[Layer], options: Mapping[str, Sequence[Scheme]], fuses: bool, together: bool
+) -> Iterable[Variable]:
     groups: dict[str, list[Layer]] = {}
     for layer in layers:
-        key = layer.fusion_group if fuses and layer.fusion_group else layer.name
-        groups.setdefault(key, []).append(layer)
+        group = layer.fusion_group if fuses else layer.stack if together else None
+        groups.setdefault(group or layer.name, []).append(layer)
     for name, members in groups.items():
         shared = [scheme for scheme in options[members[0].name] if all(scheme in options[m.name] for m in members)]
         if not shared:
             one, other = members[0], members[-1]
-            raise SchemeRefused(
-                f"space: {one.name} and {other.name} are one layer on this target and have no scheme in common"
-            )
+            why = "are one layer on this target" if fuses else "are experts that are searched together"
+            raise SchemeRefused(f"space: {one.name} and {other.name} {why} and have no scheme in common")
         sizes = {scheme: sum(member.nbytes(scheme) for member in members) for scheme in shared}
         yield Variable(name, tuple(members), tuple(sorted(shared, key=lambda scheme: (sizes[scheme], str(scheme)))))

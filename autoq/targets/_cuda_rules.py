@@ -53,6 +53,8 @@ def kernel_for(layer: Layer, scheme: Scheme) -> Kernel | str:
     shape = f"shape ({layer.out_features}, {layer.in_features})"
     if not isinstance(scheme, Integer | Float):
         return f"there is no kernel for {scheme}"
+    if layer.kind == "router":
+        return "a router does more than a linear map, which is all that a kernel replaces"
     if layer.kind == "embedding" or layer.tied:
         return "rows of an embedding are looked up, which no quantized kernel does"
     if isinstance(scheme, Integer) and scheme.scales_inputs:

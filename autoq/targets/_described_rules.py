@@ -106,7 +106,8 @@ def layer_seconds(
 ) -> float:
     """One layer's share of one pass."""
     share = work.layer_work(info, layer, scheme, phase, workload)
-    return seconds(device, share, computes(device, layer, scheme, info.dtype))
+    launches = work.runs(info, layer, phase, workload)
+    return seconds(device, share, computes(device, layer, scheme, info.dtype), launches)
 
 
 def other_seconds(device: Device, info: ModelInfo, phase: Phase, workload: TargetSpec) -> float:

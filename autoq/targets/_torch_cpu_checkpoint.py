@@ -27,6 +27,7 @@ from autoq.layer import Layer, ModelInfo
 from autoq.measurement import Measurement
 from autoq.methods import QuantizedWeight
 from autoq.methods._weights import restore
+from autoq.models import experts
 from autoq.models.inspection import architecture, attention, read_config
 from autoq.models.loaded import LoadedModel
 from autoq.models.loading import read_tokenizer
@@ -122,8 +123,12 @@ class Checkpoint:
             # Parameters come from the file; buffers that no checkpoint stores are computed.
             with init_empty_weights(include_buffers=False):
                 model = model_class._from_config(
-                    config, dtype=getattr(torch, spec.dtype), attn_implementation=attention(model_class)
+                    config,
+                    dtype=getattr(torch, spec.dtype),
+                    attn_implementation=attention(model_class),
+                    experts_implementation=experts.NAME,
                 )
+            experts.split(model)
             self._fill(model)
             tokenizer = read_tokenizer(spec, self.folder)
         loaded = LoadedModel(model, tokenizer, self.info)

@@ -89,7 +89,7 @@ def cost_table(
                 found.extend(value * speed for value in milliseconds)
     base_ms, layer_ms, factors = {}, {}, {}
     for phase in session.phases:
-        table = {key: float(np.percentile(values, QUIET)) for key, values in samples[phase].items()}
+        table = {key: _quiet(values) for key, values in samples[phase].items()}
         changes = [sum(table[kind_of[n], k] - table[kind_of[n], KEEP] for n, (k, _) in deal.items()) for deal in deals]
         factors[phase] = _factor(changes, [total - unquantized[phase] for total in whole[phase]], unquantized[phase])
         for index, kernel in table:
@@ -114,6 +114,15 @@ def cost_table(
         "noise": {phase: alone.relative_error(phase) for phase in session.phases},
     }
     return CostTable(fingerprint(), base_ms, layer_ms, detail)
+
+
+def _quiet(values: Sequence[float]) -> float:
+    """What a layer takes per run, on average: the lower quartile of the runs that called it, by their share.
+
+    All or none call a layer, but for an expert, which tokens come to or not.
+    """
+    called = [value for value in values if value > 0]
+    return float(np.percentile(called, QUIET)) * len(called) / len(values) if called else 0.0
 
 
 def _factor(changes: Sequence[float], measured: Sequence[float], unquantized: float) -> float:

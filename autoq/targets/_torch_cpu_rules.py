@@ -60,6 +60,8 @@ def _unscaled(layer: Layer, scheme: Scheme) -> Kernel | str:
     if isinstance(scheme, Keep):
         return Kernel("as-is")
     shape = f"shape ({layer.out_features}, {layer.in_features})"
+    if layer.kind == "router":
+        return "a router does more than a linear map, which is all that a kernel replaces"
     if not isinstance(scheme, Integer):
         return f"there is no kernel for {scheme}"
     if isinstance(scheme.granularity, PerGroup) and layer.in_features % scheme.granularity.size:

@@ -38,6 +38,8 @@ def refusal(layer: Layer, scheme: Scheme) -> str | None:
         return None
     if layer.kind == "embedding" or layer.tied:
         return "vLLM looks up rows of an embedding, and of a head tied to one, as they are"
+    if layer.kind == "router":
+        return "vLLM computes a router as it is"
     if layer.kind == "conv1d":
         return "compressed-tensors holds linear layers, and a Conv1D stores its weight the other way round"
     if layer.dtype_bytes != 2:

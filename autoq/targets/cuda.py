@@ -57,7 +57,9 @@ class Cuda(Target):
         return kernel if isinstance(kernel, str) else None
 
     def refuses_model(self, info: ModelInfo) -> str | None:
-        """A model in another dtype than bfloat16, which is what the kernels give."""
+        """A model in another dtype than bfloat16, which is what the kernels give, or a mixture of experts."""
+        if any(layer.stack for layer in info.layers):
+            return f"its times are of layers that every token reaches, and {info.architecture} has experts"
         return None if info.dtype == "bfloat16" else f"its kernels give bfloat16, not {info.dtype}; set model.dtype"
 
     def baselines(self) -> Mapping[str, Sequence[Scheme]]:

@@ -69,6 +69,8 @@ class OnnxRuntimeCpu(Target):
         """See `Target.refuses_model`."""
         if info.task == "seq2seq":
             return f"it runs encoders and decoders, and {info.architecture} is both; choose torch-cpu"
+        if any(layer.stack for layer in info.layers):
+            return f"its graph is fixed, and {info.architecture} has experts that run as tokens need them"
         if info.dtype != "float32":
             return f"its CPU kernels compute in float32, not in {info.dtype}; set model.dtype: float32"
         return None

@@ -54,6 +54,10 @@ class Vllm(Target):
         """See `Target.refuses_model`."""
         if info.task != "causal":
             return f"vLLM generates with causal models, and {info.architecture} is {info.task}"
+        if any(layer.stack for layer in info.layers):
+            return (
+                f"transformers, which reads exports back, takes all experts for quantized alike ({info.architecture})"
+            )
         if info.dtype != "bfloat16":
             return f"scales ship in bfloat16, which a {info.dtype} model cannot take; set model.dtype to bfloat16"
         return None

@@ -31,7 +31,7 @@ class Toy:
         self.head = torch.randn(7, outputs, generator=generator)
         self.layer, self.runs, self.gate = nn.Linear(columns, outputs).requires_grad_(False), runs, gate
         self.layer.weight.copy_(torch.randn(outputs, columns, generator=generator))
-        self.info = SimpleNamespace(task=task, layers=[SimpleNamespace(name="layer")])
+        self.info = SimpleNamespace(task=task, layers=[SimpleNamespace(name="layer", stack=None)])
         self.inputs, self.gradients = [], []
 
     def modules_of(self, _):

@@ -24,7 +24,7 @@ class Wired:
         self.given = torch.randn(2, 24, columns, generator=generator).to(dtype)
         self.layers = {name: nn.Linear(columns, 3, dtype=dtype).requires_grad_(False) for name in "abc"}
         self.head = torch.randn(7, 3, generator=generator).to(dtype)
-        self.info = SimpleNamespace(task="causal", layers=[SimpleNamespace(name=name) for name in "abc"])
+        self.info = SimpleNamespace(task="causal", layers=[SimpleNamespace(name=name, stack=None) for name in "abc"])
         self.wiring = wiring
 
     def modules_of(self, layer):

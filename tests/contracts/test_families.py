@@ -17,7 +17,9 @@ from autoq.models import LoadedModel, inspect, load
 from autoq.scheme import Keep
 from autoq.spec import ModelSpec
 
-LLAMA_GROUPS = {"self_attn": ["q_proj", "k_proj", "v_proj"], "mlp": ["gate_proj", "up_proj"]}
+ATTENTION_GROUP = {"self_attn": ["q_proj", "k_proj", "v_proj"]}
+LLAMA_GROUPS = {**ATTENTION_GROUP, "mlp": ["gate_proj", "up_proj"]}
+EXPERTS = {"mixtral": 4, "qwen2-moe": 8, "qwen3-moe": 8, "gpt-oss": 4}  # in each block
 BERT_GROUPS = {"attention.self": ["query", "key", "value"]}
 
 # family -> task, {parent module of a block: layers that run as one}, number of blocks, tied modules
@@ -28,7 +30,10 @@ EXPECTED: dict[str, tuple[str, dict[str, list[str]], int, tuple[str, ...]]] = {
     "gemma2": ("causal", LLAMA_GROUPS, 2, ("model.embed_tokens",)),
     "gemma3": ("causal", LLAMA_GROUPS, 2, ("model.embed_tokens",)),
     "phi3": ("causal", {}, 2, ()),
-    "mixtral": ("causal", {"self_attn": ["q_proj", "k_proj", "v_proj"]}, 2, ()),
+    "mixtral": ("causal", ATTENTION_GROUP, 2, ()),
+    "qwen2-moe": ("causal", {**ATTENTION_GROUP, "shared_expert": ["gate_proj", "up_proj"]}, 2, ()),
+    "qwen3-moe": ("causal", ATTENTION_GROUP, 2, ()),
+    "gpt-oss": ("causal", ATTENTION_GROUP, 2, ()),
     "gpt2": ("causal", {}, 2, ("transformer.wte",)),
     "gpt-neox": ("causal", {}, 2, ()),
     "opt": ("causal", {"self_attn": ["q_proj", "k_proj", "v_proj"]}, 2, ("model.decoder.embed_tokens",)),
@@ -59,7 +64,7 @@ EXPECTED: dict[str, tuple[str, dict[str, list[str]], int, tuple[str, ...]]] = {
         ("model.shared", "model.encoder.embed_tokens", "model.decoder.embed_tokens"),
     ),
 }
-IDS = torch.arange(5, 17).view(2, 6)
+IDS = torch.arange(5, 85).view(2, 40)  # enough for every expert to see some
 
 
 def test_every_tiny_family_has_its_expectations(tiny_models):
@@ -95,7 +100,7 @@ class TestFamily:
         holders = {
             name: module
             for name, module in loaded.model.named_modules()
-            if isinstance(module, nn.Linear | Conv1D | nn.Embedding)
+            if isinstance(module, nn.Linear | Conv1D | nn.Embedding) or type(module).__name__.endswith("Router")
         }
         named = [name for layer in loaded.info.layers for name in (layer.name, *layer.tied)]
         assert sorted(named) == sorted(holders)
@@ -132,6 +137,11 @@ class TestFamily:
             for parent in parents
             if parent.endswith(f".{suffix}")
         ]
+        expected += [
+            [f"{parent}.{i}.{matrix}" for i in range(EXPERTS[family]) for matrix in ("gate_up_proj", "down_proj")]
+            for parent in parents
+            if parent.endswith(".experts")
+        ]
         assert sorted(map(sorted, found.values())) == sorted(map(sorted, expected))
 
     def test_blocks_are_numbered_through(self, family, loaded):
@@ -153,7 +163,7 @@ class TestFamily:
     def test_outputs_are_finite_and_have_one_row_per_token(self, loaded):
         outputs = loaded.outputs(IDS)
         width = 32 if loaded.info.task == "encoder" else 300
-        assert outputs.shape == (2, 6, width)
+        assert outputs.shape == (2, 40, width)
         assert bool(outputs.isfinite().all())
 
     def test_swapping_any_layer_changes_the_outputs_and_restoring_is_exact(self, loaded):

@@ -105,6 +105,19 @@ def test_an_encoder_decoder_runs_its_encoder_once():
     assert work.cache_bytes(T5, WORKLOAD) == 2 * (1 + 10) * 16 * 4
 
 
+def test_experts_multiply_their_share_of_tokens_and_are_read_if_any_comes():
+    """Two of eight experts per token; decoding 2 sequences, the prompt 20 tokens."""
+    dense = linear("model.layers.0.mlp.experts.0.down_proj", 8, 16)
+    expert = dataclasses.replace(dense, stack="model.layers.0.mlp.experts.down_proj", reach=0.25)
+    for phase, rows in ((work.DECODE, 2), (work.PREFILL, 20)):
+        whole = work.layer_work(LLAMA, dense, KEEP, phase, WORKLOAD)
+        found = work.layer_work(LLAMA, expert, KEEP, phase, WORKLOAD)
+        assert found.operations == whole.operations / 4 == 2 * (rows / 4) * 8 * 16
+        assert found.moved == pytest.approx(8 * 16 * 2 * (1 - 0.75**rows) + rows / 4 * (8 + 16) * 2)
+        assert work.runs(LLAMA, expert, phase, WORKLOAD) == pytest.approx(1 - 0.75**rows)
+        assert work.runs(LLAMA, dense, phase, WORKLOAD) == 1
+
+
 @pytest.mark.parametrize(
     ("layers", "widths"),
     [

@@ -158,16 +158,80 @@ def test_an_index_may_not_lead_elsewhere(folder, tmp_path):
     assert "has no weight_map" in refusal(folder)
 
 
-def test_shards_are_read(folder, tiny_model_dir):
+def shard(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Deal the folder's weights out to two files with an index; gives what is in each."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    parts = {"a.safetensors": {}, "b.safetensors": {}}
+    parts: dict[str, dict[str, torch.Tensor]] = {"a.safetensors": {}, "b.safetensors": {}}
     for number, name in enumerate(sorted(tensors)):
         parts["ab"[number % 2] + ".safetensors"][name] = tensors[name]
     for file, part in parts.items():
         save_file(part, folder / file, metadata={"format": "pt"})
     weight_map = {name: file for file, part in parts.items() for name in part}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return parts
+
+
+def refused_to_load(folder: Path, dtype: str = "bfloat16") -> str:
+    """The one line with which `load` refuses what `inspect` cannot see."""
+    with pytest.raises(ModelRefused) as caught:
+        load(ModelSpec(id=str(folder), dtype=dtype))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_shards_that_are_gone_cut_or_hold_something_else(folder):
+    parts = shard(folder)
+    second = folder / "b.safetensors"
+    whole = second.read_bytes()
+    second.unlink()
+    assert "lacks its weight file b.safetensors" in refusal(folder)
+    second.write_bytes(whole[:-100])
+    assert "not a whole safetensors file" in refusal(folder)
+    save_file({}, second, metadata={"format": "pt"})
+    assert f"lacks {len(parts['b.safetensors'])} of its weights" in refused_to_load(folder)
+    save_file(parts["a.safetensors"], second, metadata={"format": "pt"})
+    assert f"lacks {len(parts['b.safetensors'])} of its weights" in refused_to_load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"num_hidden_layers": 3}, "lacks 9 of its weights, the first being model.layers.2."),
+        (
+            {"num_hidden_layers": 1},
+            "has 9 weights of blocks that its config does not have, the first being model.layers.1.",
+        ),
+        ({"intermediate_size": 48}, "has another shape than its config says for 6 of its weights"),
+        ({"vocab_size": 200}, "has another shape than its config says for"),
+        ({"hidden_size": 64}, "has another shape than its config says for"),
+        ({"num_key_value_heads": 4}, "has another shape than its config says for 4 of its weights"),
+    ],
+)
+def test_configs_that_say_other_shapes_than_the_weights_have(folder, change, line):
+    edit(folder, "config.json", **change)
+    assert line in refused_to_load(folder)
+    assert line in refused_to_load(folder, "float32")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe"])
+def test_experts_that_are_too_few_or_too_many(family, tiny_model_dir, tmp_path):
+    folder = Path(shutil.copytree(tiny_model_dir(family), tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    key = next(key for key in ("num_local_experts", "num_experts") if key in config)
+    count = config[key]
+    for other in (count - 1, count + 1):
+        edit(folder, "config.json", **{key: other})
+        assert "its weights" in refused_to_load(folder)
+    edit(folder, "config.json", **{key: count})
+    tensors = load_file(folder / "model.safetensors")
+    gone = next(name for name in tensors if ".experts.1." in name)
+    save_file({n: t for n, t in tensors.items() if n != gone}, folder / "model.safetensors", {"format": "pt"})
+    assert "its weights" in refused_to_load(folder)
+
+
+def test_shards_are_read(folder, tiny_model_dir):
+    shard(folder)
     whole = load(ModelSpec(id=str(tiny_model_dir("llama-tied"))))
     sharded = load(ModelSpec(id=str(folder)))
     assert sharded.info == whole.info

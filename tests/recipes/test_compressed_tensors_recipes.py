@@ -58,6 +58,14 @@ def test_numbers_are_schemes(recipe, monkeypatch, weights, inputs, text):
     assert found == dict.fromkeys(LINEARS, text)
 
 
+def test_a_mixture_has_experts_that_are_linears_and_a_router_that_is_known_by_name():
+    matching = _Matching(["Linear", "model.layers.1.mlp.gate"], ["re:.*experts.7.*"])
+    assert matching.target("model.layers.0.mlp.experts.3.down_proj", "linear") == "Linear"
+    assert matching.target("model.layers.0.mlp.experts.7.down_proj", "linear") is None
+    assert matching.target("model.layers.0.mlp.gate", "router") is None
+    assert matching.target("model.layers.1.mlp.gate", "router") == "model.layers.1.mlp.gate"
+
+
 def test_names_come_before_expressions_and_these_before_classes(recipe):
     found = recipe(
         "config.json",

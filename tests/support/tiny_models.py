@@ -44,6 +44,8 @@ _BART = {
 }
 _T5 = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
 _MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_QWEN_MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
+_SHARED_EXPERT = {"shared_expert_intermediate_size": 64}
 
 # family -> config class, model class, config
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -54,6 +56,9 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {**_LLAMA_LIKE, "head_dim": 8}),
     "phi3": ("Phi3Config", "Phi3ForCausalLM", dict(_LLAMA_LIKE)),
     "mixtral": ("MixtralConfig", "MixtralForCausalLM", {**_LLAMA_LIKE, **_MOE}),
+    "qwen2-moe": ("Qwen2MoeConfig", "Qwen2MoeForCausalLM", {**_LLAMA_LIKE, **_QWEN_MOE, **_SHARED_EXPERT}),
+    "qwen3-moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", {**_LLAMA_LIKE, **_QWEN_MOE, "head_dim": 8}),
+    "gpt-oss": ("GptOssConfig", "GptOssForCausalLM", {**_LLAMA_LIKE, **_MOE, "head_dim": 8, "sliding_window": 16}),
     "gpt2": (
         "GPT2Config",
         "GPT2LMHeadModel",
