@@ -112,11 +112,17 @@ class _Section(BaseModel):
 
 
 class ModelSpec(_Section):
-    """`id`: hub id, folder, GGUF file, or `demo:NAME`. `revision` is for hub ids."""
+    """`id`: hub id, folder, GGUF file, or `demo:NAME`. `revision` is for hub ids.
+
+    `transform` is what the model becomes before anything else sees it, without changing what it computes:
+    `hadamard` rotates the residual stream and the heads' values (`autoq.models.rotation`), so that quantization
+    loses less.
+    """
 
     id: Annotated[str, Field(min_length=1, max_length=4096)]
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     revision: str | None = None
+    transform: Literal["none", "hadamard"] = "none"
 
 
 class DataSpec(_Section):

@@ -1,4 +1,4 @@
-"""Magnitude pruning: the weights closest to zero become zero, and the rest stays or is quantized.
+"""Magnitude pruning: the weights closest to zero become zero; the rest may be quantized.
 
 Han, Pool, Tran & Dally, "Learning both Weights and Connections for Efficient Neural Networks" (2015): a weight is
 as important as it is large,

@@ -1,4 +1,4 @@
-"""Pruning by weights and activations: what adds least to a row's output becomes zero; the rest stays or is quantized.
+"""Pruning by weights and activations: what adds least to a row's output becomes zero; the rest may be quantized.
 
 Sun, Liu, Bair & Kolter, "A Simple and Effective Pruning Approach for Large Language Models" (2024): a weight is as
 important as its product with the size of its input, compared within the row that makes one output,
