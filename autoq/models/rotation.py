@@ -19,6 +19,11 @@ A head that is tied to the embedding cannot stay so: one needs the last norm's g
 and as Q does not commute with the gain, keeping it in the norm does not help either. It is untied, and the checkpoint
 grows by it: sizes count it like any head of a model.
 
+It is no gain for every model, so it is off by default and `benchmarks/rotation.py` says what it does. Where a channel
+carries massive activations (of the first token, say) and the norm's gain for it is next to nothing, the gain shields
+every linear from it, and errors of the weights there cost nothing. Folded and rotated, that channel is part of all
+inputs, and errors of all weights meet it. SmolLM2-135M is such a model.
+
 The products are float64 and rounded once to the study's dtype. In float32 outputs are the original's to rounding; in
 16 bits the rotated weights are rounded anew, and a study's reference is then the rotated model, whose distance from
 the original is that of one rounding of all weights.
