@@ -18,11 +18,14 @@ databases and file names:
     rtn-fp8_e5m2-g128, rtn-fp4-g64  other elements (E5M2, E2M1) under bfloat16 scales
     rtn-mxfp8-g32, rtn-mxfp6_e2m3-g32, rtn-mxfp4-g32, rtn-nvfp4-g16  blocks that share a scale of 8 bits
     gguf-q4_k, gguf-q4_k-im       a block format of llama.cpp, without and with an importance matrix
+    wanda24, magnitude50          pruned: 2 of every 4 inputs left, or 50 % of every row; what is left stays as it is
+    wanda24-int4-g64              pruned, and what is left in 4 bits: rtn's integers
 
 The text form is canonical: `parse_scheme(str(s)) == s`. Sizes are exact: every code, scale, zero
 point and codebook entry that ships. Unless a format says otherwise, scales, real zero points and
 centroids are 16 bits wide (bfloat16); codes and integer zero points are packed as a bit stream per
-row, each row padded to a byte. This module knows no torch.
+row, each row padded to a byte. Where weights are pruned, one bit per weight, packed alike, says which
+are left. This module knows no torch.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from autoq.errors import BadInput
+from autoq.sparsity import Pattern, parse_pattern
 
 ZeroPoint = Literal["none", "integer", "real"]
 # Inputs in 8 bits too: by a range found while running (whose, the target says), or by a calibrated one.
@@ -150,11 +154,15 @@ class Integer:
 
     def nbytes(self, out_features: int, in_features: int, dtype_bytes: int) -> int:
         """Bytes that ship for a weight of shape (out, in): codes, scales, zero points and scales of inputs."""
+        codes = out_features * _packed_row_bytes(in_features, self.bits)
+        return codes + self.parameter_bytes(out_features, in_features)
+
+    def parameter_bytes(self, out_features: int, in_features: int) -> int:
+        """Bytes of the scales and zero points, of scales of inputs, and of a calibrated range."""
         if isinstance(self.granularity, PerTensor):
             rows, groups = 1, 1
         else:
             rows, groups = out_features, _groups_per_row(self.granularity, in_features)
-        codes = out_features * _packed_row_bytes(in_features, self.bits)
         scales = rows * groups * PARAMETER_BITS // 8
         zeros = {
             "none": 0,
@@ -162,7 +170,7 @@ class Integer:
             "real": rows * groups * PARAMETER_BITS // 8,
         }[self.zero]
         inputs = in_features * PARAMETER_BITS // 8 if self.scales_inputs else 0
-        return codes + scales + zeros + inputs + _static_scale_bytes(self.activation)
+        return scales + zeros + inputs + _static_scale_bytes(self.activation)
 
 
 # The methods whose levels are fixed by their width. `nf4-g64` and `kmeans4-g64` have one form, and this tells
@@ -372,7 +380,49 @@ class Gguf:
         return out_features * (in_features // block) * size
 
 
-Scheme = Keep | Integer | Levels | Codebook | Float | Gguf
+@dataclass(frozen=True)
+class Sparse:
+    """A pruned weight: what is left as it is in the model, or as rtn's integers if `inner` says which.
+
+    A row always has the same number of weights left, so sizes follow from shapes alone. Groups are of
+    consecutive inputs, pruned ones included. A zero must be a code, so `inner` has no real zero point.
+    """
+
+    method: str
+    pattern: Pattern
+    inner: Integer | None = None
+
+    def __post_init__(self) -> None:
+        if self.inner is None:
+            return
+        if self.inner.method != "rtn" or self.inner.zero == "real" or self.inner.activation is not None:
+            raise BadInput(f"pruned weights are quantized by rtn, weights alone, with zero as a code; not {self.inner}")
+
+    def __str__(self) -> str:
+        text = f"{self.method}{self.pattern}"
+        return text if self.inner is None else text + str(self.inner).removeprefix("rtn")
+
+    @property
+    def bits(self) -> int | None:
+        """Width of one code; None where what is left stays in the model's dtype."""
+        return None if self.inner is None else self.inner.bits
+
+    @property
+    def granularity(self) -> Granularity | None:
+        """What shares a scale; None where there is none."""
+        return None if self.inner is None else self.inner.granularity
+
+    def nbytes(self, out_features: int, in_features: int, dtype_bytes: int) -> int:
+        """Bytes that ship for a weight of shape (out, in): what is left, its scales, and a bit per weight."""
+        mask = out_features * _packed_row_bytes(in_features, 1)
+        kept = self.pattern.kept(in_features)
+        if self.inner is None:
+            return mask + out_features * kept * dtype_bytes
+        codes = out_features * _packed_row_bytes(kept, self.inner.bits)
+        return mask + codes + self.inner.parameter_bytes(out_features, in_features)
+
+
+Scheme = Keep | Integer | Levels | Codebook | Float | Gguf | Sparse
 
 _INTEGER = re.compile(
     r"(?P<method>[a-z][a-z_]*)-int(?P<bits>\d)-(?P<granularity>tensor|channel|g\d{1,6})"
@@ -388,9 +438,10 @@ _FLOAT = re.compile(
 _FLOAT_LIKE = re.compile(r"[a-z_]+-(?P<format>(?:mx|nv)?fp\d[a-z0-9_]*)-.*", re.ASCII)
 _GGUF = re.compile(r"gguf-(?P<type>[a-z][a-z0-9_]*)(?P<importance>-im)?", re.ASCII)
 _CODEBOOK = re.compile(r"(?P<method>[a-z][a-z_]*)(?P<bits>\d)-(?P<granularity>tensor|channel|g\d{1,6})", re.ASCII)
+_SPARSE = re.compile(r"(?P<method>[a-z][a-z_]*)(?P<pattern>\d\d)(?P<inner>-int\d-.*)?", re.ASCII)
 _FORMS = (
-    "keep, METHOD-intB-G[-sym|-rz][-a8dyn|-a8static], METHODB-G, METHOD-FLOAT-G[-a8dyn|-a8static] or gguf-TYPE[-im], "
-    "where G is gSIZE, channel, tensor or bROWSxCOLUMNS"
+    "keep, M-intB-G[-sym|-rz][-a8dyn|-a8static], MB-G, M-FLOAT-G[-a8dyn|-a8static], gguf-TYPE[-im] or "
+    "MP[-intB-G[-sym]]; M is a method, G gSIZE, channel, tensor or bROWSxCOLUMNS, P 24 or 10 to 95"
 )
 
 
@@ -441,9 +492,15 @@ def parse_scheme(text: str) -> Scheme:
         return kind(found["method"], int(found["bits"]), _granularity(found["granularity"]))
     if (found := _FLOAT_LIKE.fullmatch(text)) and found["format"] not in FLOAT_FORMATS:
         raise BadInput(f"no floating-point format {found['format'][:40]!r}; choose from {', '.join(FLOAT_FORMATS)}")
-    raise BadInput(f"scheme {text!r:.80} is not of a known form: {_FORMS}")
+    found = _SPARSE.fullmatch(text)
+    inner = found and found["inner"] and _INTEGER.fullmatch("rtn" + found["inner"])
+    if found and (inner or not found["inner"]):
+        integers = parse_scheme("rtn" + found["inner"]) if inner else None
+        assert integers is None or isinstance(integers, Integer)
+        return Sparse(found["method"], parse_pattern(found["pattern"]), integers)
+    raise BadInput(f"scheme {text!r:.50} is not of a known form: {_FORMS}")
 
 
 def code_bits(scheme: Scheme, dtype_bits: int = 16) -> int:
-    """Width of one code in bits; the width of the model's own numbers for `keep`."""
-    return dtype_bits if isinstance(scheme, Keep) else scheme.bits
+    """Width of one code in bits; the width of the model's own numbers for those that stay as they are."""
+    return dtype_bits if isinstance(scheme, Keep) or scheme.bits is None else scheme.bits

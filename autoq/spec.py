@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from autoq import plugins, strict_yaml
 from autoq.errors import BadInput, SpecError, UnknownName
 from autoq.scheme import MAX_BITS, MIN_BITS, FloatFormat, ZeroPoint, parse_scheme
+from autoq.sparsity import SPARSITY_CHOICES, parse_pattern
 from autoq.spec_errors import one_line, short
 
 _BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -75,6 +76,14 @@ def _group_size_or_block(value: object) -> object:
         raise ValueError(str(problem).replace("channel or", "a block such as 64x64, channel or")) from None
 
 
+def _sparsity(value: object) -> str:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    try:
+        return str(parse_pattern(str(value) if whole or isinstance(value, str) else ""))
+    except BadInput:
+        raise ValueError(f"must be a sparsity: {SPARSITY_CHOICES}") from None
+
+
 # Whole numbers are strict: 4.0, "4" and true are mistakes more often than they are the number meant.
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0, le=2**63 - 1)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0)]
@@ -87,7 +96,8 @@ GroupSize = Annotated[int | str, BeforeValidator(_group_size)]
 GroupSizeOrBlock = Annotated[int | str, BeforeValidator(_group_size_or_block)]
 ActivationChoice = Literal["none", "a8dyn", "a8static"]
 LayerKindChoice = Literal["linear", "embedding", "head", "router"]
-_GRID_AXES = ("methods", "bits", "group_size", "zero_points", "activations", "formats")
+Sparsity = Annotated[str, BeforeValidator(_sparsity)]
+_GRID_AXES = ("methods", "bits", "group_size", "zero_points", "activations", "formats", "sparsity")
 
 
 def _known(folder: plugins.Folder, name: str) -> str:
@@ -102,11 +112,17 @@ class _Section(BaseModel):
 
 
 class ModelSpec(_Section):
-    """`id`: hub id, folder, GGUF file, or `demo:NAME`. `revision` is for hub ids."""
+    """`id`: hub id, folder, GGUF file, or `demo:NAME`. `revision` is for hub ids.
+
+    `transform` is what the model becomes before anything else sees it, without changing what it computes:
+    `hadamard` rotates the residual stream and the heads' values (`autoq.models.rotation`), so that quantization
+    loses less.
+    """
 
     id: Annotated[str, Field(min_length=1, max_length=4096)]
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     revision: str | None = None
+    transform: Literal["none", "hadamard"] = "none"
 
 
 class DataSpec(_Section):
@@ -158,6 +174,9 @@ class _Choices(_Section):
 
     `formats` are floating-point formats, which a grid holds where its bits and group sizes are theirs and
     it has weights without zero points. Some know blocks of outputs by inputs: `group_size: [128x128]`.
+    `sparsity` is what the methods that prune (magnitude, wanda) leave out: 24 for two of every four inputs, or a
+    percentage of each row. Its default is none, and then they make nothing. What is left is quantized by every
+    width of the grid, and also stays as it is where `methods` hold `keep`.
     """
 
     schemes: tuple[str, ...] | None = None
@@ -167,6 +186,7 @@ class _Choices(_Section):
     zero_points: tuple[ZeroPoint, ...] | None = None
     activations: tuple[ActivationChoice, ...] | None = None
     formats: tuple[FloatFormat, ...] | None = None
+    sparsity: tuple[Sparsity, ...] | None = None
 
     @field_validator("schemes")
     @classmethod

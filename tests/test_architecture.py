@@ -21,7 +21,7 @@ MAPPED = {"workers": "autoq.workers", "studies": "autoq.studies", "dashboards": 
 
 VOCABULARY = {
     *("errors", "scheme", "layer", "assignment", "measurement", "statistics", "plugins"),
-    *("spec", "spec_errors", "strict_yaml", "cache", "device", "energy"),
+    *("sparsity", "spec", "spec_errors", "strict_yaml", "cache", "device", "energy"),
 }
 NUMBERS = {
     "methods",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from autoq.errors import BadInput
@@ -19,9 +19,11 @@ from autoq.scheme import (
     PerChannel,
     PerGroup,
     PerTensor,
+    Sparse,
     code_bits,
     parse_scheme,
 )
+from autoq.sparsity import TwoOfFour, Unstructured
 
 METHODS = st.from_regex(r"[a-z][a-z_]{0,11}", fullmatch=True).filter(lambda name: name not in FIXED_LEVELS)
 BITS = st.integers(2, 8)
@@ -47,7 +49,10 @@ FLOATS = st.one_of(
 )  # fmt: skip
 LEVELS = st.builds(Levels, st.sampled_from(FIXED_LEVELS), BITS, GRANULARITIES)
 UNIFORM = st.one_of(st.just(Keep()), INTEGERS, LEVELS, CODEBOOKS)
-SCHEMES = st.one_of(UNIFORM, FLOATS)
+PATTERNS = st.one_of(st.just(TwoOfFour()), st.builds(Unstructured, st.sampled_from(range(10, 100, 5))))
+INNER = st.builds(Integer, st.just("rtn"), BITS, GRANULARITIES, st.sampled_from(["none", "integer"]))
+SPARSE = st.builds(Sparse, METHODS, PATTERNS, st.one_of(st.none(), INNER))
+SCHEMES = st.one_of(UNIFORM, FLOATS, SPARSE)
 
 
 @given(scheme=SCHEMES)
@@ -83,6 +88,8 @@ def test_any_text_is_a_scheme_or_bad_input_in_one_line(text):
         "rtn-fp8", "rtn-fp8-b128", "rtn-fp8-b0x128", "rtn-fp8-b128x0128", "rtn-fp8-b128x128x128", "rtn-fp8-g1",
         "rtn-fp8_e4m3-channel", "rtn-int8-b128x128", "rtn-mxfp6-g32", "rtn-mxfp8-g64", "rtn-mxfp8-channel",
         "rtn-nvfp4-g32", "rtn-fp4-b128x128", "rtn-fp8_e5m2-channel-a8dyn", "rtn-mxfp8-g32-a8dyn", "rtn-fp8-b1x128",
+        "wanda2", "wanda05", "wanda23", "wanda100", "wanda24-", "wanda24-g64", "wanda24-int4",
+        "wanda24-int4-g64-rz", "wanda24-int4-g64-a8dyn", "wanda2:4", "24", "wanda٢٤", "wanda24-int4-g64\n",
         "rtn-int4-g64\n", "rtn-int4-g99999999", "rtn-int٤-g64", "rtn-int4-g٦٤", "x" * 10**5,
     ],
 )  # fmt: skip
@@ -125,6 +132,12 @@ def test_junk_is_refused_in_one_line(text):
         ("rtn-mxfp8-g32", (3, 64), 3 * (64 + 2)),
         ("rtn-mxfp4-g32", (3, 64), 3 * (32 + 2)),
         ("rtn-nvfp4-g16", (3, 64), 3 * (32 + 4) + 4),
+        # Of 12 inputs 6 are left, in 16 bits each, and 12 bits of mask are 2 bytes.
+        ("wanda24", (4, 12), 4 * (2 + 12)),
+        # 30 % of 12 is 3 whole weights; 9 codes of 3 bits are 4 bytes, then a scale and a zero.
+        ("magnitude30-int3-channel", (4, 12), 4 * (2 + 4 + 2 + 1)),
+        ("wanda24-int4-g64-sym", (10, 128), 10 * (16 + 32 + 4)),
+        ("wanda50-int8-tensor-sym", (4, 5), 4 * (1 + 3) + 2),
     ],
 )
 def test_bytes_by_hand(text, shape, expected):
@@ -132,23 +145,30 @@ def test_bytes_by_hand(text, shape, expected):
 
 
 @given(
-    scheme=UNIFORM,
+    scheme=st.one_of(UNIFORM, SPARSE),
     rows=st.integers(1, 50),
     groups=st.integers(1, 7),
     width=st.integers(2, 40),
     dtype=st.sampled_from([2, 4]),
 )  # fmt: skip
 def test_bytes_by_an_independent_count_of_bits(scheme, rows, groups, width, dtype):
+    pad = lambda b: b + (-b) % 8  # noqa: E731
+    columns = groups * width
+    left, mask, whole = columns, 0, scheme
+    if isinstance(scheme, Sparse):
+        scheme = scheme.inner or Keep()
+        pruned = int(columns * 0.5) if str(whole.pattern) == "24" else columns * int(str(whole.pattern)) // 100
+        left, mask = columns - pruned, rows * pad(columns)
+        assume(str(whole.pattern) != "24" or columns % 4 == 0)
     if not isinstance(scheme, Keep) and isinstance(scheme.granularity, PerGroup):
         scheme = type(scheme)(**{**vars(scheme), "granularity": PerGroup(width)})
-    columns = groups * width
-    bits = 0
+    whole = Sparse(whole.method, whole.pattern, None if scheme == Keep() else scheme) if mask else scheme
+    bits = mask
     if isinstance(scheme, Keep):
-        bits = rows * columns * dtype * 8
+        bits += rows * left * dtype * 8
     else:
         sets = {PerTensor: (1, 1), PerChannel: (rows, 1), PerGroup: (rows, groups)}[type(scheme.granularity)]
-        pad = lambda b: b + (-b) % 8  # noqa: E731
-        bits += rows * pad(columns * scheme.bits)
+        bits += rows * pad(left * scheme.bits)
         if isinstance(scheme, Codebook):
             bits += sets[0] * sets[1] * 2**scheme.bits * 16
         else:
@@ -156,7 +176,7 @@ def test_bytes_by_an_independent_count_of_bits(scheme, rows, groups, width, dtyp
             bits += {"none": 0, "real": sets[0] * sets[1] * 16, "integer": sets[0] * pad(sets[1] * scheme.bits)}[
                 getattr(scheme, "zero", "none")
             ]
-    assert scheme.nbytes(rows, columns, dtype) * 8 == bits
+    assert whole.nbytes(rows, columns, dtype) * 8 == bits
 
 
 @given(scheme=st.one_of(INTEGERS, LEVELS, CODEBOOKS), rows=st.integers(1, 9), width=st.integers(1, 64))
@@ -216,3 +236,17 @@ def test_code_bits():
     assert code_bits(parse_scheme("kmeans3-channel")) == 3
     assert code_bits(Keep()) == 16
     assert code_bits(Keep(), dtype_bits=32) == 32
+    assert code_bits(parse_scheme("wanda24-int4-g64")) == 4
+    assert code_bits(parse_scheme("wanda24"), dtype_bits=32) == 32
+
+
+@pytest.mark.parametrize("text", ["wanda24-int4-g64-rz", "wanda24-int4-g64-a8dyn"])
+def test_what_is_left_is_quantized_with_zero_as_a_code_and_weights_alone(text):
+    with pytest.raises(BadInput, match="with zero as a code"):
+        parse_scheme(text)
+
+
+@pytest.mark.parametrize("text", ["wanda23", "wanda05", "wanda99"])
+def test_a_sparsity_that_there_is_not_names_the_choices(text):
+    with pytest.raises(BadInput, match=r"choose 24 .* or a percentage of each row from 10 to 95 in steps of 5"):
+        parse_scheme(text)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from autoq.models import inspect as inspect_model
 from autoq.search.controller import create_study, run_study
 from autoq.spec import build_spec
 from autoq.store import Store
@@ -69,3 +70,23 @@ def test_a_second_study_of_the_same_model_quantizes_nothing_again(spec, tmp_path
     again = create_study(store, spec)
     run_study(store, again.id)
     assert {t.state for t in store.trials(again.id)} <= {"complete", "duplicate"}
+
+
+def test_a_space_that_mixes_pruned_and_dense_schemes(spec, tmp_path):
+    tree = spec.model_dump(mode="json")
+    schemes = ["rtn-int4-g16", "wanda24-int4-g16", "wanda50-int8-channel-sym", "magnitude30", "keep"]
+    tree |= {"target": {"name": "generic"}, "space": {"schemes": schemes}, "objectives": OBJECTIVES[:2]}
+    tree["sampler"]["name"] = "random"  # which tries them all, good or not
+    store = Store.open(f"sqlite:///{tmp_path}/autoq.db")
+    study = create_study(store, build_spec(tree))
+    run_study(store, study.id)
+    trials = store.trials(study.id, states=["complete"], with_assignments=True)
+    assert len(trials) == 16
+    used = {str(scheme) for trial in trials if trial.baseline is None for scheme in trial.assignment.values()}
+    assert set(schemes) <= used
+    info = inspect_model(build_spec(tree).model)
+    for trial in trials:
+        expected = info.other_bytes + sum(layer.nbytes(trial.assignment[layer.name]) for layer in info.layers)
+        assert trial.measurements["size_bytes", "search"].value == expected
+        assert trial.measurements["kl_nats_per_token", "search"].value >= -1e-6
+    assert {trial.number for trial in store.frontier(study.id)} <= {trial.number for trial in trials}

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from autoq.layer import Layer
 from autoq.scheme import Activation, FloatFormat, Granularity, Integer, PerBlock, Scheme, ZeroPoint
+from autoq.sparsity import Pattern
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Grid:
     activations: tuple[Activation | None, ...] = (None,)
     formats: tuple[FloatFormat, ...] = ()
     blocks: tuple[PerBlock, ...] = ()  # granularities that only some formats know
+    sparsity: tuple[Pattern, ...] = ()
 
 
 @dataclass(frozen=True)

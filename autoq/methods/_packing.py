@@ -1,4 +1,4 @@
-"""Codes of 2 to 8 bits as a little-endian bit stream per row, each row padded to a byte.
+"""Codes of 1 to 8 bits as a little-endian bit stream per row, each row padded to a byte.
 
 Code i of a row occupies bits [i*b, (i+1)*b) of the row's stream, least significant bit first, as in
 the packed formats of compressed-tensors and GGUF. Eight codes of b bits are b whole bytes, so eight

@@ -10,7 +10,7 @@ from torch import Tensor
 from autoq.errors import NotFinite, SchemeRefused
 from autoq.layer import Layer
 from autoq.methods import Method, QuantizedWeight, Statistics
-from autoq.scheme import Gguf, Keep, PerGroup, Scheme
+from autoq.scheme import PerGroup, Scheme
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -47,10 +47,9 @@ class RuledMethod(Method):
     def _refusal(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         if scheme.method != self.name:
             return f"it is a scheme of method {scheme.method}, not of {self.name}"
-        if not isinstance(scheme, Keep | Gguf) and isinstance(scheme.granularity, PerGroup):
-            size = scheme.granularity.size
-            if shape[1] % size:
-                return f"group size {size} does not divide the {shape[1]} inputs of shape {shape}"
+        granularity = getattr(scheme, "granularity", None)
+        if isinstance(granularity, PerGroup) and shape[1] % granularity.size:
+            return f"group size {granularity.size} does not divide the {shape[1]} inputs of shape {shape}"
         return self.rule(scheme, shape)
 
 

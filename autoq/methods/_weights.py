@@ -15,7 +15,8 @@ from autoq.methods._float_weight import FloatWeight, float_tensors
 from autoq.methods._gguf_weight import GgufWeight, gguf_tensors
 from autoq.methods._levels import LevelsWeight
 from autoq.methods._packing import pack_rows, unpack_rows
-from autoq.scheme import Codebook, Float, Gguf, Granularity, Integer, Keep, Levels, PerGroup, PerTensor, Scheme
+from autoq.methods._sparse_weight import SparseWeight
+from autoq.scheme import Codebook, Float, Gguf, Granularity, Integer, Keep, Levels, PerGroup, PerTensor, Scheme, Sparse
 
 # Elements per block of rows: a block's float32 temporaries stay in a core's cache.
 BLOCK_ELEMENTS = 1 << 18
@@ -188,7 +189,8 @@ def restore(scheme: Scheme, shape: tuple[int, int], tensors: Mapping[str, Tensor
     Raises `SchemeRefused` where the tensors are not those of `scheme` at this shape, so that what
     comes from outside never reaches an assertion.
     """
-    expected = expected_tensors(scheme, shape, tensors["weight"].dtype if "weight" in tensors else torch.float32)
+    kept = tensors.get("weight", tensors.get("values"))
+    expected = expected_tensors(scheme, shape, torch.float32 if kept is None else kept.dtype)
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     if found != expected:
         raise SchemeRefused(f"tensors {found} are not those of {scheme} for shape {shape}, which are {expected}")
@@ -205,18 +207,26 @@ def restore(scheme: Scheme, shape: tuple[int, int], tensors: Mapping[str, Tensor
             return FloatWeight(scheme, shape, tensors)
         case Gguf():
             return GgufWeight(scheme, shape, tensors)
+        case Sparse():
+            pruned = SparseWeight(scheme, shape, tensors)
+            if not pruned.is_of_pattern():
+                raise SchemeRefused(f"the mask for shape {shape} does not leave what {scheme} does")
+            return pruned
 
 
 def expected_tensors(
     scheme: Scheme, shape: tuple[int, int], kept: torch.dtype
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Name -> (shape, dtype) of the tensors that ship for a weight of `shape`; `kept` is `keep`'s dtype."""
+    """Name -> (shape, dtype) of the tensors that ship for a weight of `shape`; `kept` is the dtype of numbers
+    that stay as they are."""
     if isinstance(scheme, Keep):
         return {"weight": (shape, kept)}
     if isinstance(scheme, Float):
         return float_tensors(scheme, shape)
     if isinstance(scheme, Gguf):
         return gguf_tensors(scheme, shape)
+    if isinstance(scheme, Sparse):
+        return _sparse_tensors(scheme, shape, kept)
     rows, groups = grid_shape(scheme.granularity, shape)
     codes = ((shape[0], math.ceil(shape[1] * scheme.bits / 8)), torch.uint8)
     if isinstance(scheme, Codebook):
@@ -232,6 +242,17 @@ def expected_tensors(
     if scheme.scales_inputs:
         tensors["input_scales"] = (shape[1:], torch.bfloat16)
     return tensors
+
+
+def _sparse_tensors(
+    scheme: Sparse, shape: tuple[int, int], kept: torch.dtype
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    left = scheme.pattern.kept(shape[1])
+    mask = {"mask": ((shape[0], math.ceil(shape[1] / 8)), torch.uint8)}
+    if scheme.inner is None:
+        return {**mask, "values": ((shape[0], left), kept)}
+    codes = {"codes": ((shape[0], math.ceil(left * scheme.inner.bits / 8)), torch.uint8)}
+    return {**expected_tensors(scheme.inner, shape, kept), **mask, **codes}
 
 
 def _exactly_bfloat16(parameters: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from autoq.cache import build_once
 from autoq.errors import AutoQError, ModelRefused
+from autoq.models.rotation import rotated
 from autoq.models.sources import PICKLES, resolve, weight_files
 from autoq.spec import ModelSpec
 
@@ -34,9 +35,14 @@ _NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 def safetensors_folder(spec: ModelSpec) -> Path:
-    """The folder that holds the model's config and safetensors; a GGUF file is converted first."""
+    """The folder that holds the model's config and safetensors; a GGUF file is converted first.
+
+    This is the model as the study sees it: transformed, if the spec says so.
+    """
     found = resolve(spec)
-    return from_gguf(found, spec.dtype) if found.is_file() else found
+    if found.is_file():
+        found = from_gguf(found, spec.dtype)
+    return rotated(spec.id, found, spec.dtype) if spec.transform == "hadamard" else found
 
 
 def from_gguf(file: Path, dtype: str) -> Path:
@@ -107,7 +113,7 @@ def recast(model_id: str, folder: Path, dtype: str) -> Path:
 
 def _stored_formats(model_id: str, file: Path) -> set[str]:
     """The float formats in a safetensors file, as its header names them."""
-    with _opened(model_id, file) as opened:
+    with open_weights(model_id, file) as opened:
         return {opened.get_slice(name).get_dtype() for name in opened.keys()} & _FLOATS  # noqa: SIM118
 
 
@@ -119,7 +125,7 @@ def are_equal(model_id: str, folder: Path, a: str, b: str) -> bool:
     """
     found: dict[str, Tensor] = {}
     for file in weight_files(model_id, folder):
-        with _opened(model_id, file) as opened:
+        with open_weights(model_id, file) as opened:
             stored = set(opened.keys())
             for name in (a, b):
                 known = next((known for known in (name, name.partition(".")[2]) if known in stored), None)
@@ -129,7 +135,8 @@ def are_equal(model_id: str, folder: Path, a: str, b: str) -> bool:
 
 
 @contextlib.contextmanager
-def _opened(model_id: str, file: Path) -> Iterator[Any]:
+def open_weights(model_id: str, file: Path) -> Iterator[Any]:
+    """A safetensors file, opened. Raises `ModelRefused` for one that is not whole."""
     try:
         with safe_open(file, framework="pt") as opened:
             yield opened
@@ -139,7 +146,7 @@ def _opened(model_id: str, file: Path) -> Iterator[Any]:
 
 def _recast_file(model_id: str, file: Path, dtype: torch.dtype, target: Path) -> None:
     tensors = {}
-    with _opened(model_id, file) as opened:
+    with open_weights(model_id, file) as opened:
         for name in opened.keys():  # noqa: SIM118 - not a mapping
             tensor = opened.get_tensor(name)
             if tensor.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):

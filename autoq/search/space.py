@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import cast
 
@@ -29,6 +29,7 @@ from autoq.scheme import (
     Scheme,
     parse_scheme,
 )
+from autoq.sparsity import SPARSITY_CHOICES, TwoOfFour, parse_pattern
 from autoq.spec import OverrideSpec, SpaceSpec
 from autoq.targets import Target
 
@@ -199,6 +200,7 @@ def _grid(section: SpaceSpec | OverrideSpec, default: Grid) -> Grid:
         blocks=default.blocks
         if section.group_size is None
         else tuple(size for size in sizes if isinstance(size, PerBlock)),
+        sparsity=tuple(map(parse_pattern, section.sparsity or ())),
     )
 
 
@@ -210,7 +212,10 @@ def _candidates(section: SpaceSpec | OverrideSpec, default: Grid) -> list[Scheme
     found: dict[Scheme, None] = {}
     for name in grid.methods:
         method = plugins.load("methods", name, Method)
-        found |= dict.fromkeys(method.schemes(name, grid))
+        own = list(method.schemes(name, grid))
+        if not own and not grid.sparsity and any(method.schemes(name, replace(grid, sparsity=(TwoOfFour(),)))):
+            raise SpecError(f"space.methods: {name} prunes, and space.sparsity is not given; {SPARSITY_CHOICES}")
+        found |= dict.fromkeys(own)
     return list(found)
 
 
@@ -245,6 +250,7 @@ def _refuse_unusable(layers: Sequence[Layer], spec: SpaceSpec, default: Grid, re
                 for size in section.group_size or ()
             ),
             *((f"formats: {name}", partial(_is, "format", name)) for name in section.formats or ()),
+            *((f"sparsity: {text}", partial(_is, "pattern", parse_pattern(text))) for text in section.sparsity or ()),
         ]
         for what, asks in asked:
             if any(asks(scheme) for scheme in usable):

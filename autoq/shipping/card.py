@@ -45,6 +45,8 @@ def card(manifest: Manifest, assignment: Assignment, measurements: Mapping[str, 
     """The card as Markdown."""
     model = manifest.spec["model"]["id"]
     counts = Counter(str(scheme) for scheme in assignment.values())
+    transform = manifest.spec["model"].get("transform", "none")
+    rotated = [f"Its weights were transformed before ({transform}), which leaves what it computes.", ""]
     lines = [
         "---",
         f"base_model: {model}",
@@ -57,6 +59,7 @@ def card(manifest: Manifest, assignment: Assignment, measurements: Mapping[str, 
         f"{manifest.written_as}, {size(manifest.size_bytes)}.",
         f"Trial {manifest.trial} of the study `{manifest.study}`, found by AutoQ {manifest.autoq}.",
         "",
+        *(rotated if transform != "none" else []),
         "## Run it",
         "",
         "```",

@@ -18,7 +18,7 @@ from autoq.energy import work
 from autoq.energy.work import DTYPE_FORMATS, ComputeFormat, Phase, Work
 from autoq.errors import SpecError
 from autoq.layer import Layer, ModelInfo
-from autoq.scheme import Codebook, Float, Gguf, Integer, Keep, Levels, PerGroup, Scheme, parse_scheme
+from autoq.scheme import Codebook, Float, Gguf, Integer, Keep, Levels, PerGroup, Scheme, Sparse, parse_scheme
 from autoq.spec import TargetSpec
 from autoq.targets import UNQUANTIZED, CostTable
 from autoq.targets._described_device import Device, KernelRule
@@ -45,6 +45,8 @@ def rule_for(device: Device, layer: Layer, scheme: Scheme) -> KernelRule | str:
         return "a GGUF type belongs to the target llama-cpp"
     if isinstance(scheme, Integer) and scheme.scales_inputs:
         return f"{device.name} has no kernels that divide a layer's input by scales, as {scheme.method} needs"
+    if isinstance(scheme, Sparse):
+        return f"{device.name} says nothing of pruned weights"
     weights = _weights(scheme)
     same = [rule for rule in device.kernels if rule.weights == weights]
     if not same:

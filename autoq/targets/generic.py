@@ -40,7 +40,7 @@ class Generic(Target):
             return None
         if isinstance(scheme, Gguf):
             return "a GGUF type belongs to the target llama-cpp"
-        granularity = scheme.granularity
+        granularity = scheme.granularity  # None for pruned weights that stay as they are otherwise
         if isinstance(granularity, PerGroup) and layer.in_features % granularity.size:
             return (
                 f"group size {granularity.size} does not divide the {layer.in_features} inputs of shape "

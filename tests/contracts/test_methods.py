@@ -28,8 +28,10 @@ from autoq.scheme import (
     PerChannel,
     PerGroup,
     PerTensor,
+    Sparse,
     parse_scheme,
 )
+from autoq.sparsity import TwoOfFour, Unstructured
 
 GRID = Grid(
     methods=plugins.names("methods"),
@@ -39,6 +41,7 @@ GRID = Grid(
     activations=(None, "a8dyn"),
     formats=tuple(FLOAT_FORMATS),
     blocks=(PerBlock(2, 8), PerBlock(128, 128)),
+    sparsity=(TwoOfFour(), Unstructured(50)),
 )
 SHAPES = ((5, 12), (1, 36), (7, 1), (3, 7), (6, 96), (3, 256), (40, 300))
 
@@ -145,6 +148,13 @@ def test_codes_and_parameters_explain_the_numbers(name, shape):
         quantized = quantize(name, weight(shape), scheme)
         if isinstance(scheme, Keep | Gguf):
             continue  # nobody but ggml reads its blocks
+        if isinstance(scheme, Sparse):
+            left = quantized.mask()
+            assert left.sum(1).tolist() == [scheme.pattern.kept(shape[1])] * shape[0]
+            assert (quantized.dequantize()[~left] == 0).all()
+            if scheme.inner is None:
+                assert torch.equal(quantized.dequantize()[left], weight(shape)[left].float())
+                continue
         if isinstance(scheme, Float):
             scales = quantized.scales()
             assert scales.shape == (shape[0], scales.shape[1])
@@ -157,8 +167,10 @@ def test_codes_and_parameters_explain_the_numbers(name, shape):
         assert codes.shape == shape
         assert codes.dtype == torch.uint8
         assert int(codes.max()) < 2**scheme.bits
-        if isinstance(scheme, Integer):
+        if isinstance(scheme, Integer | Sparse):
             scales, zeros = quantized.scales(), quantized.zeros()
+            if isinstance(scheme, Sparse):
+                scheme = scheme.inner
             assert scales.shape == zeros.shape == (shape[0], scales.shape[1])
             assert scales.dtype == zeros.dtype == torch.float32
             assert (scales > 0).all()
@@ -186,12 +198,13 @@ def test_every_code_is_the_nearest_level_that_ships(name, columns):
     """Where inputs are not related: else an error in one column may make up for that in another."""
     w = weight((6, columns))
     for scheme in made(name, (6, columns)):
-        if isinstance(scheme, Keep | Gguf):
+        if isinstance(scheme, Keep | Gguf) or (isinstance(scheme, Sparse) and scheme.inner is None):
             continue
         quantized = quantize(name, w, scheme, "unrelated")
+        left = quantized.mask() if isinstance(scheme, Sparse) else torch.ones(w.shape, dtype=torch.bool)
         if isinstance(scheme, Float):
             levels = float_levels(scheme) * quantized.scales()[..., None]
-        elif isinstance(scheme, Integer):
+        elif isinstance(scheme, Integer | Sparse):
             levels = (torch.arange(2**scheme.bits) - quantized.zeros()[..., None]) * quantized.scales()[..., None]
         else:
             levels = quantized.codebook()
@@ -200,7 +213,7 @@ def test_every_code_is_the_nearest_level_that_ships(name, columns):
             each = each / quantized.input_scales()[:, None]
         nearest = (each - w.float()[..., None]).abs().amin(-1)
         error = (quantized.dequantize() - w.float()).abs()
-        assert torch.allclose(error, nearest, rtol=1e-4, atol=1e-8), scheme
+        assert torch.allclose(error[left], nearest[left], rtol=1e-4, atol=1e-8), scheme
 
 
 @pytest.mark.parametrize("name", plugins.names("methods"))
@@ -208,12 +221,13 @@ def test_error_does_not_grow_with_bits(name):
     w = weight((16, 768), seed=1)
     errors = collections.defaultdict(list)
     for scheme in made(name, (16, 768)):
-        if not isinstance(scheme, Keep):
+        if not isinstance(scheme, Keep) and scheme.bits is not None:
             error = (quantize(name, w, scheme).dequantize() - w.float()).square().mean().item()
-            axes = ("granularity", "format", "zero", "activation", "importance")
+            axes = ("granularity", "format", "zero", "activation", "importance", "pattern")
             # Q4_0 and Q5_0 are one family, Q4_K and Q5_K another.
             kind = getattr(scheme, "type", "")
-            rest = (kind.partition("_")[2] or kind, *(getattr(scheme, axis, None) for axis in axes))
+            whole = {**vars(scheme), **vars(getattr(scheme, "inner", None) or Keep())}
+            rest = (kind.partition("_")[2] or kind, *(whole.get(axis) for axis in axes))
             errors[rest].append((scheme.bits, error))
     for rest, found in errors.items():
         sizes = [error for _, error in sorted(found)]
@@ -332,7 +346,12 @@ def test_a_constant_comes_back_to_bfloat16_precision(name, constant):
             continue  # scales of so few bits cannot
         if isinstance(scheme, Gguf):
             continue  # halves end before 1e30 and 1e-30
-        back = quantize(name, torch.full((4, 36), constant), scheme, "alike").dequantize()
+        if isinstance(scheme, Sparse) and scheme.inner is not None and scheme.inner.zero == "none":
+            continue
+        quantized = quantize(name, torch.full((4, 36), constant), scheme, "alike")
+        back = quantized.dequantize()
+        if isinstance(scheme, Sparse):
+            back = back[quantized.mask()]
         assert torch.allclose(back, torch.full_like(back, constant), rtol=2.0**-7, atol=0), scheme
 
 

@@ -67,6 +67,13 @@ class TestTarget:
                 assert rule is None or (rule and "\n" not in rule and not rule.endswith("."))
                 assert rule == target.refuses(layer, scheme)
 
+    def test_pruned_weights_run_where_nothing_times_them(self, name):
+        """No runtime here has a kernel for them; a new one that has is to say so here."""
+        for text in ("wanda24", "magnitude50-int8-channel-sym", "wanda24-int4-g64"):
+            rule = load(name).refuses(LAYERS[0], parse_scheme(text))
+            assert (rule is None) == (name == "generic")
+            assert rule is None or ("\n" not in rule and not rule.endswith("."))
+
     def test_the_grid_holds_something_to_run_beside_keep(self, name):
         target = load(name)
         runs = {s for s in schemes_of(target) if target.refuses(LAYERS[0], s) is None}

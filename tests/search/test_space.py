@@ -2,6 +2,7 @@
 
 import pytest
 
+from autoq import plugins
 from autoq.assignment import Assignment
 from autoq.errors import SchemeRefused, SpecError
 from autoq.layer import Layer, ModelInfo
@@ -141,6 +142,18 @@ def test_what_cannot_run_is_refused_with_layer_shape_and_rule(fields, parts):
     assert "\n" not in line
     for part in parts:
         assert part in line
+
+
+def test_sparsity_is_an_axis_of_the_methods_that_prune():
+    target = plugins.load("targets", "generic", Target)
+    found = space(target, methods=["rtn", "wanda", "keep"], bits=[4], group_size=[16], sparsity=[24, "50"])
+    assert {str(scheme) for scheme in found.variables[0].choices} == {
+        "keep", "rtn-int4-g16", "wanda24", "wanda50", "wanda24-int4-g16", "wanda50-int4-g16",
+    }  # fmt: skip
+    with pytest.raises(SpecError, match=r"^space\.methods: wanda prunes, and space\.sparsity is not given; choose 24"):
+        space(target, methods=["rtn", "wanda"])
+    with pytest.raises(SchemeRefused, match=r"sparsity: 24 gives no scheme with the methods rtn"):
+        space(target, methods=["rtn"], sparsity=[24])
 
 
 def test_nothing_left_to_search_is_refused():
