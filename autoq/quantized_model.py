@@ -28,7 +28,7 @@ from autoq.device import threads
 from autoq.errors import AutoQError, BadInput, NotFinite, SchemeRefused
 from autoq.methods import Method, QuantizedWeight, Statistics
 from autoq.models import LoadedModel, load
-from autoq.scheme import Keep, Scheme
+from autoq.scheme import Keep, Scheme, kernel_activation
 from autoq.spec import StudySpec
 from autoq.targets import load_target
 
@@ -111,7 +111,7 @@ class QuantizedModel:
 
     def activation(self, name: str, scheme: Scheme) -> Callable[[Tensor], Tensor] | None:
         """What the target's kernel does to the layer's input."""
-        if getattr(scheme, "activation", None) != "a8static":
+        if kernel_activation(scheme) != "a8static":
             return self.target.activation(scheme)
         if (name, scheme) not in self._calibrated:
             self._calibrated[name, scheme] = self.target.activation(scheme, self.statistics(name))
@@ -158,7 +158,7 @@ class QuantizedModel:
         told = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
         digest.update(json.dumps(told, sort_keys=True, default=str).encode())
         digest.update(self.parts.calibration.numpy().tobytes())
-        digest.update(f"{self.spec.data.seed} {self.info.task} {CURVATURE_TOKENS} 7".encode())
+        digest.update(f"{self.spec.data.seed} {self.info.task} {CURVATURE_TOKENS} 8".encode())
         return cache_dir() / "statistics" / f"{digest.hexdigest()[:32]}.safetensors"
 
     @contextlib.contextmanager

@@ -222,7 +222,7 @@ class Target(abc.ABC):
     def activation(self, scheme: Scheme, statistics: Statistics | None = None) -> Callable[[Tensor], Tensor] | None:
         """A function Tensor -> Tensor that does to a layer's input what the kernel does to it under
         `scheme` (activation quantization), or None. `statistics` are the layer's, given where the
-        scheme is calibrated (`a8static`)."""
+        scheme is calibrated (`OBSERVERS` of `autoq.scheme`)."""
         return None
 
     def exports(self) -> str | None:

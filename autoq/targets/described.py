@@ -62,7 +62,7 @@ class Described(Target):
 
     def grid(self) -> Grid:
         """Everything that the description's kernels take, by rounding and HQQ; calibrated activation ranges
-        (a8static) for who names them."""
+        (a8static and the other observers) for who names them."""
         from autoq.methods import Grid
 
         kernels = self.device.kernels

@@ -9,11 +9,13 @@ import torch
 
 from autoq import plugins
 from autoq.assignment import Assignment
+from autoq.calibration.histogram import Histogram
+from autoq.calibration.observers import SYMMETRIC_INT8, input_range
 from autoq.energy import work
-from autoq.errors import AutoQError, SpecError
+from autoq.errors import SchemeRefused, SpecError
 from autoq.layer import Layer, ModelInfo
 from autoq.objectives import Objective, computed
-from autoq.scheme import Keep, parse_scheme
+from autoq.scheme import OBSERVERS, Keep, parse_scheme
 from autoq.search.controller import create_study, run_study
 from autoq.spec import TargetSpec, build_spec
 from autoq.store import Store
@@ -243,8 +245,27 @@ class TestActivation:
         scheme = parse_scheme("rtn-int8-channel-sym-a8static")
         function = target.activation(scheme, {"input_range": torch.tensor([-2.54, 1.0])})
         torch.testing.assert_close(function(torch.tensor([[0.021, 9.0]])), torch.tensor([[0.02, 2.54]]))
-        with pytest.raises(AutoQError, match="calibrated input range"):
+        with pytest.raises(SchemeRefused, match="its inputs have no range; choose a8dyn"):
             target.activation(scheme)
+
+    def test_one_kernel_takes_the_range_of_any_observer(self, target):
+        x = torch.randn(20_000, generator=torch.Generator().manual_seed(0)) ** 3
+        counts = Histogram()
+        counts.add(x)
+        statistics = {
+            "input_range": torch.stack([x.min(), x.max()]),
+            "input_counts": counts.sums,
+            "input_exponent": torch.tensor([counts.exponent]),
+        }
+        largest = {}
+        for name in OBSERVERS:
+            scheme = parse_scheme(f"rtn-int8-channel-sym-{name}")
+            assert target.refuses(LAYER, scheme) is None
+            largest[name] = float(target.activation(scheme, statistics)(x).abs().max())
+            expected = input_range(scheme, statistics, SYMMETRIC_INT8).abs().max()
+            assert largest[name] == pytest.approx(float(expected))
+        assert len(set(largest.values())) == len(OBSERVERS)
+        assert max(largest, key=largest.get) == "a8static"
 
     def test_fp8_keeps_three_bits_of_mantissa(self):
         device = plugins.load("targets", "described", Target)
