@@ -158,7 +158,7 @@ class QuantizedModel:
         told = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
         digest.update(json.dumps(told, sort_keys=True, default=str).encode())
         digest.update(self.parts.calibration.numpy().tobytes())
-        digest.update(f"{self.spec.data.seed} {self.info.task} {CURVATURE_TOKENS} 8".encode())
+        digest.update(f"{self.spec.data.seed} {self.info.task} {CURVATURE_TOKENS} 9".encode())
         return cache_dir() / "statistics" / f"{digest.hexdigest()[:32]}.safetensors"
 
     @contextlib.contextmanager

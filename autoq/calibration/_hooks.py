@@ -28,6 +28,7 @@ class Sums:
     row_square: Tensor | None = None  # (rows,) diagonal of an embedding's G Gᵀ
     grad_square: Tensor | None = None  # (out,) squared gradients of the output, summed over positions
     step_square: Tensor | None = None  # () squared 8-bit step of the input, times the sum of a pass's squared gradients
+    token_step_square: Tensor | None = None  # () the same with the step of each position's own largest magnitude
     plain_square: Tensor | None = None  # (in,) sum over positions of the squared input
     positions: int = 0  # in `plain_square`
     low: Tensor | None = None  # (in,) the least input, at most 0
@@ -48,6 +49,7 @@ class _Read:
     high: Tensor
     square: Tensor  # (in,) summed over positions
     binned: Binned
+    peaks: Tensor  # (positions,) largest magnitudes
     product: Tensor | None = None  # (in, in) summed over positions, or a copy of the rows
     before: Tensor | None = None  # the sum that `product` was added to first
     after: Tensor | None = None
@@ -126,7 +128,8 @@ class Gatherer:
             rows = x.detach().reshape(-1, x.shape[-1])
             low, high = torch.aminmax(rows, dim=0)
             low, high = low.float().clamp(max=0), high.float().clamp(min=0)
-            self._last = _Read(x, rows, low, high, _squares(rows, 0), Binned(rows))
+            peaks = rows.abs().amax(1).float()
+            self._last = _Read(x, rows, low, high, _squares(rows, 0), Binned(rows), peaks)
         last = self._last
         step_square = float((last.high.max() - last.low.min()) / 255) ** 2
         own.low = last.low if own.low is None else torch.minimum(own.low, last.low)
@@ -135,11 +138,13 @@ class Gatherer:
         own.positions += len(last.rows)
         own.counts.add(last.binned)
         self._add_second_moments(own, last)
-        rows, binned = last.rows, last.binned
+        rows, binned, peaks = last.rows, last.binned, last.peaks
 
         def on_gradient(grad: Tensor) -> None:
             square = _squares(grad, 0)
-            own.saliency.add(binned, _squares(grad, 1).unsqueeze(1).expand(rows.shape))
+            by_position = _squares(grad, 1)
+            own.saliency.add(binned, by_position.unsqueeze(1).expand(rows.shape))
+            own.token_step_square = _plus(own.token_step_square, (peaks / 127).square() @ by_position)
             own.grad_square = _plus(own.grad_square, square)
             own.step_square = _plus(own.step_square, step_square * square.sum())
             whole = product(grad, rows)

@@ -26,12 +26,16 @@ attention takes means over them: `v_proj` of SmolLM2 costs three times what its 
     ΔW   original minus dequantized weight, (out, in)
 
 Activation quantization perturbs x by noise, which positions do not share: it adds ½ Σ_i E[g_i²] Σ_j W_ij² ν, with
-`grad_square` E[g²] (out,) and ν the noise's mean square, each position weighted by its |g|². With a range that is
-found while running, of step Δ, ν = E[|g|² Δ²] / (12 E[|g|²]). A calibrated rounding Q is the same at all positions,
-so there ν = Σ_b S_b (Q(c_b) - c_b)² / Σ_b S_b, what is cut off included, with S_b `input_saliency` the sum of |g|²
-over the inputs in bin b of a histogram and c_b the bin's middle. An embedding's input is
-one-hot, so E[G Gᵀ] is diagonal for rows that are read and the cost is ½ Σ_v f_v Σ_j A_j ΔW_vj² with f the rows'
-share of the trace; a tied weight pays as head and as embedding.
+`grad_square` E[g²] (out,) and ν the noise's mean square, each position weighted by its |g|². With integers over a
+range that is found while running, of step Δ, ν = E[|g|² Δ²] / (12 E[|g|²]); Δ is that of a sequence's whole range or
+of a token's largest magnitude. A calibrated rounding Q is the same at all positions, so there ν is
+
+    Σ_b S_b (Q(c_b) - c_b)² / Σ_b S_b     S `input_saliency`, the sum of |g|² over the inputs in bin b of a histogram
+                                          whose middle is c_b; what is cut off is included
+
+and floats, whose error is a share of the number and hardly depends on the range, are taken for calibrated ones. An
+embedding's input is one-hot, so E[G Gᵀ] is diagonal for rows that are read and the cost is ½ Σ_v f_v Σ_j A_j ΔW_vj²
+with f the rows' share of the trace; a tied weight pays as head and as embedding.
 
 Methods that quantize with an eye to a layer's inputs get these, not weighted by gradients, of all positions:
 
@@ -62,8 +66,11 @@ from autoq.calibration.histogram import Histogram
 from autoq.errors import AutoQError, NotFinite
 from autoq.layer import Layer
 from autoq.models.loaded import LoadedModel
+from autoq.scheme import Float, Integer
 
 Statistics = Mapping[str, Tensor]  # of one layer
+
+_E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
 def _go_back(model: LoadedModel, window: Tensor, generator: torch.Generator) -> None:
@@ -93,13 +100,14 @@ def gather(
     """Statistics of every layer from one forward and one backward pass over `windows` (n, tokens).
 
     Returns layer name -> tensors: `output_square`, `input_square` or `inputs`, `grad_square`, `step_square`,
-    `input_range` (least and greatest input, widened to hold 0), `input_mean_square`, `hessian` or `input_rows`,
-    `input_peak`, `input_counts` and `input_saliency` (histograms of the inputs whose bins `input_exponent` tells;
-    `autoq.calibration.histogram`), and for a layer that is read as an embedding `row_frequency` and
-    `row_output_square`. What is squared is a sum over all positions by the number of tokens, so a module that runs
-    twice pays twice; H, steps and rows are shares of such sums, `input_mean_square` and `hessian` are plain means.
-    Float32 but for `input_rows`, which are the model's own numbers, and counts (int64). Layers that read the same
-    input one after the other share one tensor. Each window is a sequence of its own. Deterministic for a seed.
+    `token_step_square`, `input_range` (least and greatest input, widened to hold 0), `input_mean_square`, `hessian`
+    or `input_rows`, `input_peak`, `input_counts` and `input_saliency` (histograms of the inputs whose bins
+    `input_exponent` tells; `autoq.calibration.histogram`), and for a layer that is read as an embedding
+    `row_frequency` and `row_output_square`. What is squared is a sum over all positions by the number of tokens, so
+    a module that runs twice pays twice; H, steps and rows are shares of such sums, `input_mean_square` and `hessian`
+    are plain means. Float32 but for `input_rows`, which are the model's own numbers, and counts (int64). Layers that
+    read the same input one after the other share one tensor. Each window is a sequence of its own. Deterministic
+    for a seed.
     """
     generator = torch.Generator().manual_seed(seed)
     gatherer = Gatherer(model, windows.numel())
@@ -143,6 +151,8 @@ def _averages(
         assert own.step_square is not None
         result["output_square"] = output_square
         result["grad_square"] = (own.grad_square / gatherer.tokens).cpu()
+        assert own.token_step_square is not None
+        result["token_step_square"] = (own.token_step_square / _divisor(own.grad_square)).reshape(1).cpu()
         result["step_square"] = (own.step_square / _divisor(own.grad_square)).reshape(1).cpu()
         own.saliency.widen(own.counts.exponent)
         result["input_saliency"] = own.saliency.sums.float()
@@ -188,12 +198,16 @@ def proxy(statistics: Statistics, weight: Tensor, dequantized: Tensor, input_noi
     return cost
 
 
-def dynamic_noise(statistics: Statistics) -> float:
-    """Mean square, weighted by |g|², of 8-bit rounding over the whole range of each sequence's inputs.
+def dynamic_noise(statistics: Statistics, scheme: Integer | Float, per_token: bool) -> float:
+    """Mean square, weighted by |g|², of 8-bit rounding over a range that is found while running.
 
-    0 for a layer that no loss depends on.
+    `per_token`: of each token's inputs, and otherwise of all of a sequence's. 0 for a layer that no loss depends on.
     """
-    return float(statistics["step_square"]) / 12 if "step_square" in statistics else 0.0
+    if isinstance(scheme, Float):
+        scale = float(statistics["input_range"].abs().max()) / _E4M3_MAX if "input_range" in statistics else 0.0
+        return static_noise(statistics, lambda x: (x / scale).to(torch.float8_e4m3fn).float() * scale) if scale else 0.0
+    name = "token_step_square" if per_token else "step_square"
+    return float(statistics[name]) / 12 if name in statistics else 0.0
 
 
 def static_noise(statistics: Statistics, rounded: Callable[[Tensor], Tensor]) -> float:

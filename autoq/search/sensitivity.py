@@ -1,9 +1,9 @@
 """Sensitivities: the loss that each layer is predicted to cost under each scheme, made once for all studies.
 
-They depend on the model, the calibration data and the method, and on nothing else of a study; with calibrated
-activation ranges also on the target, whose kernel says what a range is spread over. So the database keeps them
-under the name of the statistics that they come from, one table per method and its version, and a study computes
-only what no earlier one has computed.
+They depend on the model, the calibration data and the method, and on nothing else of a study; with quantized
+activations also on the target, whose kernel says whose range it is and what that is spread over. So the database
+keeps them under the name of the statistics that they come from, one table per method and its version, and a study
+computes only what no earlier one has computed.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class _Shared:
     def _key(self, text: str) -> str:
         scheme = parse_scheme(text)
         key = f"{self.statistics}-{scheme.method}-{plugins.load('methods', scheme.method, Method).version}"
-        return f"{key}-{self.target}" if kernel_activation(scheme) == "a8static" else key
+        return f"{key}-{self.target}" if kernel_activation(scheme) is not None else key
 
     def load(self, schemes: Iterable[str]) -> Losses:
         """All that is known of the methods of `schemes`."""

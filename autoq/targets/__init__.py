@@ -127,10 +127,13 @@ class Target(abc.ABC):
     export that can be rounding: what the runtime computes otherwise than the evaluation did. Where inputs
     are quantized too, rounding decides codes and is not small: there the export may be as far from the
     searched model as that is from the original.
+    `rounds_per_token` says that a range of inputs that is found while running (`a8dyn`) is each token's own, and not
+    that of all tokens that are multiplied together.
     `runs_on` is the part of this machine whose meters tell the target's energy, if `meter` asks them.
     """
 
     fuses: ClassVar[bool] = False
+    rounds_per_token: ClassVar[bool] = False
     latencies: ClassVar[frozenset[str]] = frozenset()
     predicts_only: ClassVar[bool] = False
     logits_tolerance: ClassVar[float] = 1e-4

@@ -35,6 +35,7 @@ class Described(Target):
     """A device by its description."""
 
     latencies = frozenset({"latency_decode_ms", "latency_prefill_ms"})
+    rounds_per_token = True
     predicts_only = True
 
     def __init__(self, source: str | None = None) -> None:

@@ -31,6 +31,7 @@ class Vllm(Target):
     """vLLM's kernels for compressed-tensors."""
 
     fuses = True
+    rounds_per_token = True
 
     def grid(self) -> Grid:
         """Everything that the kernels run, short of one scale per tensor, which never beats one per row."""

@@ -12,8 +12,10 @@ from autoq.calibration.curvature import bound, dynamic_noise, gather, is_whole, 
 from autoq.calibration.histogram import Histogram
 from autoq.errors import AutoQError, NotFinite
 from autoq.models.loading import load
+from autoq.scheme import parse_scheme
 from autoq.spec import ModelSpec
 
+INT8, FP8 = parse_scheme("rtn-int8-channel-sym-a8dyn"), parse_scheme("rtn-fp8-channel-a8dyn")
 WINDOWS = torch.arange(24).view(2, 12)  # each token another row of inputs
 
 
@@ -123,7 +125,22 @@ def test_what_is_not_weighted_and_how_steps_are():
     saliency = g.square().sum(1).view(2, 12).sum(1)
     steps = torch.stack([window.max() - window.min() for window in x.view(2, 12, 5)]) / 255
     assert float(found["step_square"]) == pytest.approx(float(saliency @ steps.square() / saliency.sum()))
-    assert dynamic_noise(found) == float(found["step_square"]) / 12
+    assert dynamic_noise(found, INT8, False) == float(found["step_square"]) / 12
+    steps = x.abs().amax(1) / 127
+    own = g.square().sum(1)
+    exact = float(own @ steps.square() / own.sum()) / 12
+    assert dynamic_noise(found, INT8, True) == pytest.approx(exact)
+
+
+def test_noise_of_floats_hardly_depends_on_whose_range_it_is():
+    toy = Toy(40, 8)
+    found = gather(toy, WINDOWS, 0)["layer"]
+    x, g = toy.seen()
+    step = x.abs().amax(1, keepdim=True) / 448
+    rounded = (x / step).to(torch.float8_e4m3fn).float() * step
+    saliency = g.square().sum(1, keepdim=True)
+    exact = float((saliency * (rounded - x).square()).sum() / saliency.sum() / 40)
+    assert dynamic_noise(found, FP8, True) == pytest.approx(exact, rel=0.15)
 
 
 def test_the_histogram_is_that_of_all_inputs_and_the_other_weighs_them_by_their_gradients():
@@ -157,7 +174,7 @@ def test_noise_of_a_calibrated_rounding_is_what_it_does_where_gradients_are():
 
 
 def test_a_layer_without_gradients_has_no_noise():
-    assert dynamic_noise({}) == static_noise({}, torch.zeros_like) == 0
+    assert dynamic_noise({}, INT8, True) == dynamic_noise({}, FP8, True) == static_noise({}, torch.zeros_like) == 0
 
 
 def test_inputs_that_are_not_finite_are_refused_by_the_layers_name():
@@ -172,7 +189,7 @@ def test_a_layer_that_moves_nothing_costs_nothing():
         toy = Toy(columns, 8, gate=0.0)
         found = gather(toy, WINDOWS, 0)["layer"]
         assert all(tensor.isfinite().all() for tensor in found.values())
-        assert proxy(found, toy.layer.weight, toy.layer.weight + 1, dynamic_noise(found)) == 0
+        assert proxy(found, toy.layer.weight, toy.layer.weight + 1, dynamic_noise(found, INT8, True)) == 0
 
 
 @pytest.mark.parametrize(("family", "name"), [("opt", "decoder.embed_positions"), ("bart", "encoder.embed_positions")])
@@ -199,7 +216,7 @@ def test_linear_layer_by_hand():
     # rows of ΔW: (1, 0) -> 2; (1, -1) -> 2 - 2 + 3 = 3
     assert proxy(statistics, weight, dequantized) == pytest.approx(0.5 * (1 * 2 + 4 * 3))
     # noise of the input: rows of W squared are 1 and 4, times 1.2 / 12
-    assert proxy(statistics, weight, dequantized, dynamic_noise(statistics)) == pytest.approx(
+    assert proxy(statistics, weight, dequantized, dynamic_noise(statistics, INT8, False)) == pytest.approx(
         7.0 + 0.5 * 0.1 * (2 * 1 + 3 * 4)
     )
 

@@ -86,11 +86,11 @@ def test_other_statistics_are_another_model(asked):
     assert len(asked({"a": TWO}, statistics="another")[0]) == 2
 
 
-def test_a_calibrated_range_is_another_on_another_target(asked):
-    texts = ["rtn-int8-channel-sym-a8mse", "rtn-int8-channel-sym-a8dyn"]
-    assert len(asked({"a": texts})[0]) == 2
+def test_quantized_inputs_lose_something_else_on_another_target(asked):
+    texts = ["rtn-int8-channel-sym", "rtn-int8-channel-sym-a8mse", "rtn-int8-channel-sym-a8dyn"]
+    assert len(asked({"a": texts})[0]) == 3
     assert asked({"a": texts})[0] == []
-    assert asked({"a": texts}, target="onnxruntime")[0] == [("a", "rtn-int8-channel-sym-a8mse")]
+    assert asked({"a": texts}, target="onnxruntime")[0] == [("a", text) for text in texts[1:]]
 
 
 def test_a_method_that_changed_is_asked_again(asked, monkeypatch):
