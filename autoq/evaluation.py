@@ -31,7 +31,7 @@ from autoq.models.prefix import PrefixStates
 from autoq.objectives import Objective, TokenObjective
 from autoq.quantized_model import QuantizedModel
 from autoq.reference import Reference, distance, make_reference
-from autoq.scheme import Keep, parse_scheme
+from autoq.scheme import Float, Integer, Keep, Scheme, parse_scheme
 from autoq.spec import StudySpec
 from autoq.statistics import Rival, mean_and_stderr, shards
 from autoq.targets import CostTable
@@ -279,12 +279,21 @@ class Evaluator(QuantizedModel):
                     found[name][text] = 0.0
                     continue
                 dequantized = self.quantized(name, scheme).dequantize()
-                dynamic = getattr(scheme, "activation", None) is not None
-                cost = curvature.proxy(statistics, weight, dequantized, dynamic)
+                cost = curvature.proxy(statistics, weight, dequantized, self._input_noise(name, scheme, statistics))
                 if not np.isfinite(cost):
                     raise NotFinite(f"layer {name} as {text}: its predicted loss is {cost}; exclude it from the space")
                 found[name][text] = cost
         return found
+
+    def _input_noise(self, name: str, scheme: Scheme, statistics: curvature.Statistics) -> float:
+        """What `curvature.proxy` takes for what the scheme does to the layer's input."""
+        if not isinstance(scheme, Integer | Float) or scheme.activation is None:
+            return 0.0
+        if scheme.activation == "a8dyn":
+            return curvature.dynamic_noise(statistics, scheme, self.target.rounds_per_token)
+        rounded = self.activation(name, scheme)
+        assert rounded is not None, scheme
+        return curvature.static_noise(statistics, rounded)
 
     def cost_table(self, choices: Mapping[str, Sequence[str]]) -> CostTable:
         """Time every layer of `choices` under its schemes, with the target's kernels."""

@@ -28,7 +28,7 @@ from autoq.device import threads
 from autoq.errors import AutoQError, BadInput, NotFinite, SchemeRefused
 from autoq.methods import Method, QuantizedWeight, Statistics
 from autoq.models import LoadedModel, load
-from autoq.scheme import Integer, Keep, Scheme
+from autoq.scheme import Integer, Keep, Scheme, kernel_activation
 from autoq.spec import StudySpec
 from autoq.targets import load_target
 
@@ -116,7 +116,7 @@ class QuantizedModel:
 
     def activation(self, name: str, scheme: Scheme) -> Callable[[Tensor], Tensor] | None:
         """What the target's kernel does to the layer's input, which it sees over its scales where it has some."""
-        activation = getattr(scheme, "activation", None)
+        activation = kernel_activation(scheme)
         scaled = isinstance(scheme, Integer) and scheme.scales_inputs and activation is not None
         if activation != "a8static" and not scaled:
             return self.target.activation(scheme)
@@ -169,7 +169,7 @@ class QuantizedModel:
         told = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
         digest.update(json.dumps(told, sort_keys=True, default=str).encode())
         digest.update(self.parts.calibration.numpy().tobytes())
-        digest.update(f"{self.spec.data.seed} {self.info.task} {CURVATURE_TOKENS} 8".encode())
+        digest.update(f"{self.spec.data.seed} {self.info.task} {CURVATURE_TOKENS} 10".encode())
         return cache_dir() / "statistics" / f"{digest.hexdigest()[:32]}.safetensors"
 
     @contextlib.contextmanager

@@ -9,7 +9,9 @@ databases and file names:
     hqq-int3-g64-rz               a real-valued zero point, as HQQ defines it
     rtn-int8-channel-sym          one scale per output row
     rtn-int8-channel-sym-a8dyn    and activations quantized to 8 bits on the fly
-    rtn-int8-channel-sym-a8static and activations quantized to 8 bits by a calibrated range
+    rtn-int8-channel-sym-a8static and activations quantized to 8 bits by a calibrated range, the whole one
+    rtn-int8-channel-sym-a8pct    the same with the range of a percentile; a8mse: with the least squared
+                                  error; a8ent: with the least divergence (entropy)
     kmeans4-channel               16 centroids per output row; kmeans4-tensor shares them
     nf4-g64, log4-g64             16 levels that nobody needs to ship, times a scale per group
     awq-int4-g64                  a scale per input too, by which the input is divided
@@ -32,18 +34,29 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from autoq.errors import BadInput
 from autoq.sparsity import Pattern, parse_pattern
 
 ZeroPoint = Literal["none", "integer", "real"]
 # Inputs in 8 bits too: by a range found while running (whose, the target says), or by a calibrated one.
-Activation = Literal["a8dyn", "a8static"]
+Activation = Literal["a8dyn", "a8static", "a8pct", "a8mse", "a8ent"]
+# What a kernel can tell apart: a calibrated range is one number to it, whoever found it.
+KernelActivation = Literal["a8dyn", "a8static"]
 FloatFormat = Literal[
     "fp8", "fp8_e5m2", "fp4", "mxfp8", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4", "nvfp4"
 ]  # fmt: skip
+
+# Calibrated activations -> the observer (a file of autoq/calibration/observers) that finds their range.
+OBSERVERS: Mapping[Activation, str] = {
+    "a8static": "minmax",
+    "a8pct": "percentile",
+    "a8mse": "mse",
+    "a8ent": "entropy",
+}
 
 PARAMETER_BITS = 16  # a scale, a real zero point, a centroid: bfloat16
 MIN_BITS, MAX_BITS = 2, 8
@@ -317,7 +330,7 @@ class Float:
 
 def _static_scale_bytes(activation: Activation | None) -> int:
     """A calibrated range ships as one scale."""
-    return PARAMETER_BITS // 8 if activation == "a8static" else 0
+    return PARAMETER_BITS // 8 if activation in OBSERVERS else 0
 
 
 # Block formats of llama.cpp: type -> (weights per block, bytes per block), from ggml-common.h.
@@ -424,15 +437,15 @@ class Sparse:
 
 Scheme = Keep | Integer | Levels | Codebook | Float | Gguf | Sparse
 
+_ACTIVATION = "(?:-(?P<activation>" + "|".join(get_args(Activation)) + "))?"
 _INTEGER = re.compile(
     r"(?P<method>[a-z][a-z_]*)-int(?P<bits>\d)-(?P<granularity>tensor|channel|g\d{1,6})"
-    r"(?P<zero>-sym|-rz)?(?:-(?P<activation>a8dyn|a8static))?",
+    r"(?P<zero>-sym|-rz)?" + _ACTIVATION,
     re.ASCII,
 )
 _FLOAT = re.compile(
     rf"(?P<method>[a-z][a-z_]*)-(?P<format>{'|'.join(FLOAT_FORMATS)})"
-    r"-(?P<granularity>tensor|channel|g\d{1,6}|b[1-9]\d{0,4}x[1-9]\d{0,4})"
-    r"(?:-(?P<activation>a8dyn|a8static))?",
+    r"-(?P<granularity>tensor|channel|g\d{1,6}|b[1-9]\d{0,4}x[1-9]\d{0,4})" + _ACTIVATION,
     re.ASCII,
 )
 _FLOAT_LIKE = re.compile(r"[a-z_]+-(?P<format>(?:mx|nv)?fp\d[a-z0-9_]*)-.*", re.ASCII)
@@ -440,8 +453,8 @@ _GGUF = re.compile(r"gguf-(?P<type>[a-z][a-z0-9_]*)(?P<importance>-im)?", re.ASC
 _CODEBOOK = re.compile(r"(?P<method>[a-z][a-z_]*)(?P<bits>\d)-(?P<granularity>tensor|channel|g\d{1,6})", re.ASCII)
 _SPARSE = re.compile(r"(?P<method>[a-z][a-z_]*)(?P<pattern>\d\d)(?P<inner>-int\d-.*)?", re.ASCII)
 _FORMS = (
-    "keep, M-intB-G[-sym|-rz][-a8dyn|-a8static], MB-G, M-FLOAT-G[-a8dyn|-a8static], gguf-TYPE[-im] or "
-    "MP[-intB-G[-sym]]; M is a method, G gSIZE, channel, tensor or bROWSxCOLUMNS, P 24 or 10 to 95"
+    "keep, M-intB-G[-sym|-rz][-A], MB-G, M-FLOAT-G[-A], gguf-TYPE[-im] or MP[-intB-G[-sym]]; M is a method, G gSIZE, "
+    f"channel, tensor or bROWSxCOLUMNS, P 24 or 10 to 95, A {', '.join(get_args(Activation))}"
 )
 
 
@@ -499,6 +512,14 @@ def parse_scheme(text: str) -> Scheme:
         assert integers is None or isinstance(integers, Integer)
         return Sparse(found["method"], parse_pattern(found["pattern"]), integers)
     raise BadInput(f"scheme {text!r:.50} is not of a known form: {_FORMS}")
+
+
+def kernel_activation(scheme: Scheme) -> KernelActivation | None:
+    """What the kernel of `scheme` does to its inputs: `a8static` whichever observer found the range."""
+    activation: Activation | None = getattr(scheme, "activation", None)
+    if activation in OBSERVERS:
+        return "a8static"
+    return None if activation is None else "a8dyn"
 
 
 def code_bits(scheme: Scheme, dtype_bits: int = 16) -> int:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from autoq import plugins, strict_yaml
 from autoq.errors import BadInput, SpecError, UnknownName
-from autoq.scheme import MAX_BITS, MIN_BITS, FloatFormat, ZeroPoint, parse_scheme
+from autoq.scheme import MAX_BITS, MIN_BITS, Activation, FloatFormat, ZeroPoint, parse_scheme
 from autoq.sparsity import SPARSITY_CHOICES, parse_pattern
 from autoq.spec_errors import one_line, short
 
@@ -94,7 +94,7 @@ Bits = Annotated[int, Field(strict=True, ge=MIN_BITS, le=MAX_BITS)]
 Number = Annotated[float, BeforeValidator(_no_bool)]
 GroupSize = Annotated[int | str, BeforeValidator(_group_size)]
 GroupSizeOrBlock = Annotated[int | str, BeforeValidator(_group_size_or_block)]
-ActivationChoice = Literal["none", "a8dyn", "a8static"]
+ActivationChoice = Literal["none", Activation]
 LayerKindChoice = Literal["linear", "embedding", "head", "router"]
 Sparsity = Annotated[str, BeforeValidator(_sparsity)]
 _GRID_AXES = ("methods", "bits", "group_size", "zero_points", "activations", "formats", "sparsity")

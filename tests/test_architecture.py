@@ -45,7 +45,7 @@ IMPORTS: dict[str, set[str]] = {
     "models": set(),
     "store": set(),
     "targets": {"kernels"},
-    "kernels": {"methods", "models", "targets"},
+    "kernels": {"methods", "models", "targets", "calibration.observers"},
     "calibration": {"models"},
     "objectives": {"targets"},
     "bank": {"methods"},

@@ -11,11 +11,12 @@ import torch
 
 from autoq import plugins, reference
 from autoq.assignment import Assignment
+from autoq.calibration import curvature
 from autoq.errors import AutoQError, ModelRefused, NotFinite
 from autoq.evaluation import Evaluator
 from autoq.methods import Method
 from autoq.objectives import Objective, computed
-from autoq.scheme import Keep, parse_scheme
+from autoq.scheme import OBSERVERS, Keep, parse_scheme
 from autoq.spec import build_spec
 from autoq.statistics import Rival
 
@@ -201,6 +202,23 @@ def test_sensitivities_rank_what_the_forward_pass_measures(make):
         for name, text in pairs
     ]
     assert spearmanr(predicted, measured).statistic > 0.85
+
+
+def test_a_calibrated_range_is_predicted_by_what_it_does_to_inputs(make):
+    evaluator = make(objectives=("kl_nats_per_token",), target={"name": "described", "device": "tpu-v4i"})
+    names = [layer.name for layer in evaluator.info.layers if layer.kind == "linear"]
+    texts = [f"rtn-int8-channel-sym{end}" for end in ("", *(f"-{name}" for name in OBSERVERS))]
+    table = evaluator.sensitivities(dict.fromkeys(names, texts))
+    weights = sum(table[name][texts[0]] for name in names)
+    for text in texts[1:]:
+        noise = curvature.static_noise(
+            evaluator.statistics(names[0]), evaluator.activation(names[0], parse_scheme(text))
+        )
+        own = float(evaluator.statistics(names[0])["grad_square"] @ evaluator.model.weight(names[0]).square().sum(1))
+        assert table[names[0]][text] - table[names[0]][texts[0]] == pytest.approx(noise * own / 2, rel=1e-3)
+        predicted = sum(table[name][text] for name in names)
+        assert predicted > 1.2 * weights
+    assert len({tuple(table[name][text] for name in names) for text in texts}) == len(texts)
 
 
 def test_calibration_is_done_once_per_model_and_data(make, monkeypatch):

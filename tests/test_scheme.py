@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -10,6 +12,7 @@ from autoq.errors import BadInput
 from autoq.scheme import (
     FIXED_LEVELS,
     FLOAT_FORMATS,
+    Activation,
     Codebook,
     Float,
     Integer,
@@ -36,7 +39,7 @@ INTEGERS = st.builds(
     BITS,
     GRANULARITIES,
     st.sampled_from(["none", "integer", "real"]),
-    st.sampled_from([None, "a8dyn"]),
+    st.sampled_from([None, *get_args(Activation)]),
 )  # fmt: skip
 CODEBOOKS = st.builds(Codebook, METHODS, BITS, GRANULARITIES)
 BLOCKS = st.builds(PerBlock, st.integers(2, 99_999), st.integers(2, 99_999))
@@ -90,6 +93,7 @@ def test_any_text_is_a_scheme_or_bad_input_in_one_line(text):
         "rtn-nvfp4-g32", "rtn-fp4-b128x128", "rtn-fp8_e5m2-channel-a8dyn", "rtn-mxfp8-g32-a8dyn", "rtn-fp8-b1x128",
         "wanda2", "wanda05", "wanda23", "wanda100", "wanda24-", "wanda24-g64", "wanda24-int4",
         "wanda24-int4-g64-rz", "wanda24-int4-g64-a8dyn", "wanda2:4", "24", "wanda٢٤", "wanda24-int4-g64\n",
+        "rtn-int4-g64-a8max", "rtn-fp8-channel-a8pct-a8mse",
         "rtn-int4-g64\n", "rtn-int4-g99999999", "rtn-int٤-g64", "rtn-int4-g٦٤", "x" * 10**5,
     ],
 )  # fmt: skip
@@ -114,6 +118,8 @@ def test_junk_is_refused_in_one_line(text):
         ("rtn-int3-channel", (4, 5), 4 * (2 + 2 + 1)),
         ("rtn-int8-tensor", (4, 5), 20 + 2 + 1),
         ("rtn-int8-tensor-sym-a8dyn", (4, 5), 20 + 2),
+        ("rtn-int8-tensor-sym-a8static", (4, 5), 20 + 2 + 2),
+        ("rtn-int8-tensor-sym-a8mse", (4, 5), 20 + 2 + 2),
         ("kmeans4-channel", (4, 6), 4 * (3 + 16 * 2)),
         ("kmeans2-tensor", (4, 6), 4 * 2 + 4 * 2),
         ("kmeans2-g4", (4, 8), 4 * (2 + 2 * 4 * 2)),
@@ -176,6 +182,7 @@ def test_bytes_by_an_independent_count_of_bits(scheme, rows, groups, width, dtyp
             bits += {"none": 0, "real": sets[0] * sets[1] * 16, "integer": sets[0] * pad(sets[1] * scheme.bits)}[
                 getattr(scheme, "zero", "none")
             ]
+            bits += 0 if getattr(scheme, "activation", None) in (None, "a8dyn") else 16  # one scale for the inputs
     assert whole.nbytes(rows, columns, dtype) * 8 == bits
 
 

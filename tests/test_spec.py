@@ -84,7 +84,7 @@ def test_a_whole_spec_reads_as_written():
           bits: [3, 4, 8]
           group_size: [64, channel]
           zero_points: [none, integer]
-          activations: [none, a8dyn]
+          activations: [none, a8dyn, a8mse]
           exclude: [lm_head]
           overrides: [{match: "*.down_proj", schemes: [rtn-int8-channel-sym, keep]}]
         objectives: [kl_nats_per_token, size_bytes]
@@ -96,7 +96,7 @@ def test_a_whole_spec_reads_as_written():
         """
     )
     assert spec.space.group_size == (64, "channel")
-    assert spec.space.activations == ("none", "a8dyn")
+    assert spec.space.activations == ("none", "a8dyn", "a8mse")
     assert spec.space.overrides[0].schemes == ("rtn-int8-channel-sym", "keep")
     assert spec.constraints["size_bytes"].max == 120e6
     assert spec.constraints["latency_decode_ms"].max == 10.0

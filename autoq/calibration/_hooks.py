@@ -12,6 +12,8 @@ import torch.nn.functional as F  # noqa: N812 - the field's own abbreviation
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from autoq.calibration.histogram import Binned, Histogram
+from autoq.errors import NotFinite
 from autoq.layer import MOST_HESSIAN_INPUTS
 from autoq.models.loaded import LoadedModel
 
@@ -26,12 +28,15 @@ class Sums:
     row_square: Tensor | None = None  # (rows,) diagonal of an embedding's G Gᵀ
     grad_square: Tensor | None = None  # (out,) squared gradients of the output, summed over positions
     step_square: Tensor | None = None  # () squared 8-bit step of the input, times the sum of a pass's squared gradients
+    token_step_square: Tensor | None = None  # () the same with the step of each position's own largest magnitude
     plain_square: Tensor | None = None  # (in,) sum over positions of the squared input
     positions: int = 0  # in `plain_square`
     low: Tensor | None = None  # (in,) the least input, at most 0
     high: Tensor | None = None
     hessian: Tensor | None = None  # (in, in) sum over positions of x xᵀ; never written to, as others may hold it
     read: tuple[Tensor, ...] = ()  # or the inputs themselves, (positions, in) of each pass
+    counts: Histogram = field(default_factory=Histogram)  # of the inputs
+    saliency: Histogram = field(default_factory=Histogram)  # the same, each weighted by its position's Σ g²
 
 
 @dataclass
@@ -43,6 +48,8 @@ class _Read:
     low: Tensor  # (in,)
     high: Tensor
     square: Tensor  # (in,) summed over positions
+    binned: Binned
+    peaks: Tensor  # (positions,) largest magnitudes
     product: Tensor | None = None  # (in, in) summed over positions, or a copy of the rows
     before: Tensor | None = None  # the sum that `product` was added to first
     after: Tensor | None = None
@@ -81,7 +88,7 @@ class Gatherer:
         for layer in self.model.info.layers:
             for module in self.model.modules_of(layer):
                 self.by_module.setdefault(module, Sums())
-                handles.append(module.register_forward_hook(self._on_forward(module)))
+                handles.append(module.register_forward_hook(self._on_forward(module, layer.name)))
         try:
             with self._look_ups:
                 yield
@@ -90,7 +97,7 @@ class Gatherer:
                 handle.remove()
             self._last = None
 
-    def _on_forward(self, module: nn.Module) -> Callable[..., Any]:
+    def _on_forward(self, module: nn.Module, name: str) -> Callable[..., Any]:
         own = self.by_module[module]
 
         def hook(_: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> None:
@@ -100,7 +107,10 @@ class Gatherer:
             if isinstance(module, nn.Embedding):
                 on_gradient = self._rows_seen(own, self._look_ups.ids, module.num_embeddings)
             else:
-                on_gradient = self._inputs_seen(own, inputs[0])
+                try:
+                    on_gradient = self._inputs_seen(own, inputs[0])
+                except NotFinite as problem:
+                    raise NotFinite(f"layer {name}: {problem}") from problem
             output.register_hook(lambda grad: on_gradient(grad.detach().reshape(-1, grad.shape[-1])))  # type: ignore[no-untyped-call]
 
         return hook
@@ -124,18 +134,24 @@ class Gatherer:
         if self._last is None or self._last.input is not x:
             rows = x.detach().reshape(-1, x.shape[-1])
             low, high = torch.aminmax(rows, dim=0)
-            self._last = _Read(x, rows, low.float().clamp(max=0), high.float().clamp(min=0), _squares(rows, 0))
+            low, high = low.float().clamp(max=0), high.float().clamp(min=0)
+            peaks = rows.abs().amax(1).float()
+            self._last = _Read(x, rows, low, high, _squares(rows, 0), Binned(rows), peaks)
         last = self._last
         step_square = float((last.high.max() - last.low.min()) / 255) ** 2
         own.low = last.low if own.low is None else torch.minimum(own.low, last.low)
         own.high = last.high if own.high is None else torch.maximum(own.high, last.high)
         own.plain_square = last.square if own.plain_square is None else own.plain_square + last.square
         own.positions += len(last.rows)
+        own.counts.add(last.binned)
         self._add_second_moments(own, last)
-        rows = last.rows
+        rows, binned, peaks = last.rows, last.binned, last.peaks
 
         def on_gradient(grad: Tensor) -> None:
             square = _squares(grad, 0)
+            by_position = _squares(grad, 1)
+            own.saliency.add(binned, by_position.unsqueeze(1).expand(rows.shape))
+            own.token_step_square = _plus(own.token_step_square, (peaks / 127).square() @ by_position)
             own.grad_square = _plus(own.grad_square, square)
             own.step_square = _plus(own.step_square, step_square * square.sum())
             whole = product(grad, rows)

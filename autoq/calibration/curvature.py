@@ -25,10 +25,17 @@ attention takes means over them: `v_proj` of SmolLM2 costs three times what its 
                               whose mean square is H
     ΔW   original minus dequantized weight, (out, in)
 
-Activation quantization with step Δ perturbs x by noise of variance Δ²/12, which positions do not share: it
-adds ½ Σ_i E[g_i²] Σ_j W_ij² E[|g|² Δ²] / (12 E[|g|²]), with `grad_square` E[g²] (out,). An embedding's input is
-one-hot, so E[G Gᵀ] is diagonal for rows that are read and the cost is ½ Σ_v f_v Σ_j A_j ΔW_vj² with f the rows'
-share of the trace; a tied weight pays as head and as embedding.
+Activation quantization perturbs x by noise, which positions do not share: it adds ½ Σ_i E[g_i²] Σ_j W_ij² ν, with
+`grad_square` E[g²] (out,) and ν the noise's mean square, each position weighted by its |g|². With integers over a
+range that is found while running, of step Δ, ν = E[|g|² Δ²] / (12 E[|g|²]); Δ is that of a sequence's whole range or
+of a token's largest magnitude. A calibrated rounding Q is the same at all positions, so there ν is
+
+    Σ_b S_b (Q(c_b) - c_b)² / Σ_b S_b     S `input_saliency`, the sum of |g|² over the inputs in bin b of a histogram
+                                          whose middle is c_b; what is cut off is included
+
+and floats, whose error is a share of the number and hardly depends on the range, are taken for calibrated ones. An
+embedding's input is one-hot, so E[G Gᵀ] is diagonal for rows that are read and the cost is ½ Σ_v f_v Σ_j A_j ΔW_vj²
+with f the rows' share of the trace; a tied weight pays as head and as embedding.
 
 Methods that quantize with an eye to a layer's inputs get these, not weighted by gradients, of all positions:
 
@@ -44,7 +51,7 @@ half the squared change of its normalized hidden states.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -56,9 +63,15 @@ from torch import Tensor
 
 from autoq.calibration import unseen
 from autoq.calibration._hooks import Gatherer, Sums
+from autoq.calibration.histogram import Histogram
 from autoq.errors import AutoQError, NotFinite
 from autoq.layer import Layer
 from autoq.models.loaded import LoadedModel
+from autoq.scheme import Float, Integer
+
+Statistics = Mapping[str, Tensor]  # of one layer
+
+_E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
 def _go_back(model: LoadedModel, window: Tensor, generator: torch.Generator) -> None:
@@ -88,13 +101,14 @@ def gather(
     """Statistics of every layer from one forward and one backward pass over `windows` (n, tokens).
 
     Returns layer name -> tensors: `output_square`, `input_square` or `inputs`, `grad_square`, `step_square`,
-    `input_range` (least and greatest input, widened to hold 0), `input_mean_square`, `hessian` or `input_rows`,
-    `input_peak`, and for a layer that is read as an embedding `row_frequency` and `row_output_square`. What is
-    squared is a sum over all positions by the number of tokens, so a module that runs twice pays twice; H, steps
-    and rows are shares of such sums, `input_mean_square` and `hessian` are plain means. Float32 but for
-    `input_rows`, which are the model's own numbers. Layers that read the same input one after the other share one
-    tensor. An expert's are of the tokens that it saw; for one that saw none see `autoq.calibration.unseen`. Each
-    window is a sequence of its own. Deterministic for a seed.
+    `token_step_square`, `input_range` (least and greatest input, widened to hold 0), `input_mean_square`, `hessian`
+    or `input_rows`, `input_peak`, `input_counts` and `input_saliency` (histograms of the inputs whose bins
+    `input_exponent` tells; `autoq.calibration.histogram`), and for a layer that is read as an embedding
+    `row_frequency` and `row_output_square`. What is squared is a sum over all positions by the number of tokens, so
+    a module that runs twice pays twice; H, steps and rows are shares of such sums, `input_mean_square` and `hessian`
+    are plain means. Float32 but for `input_rows`, which are the model's own numbers, and counts (int64). Layers that
+    read the same input one after the other share one tensor. An expert's are of the tokens that it saw; for one that
+    saw none see `autoq.calibration.unseen`. Each window is a sequence of its own. Deterministic for a seed.
     """
     generator = torch.Generator().manual_seed(seed)
     gatherer = Gatherer(model, windows.numel())
@@ -128,6 +142,8 @@ def _averages(
             if key not in shared:
                 shared[key] = _second_moments(own)
             result |= shared[key]
+            result["input_counts"] = own.counts.sums
+            result["input_exponent"] = torch.tensor([own.counts.exponent])
         if own.output_square is None:  # nothing depends on this module's output, or the model did not run it
             continue
         output_square = (own.output_square / gatherer.tokens).cpu()
@@ -141,7 +157,11 @@ def _averages(
         assert own.step_square is not None
         result["output_square"] = output_square
         result["grad_square"] = (own.grad_square / gatherer.tokens).cpu()
+        assert own.token_step_square is not None
+        result["token_step_square"] = (own.token_step_square / _divisor(own.grad_square)).reshape(1).cpu()
         result["step_square"] = (own.step_square / _divisor(own.grad_square)).reshape(1).cpu()
+        own.saliency.widen(own.counts.exponent)
+        result["input_saliency"] = own.saliency.sums.float()
         if own.input_square is not None:
             result["input_square"] = (own.input_square / trace).cpu()
         else:
@@ -161,10 +181,10 @@ def _divisor(sums: Tensor) -> Tensor:
     return sums.sum().clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def proxy(statistics: dict[str, Tensor], weight: Tensor, dequantized: Tensor, dynamic_activation: bool) -> float:
+def proxy(statistics: Statistics, weight: Tensor, dequantized: Tensor, input_noise: float = 0.0) -> float:
     """Predicted KL in nats per token of replacing `weight` (out, in) by `dequantized`, this layer alone.
 
-    `dynamic_activation` adds the noise of 8-bit input quantization.
+    `input_noise` is the mean square of what quantization does to an input: see `dynamic_noise`, `static_noise`.
     """
     original = weight.float()
     delta = dequantized.float() - original
@@ -178,10 +198,36 @@ def proxy(statistics: dict[str, Tensor], weight: Tensor, dequantized: Tensor, dy
         else:
             spread = (statistics["inputs"].float() @ delta.t()).square().mean(0)
         cost += 0.5 * float(statistics["output_square"].float() @ spread)
-        if dynamic_activation:
-            noise = original.square().sum(1) * statistics["step_square"].float() / 12
+        if input_noise:
+            noise = original.square().sum(1) * input_noise
             cost += 0.5 * float(statistics["grad_square"].float() @ noise)
     return cost
+
+
+def dynamic_noise(statistics: Statistics, scheme: Integer | Float, per_token: bool) -> float:
+    """Mean square, weighted by |g|², of 8-bit rounding over a range that is found while running.
+
+    `per_token`: of each token's inputs, and otherwise of all of a sequence's. 0 for a layer that no loss depends on.
+    """
+    if isinstance(scheme, Float):
+        scale = float(statistics["input_range"].abs().max()) / _E4M3_MAX if "input_range" in statistics else 0.0
+        return static_noise(statistics, lambda x: (x / scale).to(torch.float8_e4m3fn).float() * scale) if scale else 0.0
+    name = "token_step_square" if per_token else "step_square"
+    return float(statistics[name]) / 12 if name in statistics else 0.0
+
+
+def static_noise(statistics: Statistics, rounded: Callable[[Tensor], Tensor]) -> float:
+    """Mean square, weighted by |g|², of what `rounded` does to inputs, which it must treat one by one.
+
+    0 for a layer that no loss depends on.
+    """
+    if "input_saliency" not in statistics:
+        return 0.0
+    weights = statistics["input_saliency"].double()
+    filled = weights > 0
+    inputs = Histogram(weights, int(statistics["input_exponent"])).centres[filled].float()
+    squares = (rounded(inputs).double() - inputs.double()).square()
+    return float(weights[filled] @ squares / weights.sum().clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def save(statistics: dict[str, dict[str, Tensor]], path: Path) -> None:

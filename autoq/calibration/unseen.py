@@ -9,7 +9,7 @@ block's other experts: with n_e the tokens that expert e saw, of n = Σ n_e,
     H          the others' mean, each by its share of Σ_e tr E[G Gᵀ]
     E[x xᵀ]    Σ_e n_e E[x xᵀ]_e / n, and so its diagonal and the steps of 8-bit inputs; where inputs themselves are
                kept, all of them
-    ranges     the widest
+    ranges     the widest, and histograms all of them together
 
 which is the estimate with one observation more than there are, and never 0, NaN or infinite where the others are
 not. A block in which no expert ran at all stays without statistics, and is predicted to lose nothing.
@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from autoq.calibration.histogram import Histogram
 from autoq.layer import ModelInfo
 
 Found = dict[str, dict[str, Tensor]]
@@ -53,18 +54,34 @@ def _pooled(others: Sequence[Mapping[str, Tensor]], positions: Sequence[int]) ->
         "input_range": torch.stack([ranges[:, 0].min(), ranges[:, 1].max()]),
         "input_peak": torch.stack([own["input_peak"] for own in others]).amax(0),
         **_input_square(others, shares),
+        **_histograms(others),
     }
     for name in ("output_square", "grad_square"):
         result[name] = torch.stack([own[name] for own in others]).sum(0) / total
     if all("input_rows" in own for own in others):
         result["input_rows"] = torch.cat([own["input_rows"] for own in others])
-    for name in ("input_mean_square", "step_square", "hessian"):
+    for name in ("input_mean_square", "step_square", "token_step_square", "hessian"):
         if name not in others[0]:
             continue
         result[name] = sum(
             (own[name] * (seen / total) for own, seen in zip(others, positions, strict=True)),
             torch.zeros_like(others[0][name]),
         )
+    return result
+
+
+def _histograms(others: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The histograms of all inputs at once."""
+    if not all("input_exponent" in own for own in others):
+        return {}
+    exponent = max(int(own["input_exponent"]) for own in others)
+    result = {"input_exponent": torch.full_like(others[0]["input_exponent"], exponent)}
+    for name in ("input_counts", "input_saliency"):
+        whole = [Histogram(own[name], int(own["input_exponent"])) for own in others if name in own]
+        for each in whole:
+            each.widen(exponent)
+        if whole:
+            result[name] = torch.stack([each.sums for each in whole]).sum(0)
     return result
 
 

@@ -1,8 +1,9 @@
 """Sensitivities: the loss that each layer is predicted to cost under each scheme, made once for all studies.
 
-They depend on the model, the calibration data and the method, and on nothing else of a study. So the
-database keeps them under the name of the statistics that they come from, one table per method and its
-version, and a study computes only what no earlier one has computed.
+They depend on the model, the calibration data and the method, and on nothing else of a study; with quantized
+activations also on the target, whose kernel says whose range it is and what that is spread over. So the database
+keeps them under the name of the statistics that they come from, one table per method and its version, and a study
+computes only what no earlier one has computed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from autoq import plugins
 from autoq.methods import Method
-from autoq.scheme import parse_scheme
+from autoq.scheme import kernel_activation, parse_scheme
 from autoq.search.executors import Executor, Job
 from autoq.search.observer import Observer
 from autoq.search.stages import run_job, run_jobs
@@ -23,15 +24,17 @@ LAYERS_PER_JOB = 7  # one block of a Llama: small enough for a smooth progress b
 Losses = dict[str, dict[str, float]]  # layer -> scheme text -> predicted loss
 
 
-def gather(choices: Mapping[str, Sequence[str]], store: Store, executor: Executor, observer: Observer) -> Losses:
-    """Layer -> scheme -> predicted loss, for all of `choices` (layer -> scheme texts).
+def gather(
+    choices: Mapping[str, Sequence[str]], target: str, store: Store, executor: Executor, observer: Observer
+) -> Losses:
+    """Layer -> scheme -> predicted loss, for all of `choices` (layer -> scheme texts) on the target of that name.
 
     What an interrupted pass has found is kept too.
     """
     observer.stage("calibrate", 1)
     statistics = Path(run_job(executor, Job("calibrate", "calibrate", exclusive=True)).value).stem
     observer.advance()
-    shared = _Shared(store, statistics)
+    shared = _Shared(store, statistics, target)
     known = shared.load({text for texts in choices.values() for text in texts})
     missing = {
         layer: wanted
@@ -65,27 +68,28 @@ def _merged(a: Mapping[str, Mapping[str, float]], b: Mapping[str, Mapping[str, f
 
 
 class _Shared:
-    """The tables of one file of statistics in the database, one per method."""
+    """The tables of one file of statistics in the database, one per method, and per target where that counts."""
 
-    def __init__(self, store: Store, statistics: str) -> None:
-        self.store, self.statistics = store, statistics
+    def __init__(self, store: Store, statistics: str, target: str) -> None:
+        self.store, self.statistics, self.target = store, statistics, target
 
-    def _key(self, method: str) -> str:
-        return f"{self.statistics}-{method}-{plugins.load('methods', method, Method).version}"
+    def _key(self, text: str) -> str:
+        scheme = parse_scheme(text)
+        key = f"{self.statistics}-{scheme.method}-{plugins.load('methods', scheme.method, Method).version}"
+        return f"{key}-{self.target}" if kernel_activation(scheme) is not None else key
 
     def load(self, schemes: Iterable[str]) -> Losses:
         """All that is known of the methods of `schemes`."""
         known: Losses = {}
-        for method in {parse_scheme(text).method for text in schemes}:
-            known = _merged(known, self.store.sensitivities(self._key(method)) or {})
+        for key in {self._key(text) for text in schemes}:
+            known = _merged(known, self.store.sensitivities(key) or {})
         return known
 
     def add(self, found: Losses) -> None:
         """Put `found` beside what is there. Of two studies that do so at once, one may have to find its own again."""
-        by_method: dict[str, Losses] = {}
+        by_key: dict[str, Losses] = {}
         for layer, losses in found.items():
             for text, loss in losses.items():
-                by_method.setdefault(parse_scheme(text).method, {}).setdefault(layer, {})[text] = loss
-        for method, losses_of in by_method.items():
-            key = self._key(method)
+                by_key.setdefault(self._key(text), {}).setdefault(layer, {})[text] = loss
+        for key, losses_of in by_key.items():
             self.store.put_sensitivities(key, _merged(self.store.sensitivities(key) or {}, losses_of))

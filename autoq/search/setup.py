@@ -249,7 +249,7 @@ def _sensitivities(
     choices = {name: [str(s) for s in schemes] for name, schemes in problem.space.choices.items()}
     if all(text in stored.get(name, {}) for name, texts in choices.items() for text in texts):
         return stored
-    table = gather(choices, store, executor, observer)
+    table = gather(choices, problem.spec.target.name, store, executor, observer)
     store.put_table(study_id, "sensitivity", table)
     return table
 

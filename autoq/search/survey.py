@@ -90,7 +90,7 @@ def survey(
         run_job(executor, Job("describe", "describe"))
         observer.advance()
         choices = {name: [str(s) for s in schemes] for name, schemes in problem.space.choices.items()}
-        losses = gather(choices, store, executor, observer)
+        losses = gather(choices, spec.target.name, store, executor, observer)
     layers = {layer.name: layer for variable in problem.space.variables for layer in variable.layers}
     sizes = {
         name: {str(scheme): layers[name].nbytes(scheme) for scheme in schemes}

@@ -127,10 +127,13 @@ class Target(abc.ABC):
     export that can be rounding: what the runtime computes otherwise than the evaluation did. Where inputs
     are quantized too, rounding decides codes and is not small: there the export may be as far from the
     searched model as that is from the original.
+    `rounds_per_token` says that a range of inputs that is found while running (`a8dyn`) is each token's own, and not
+    that of all tokens that are multiplied together.
     `runs_on` is the part of this machine whose meters tell the target's energy, if `meter` asks them.
     """
 
     fuses: ClassVar[bool] = False
+    rounds_per_token: ClassVar[bool] = False
     latencies: ClassVar[frozenset[str]] = frozenset()
     predicts_only: ClassVar[bool] = False
     logits_tolerance: ClassVar[float] = 1e-4
@@ -222,7 +225,7 @@ class Target(abc.ABC):
     def activation(self, scheme: Scheme, statistics: Statistics | None = None) -> Callable[[Tensor], Tensor] | None:
         """A function Tensor -> Tensor that does to a layer's input what the kernel does to it under
         `scheme` (activation quantization), or None. `statistics` are the layer's, given where the
-        scheme is calibrated (`a8static`)."""
+        scheme is calibrated (`OBSERVERS` of `autoq.scheme`)."""
         return None
 
     def exports(self) -> str | None:

@@ -21,20 +21,21 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from autoq.calibration.observers import FP8, SYMMETRIC_INT8, input_range
 from autoq.errors import AutoQError
 from autoq.methods import QuantizedWeight, Statistics
 from autoq.methods._float_weight import FloatWeight
 from autoq.methods._packing import pack_rows, unpack_rows
 from autoq.methods._uniform import MIN_SCALE, stored
 from autoq.methods._weights import IntegerWeight
-from autoq.scheme import Float, Integer, PerBlock, PerTensor
+from autoq.scheme import OBSERVERS, Float, Integer, KernelActivation, PerBlock, PerTensor, kernel_activation
 from autoq.targets._compressed_tensors_config import storage_format
 
 E4M3 = torch.float8_e4m3fn
 _E4M3_MAX = torch.finfo(E4M3).max
 # The largest input is this many steps: of a range found per token as compressed-tensors computes it, which
 # lets the positive end be clipped by half a step; of a calibrated range so that nothing in it is clipped.
-_STEPS = {("int", "a8dyn"): 127.5, ("int", "a8static"): 127.0}
+_STEPS: Mapping[KernelActivation | None, float] = {"a8dyn": 127.5, "a8static": 127.0}
 
 
 def shipped(weight: QuantizedWeight, statistics: Callable[[], Statistics]) -> dict[str, Tensor]:
@@ -46,7 +47,7 @@ def shipped(weight: QuantizedWeight, statistics: Callable[[], Statistics]) -> di
     else:
         assert isinstance(weight, IntegerWeight)
         tensors = _packed(weight) if storage_format(scheme) == "pack-quantized" else _plain(weight)
-    if scheme.activation == "a8static":
+    if scheme.activation in OBSERVERS:
         tensors["input_scale"] = input_scale(scheme, statistics()).view(1)
     return tensors
 
@@ -81,7 +82,7 @@ def expected(scheme: Integer | Float, shape: tuple[int, int]) -> dict[str, tuple
             }
             if nvidia:
                 found["weight_global_scale"] = (torch.float32, (1,))
-    if scheme.activation == "a8static":
+    if scheme.activation in OBSERVERS:
         found["input_scale"] = (torch.bfloat16, (1,))
     return found
 
@@ -154,8 +155,12 @@ def share_global_scales(weights: Mapping[str, FloatWeight]) -> dict[str, FloatWe
 
 
 def input_scale(scheme: Integer | Float, statistics: Statistics) -> Tensor:
-    """The calibrated step () of a layer's inputs, bfloat16: its largest input takes the largest code."""
-    largest = statistics["input_range"].abs().max().float()
+    """The calibrated step () of a layer's inputs, bfloat16: the largest that is not cut off takes the largest code.
+
+    Raises `SchemeRefused` where the layer's range is missing.
+    """
+    levels = FP8 if isinstance(scheme, Float) else SYMMETRIC_INT8
+    largest = input_range(scheme, statistics, levels).abs().max()
     steps = _steps(scheme)
     return stored(largest / steps).clamp_min_(MIN_SCALE).to(torch.bfloat16)
 
@@ -164,13 +169,12 @@ def activation(scheme: Integer | Float, statistics: Statistics | None) -> Callab
     """What transformers does to the input (…, in) of a layer of `scheme`, in the input's own dtype.
 
     As `compressed_tensors.quantization.lifecycle.forward.fake_quantize` with the scales of
-    `compute_dynamic_scales_and_zp` (a8dyn) or the stored `input_scale` (a8static).
+    `compute_dynamic_scales_and_zp` (a8dyn) or the stored `input_scale` (calibrated).
     """
     floating = isinstance(scheme, Float)
     steps = _steps(scheme)
-    if scheme.activation == "a8static":
-        assert statistics is not None, scheme
-        fixed = input_scale(scheme, statistics)
+    if scheme.activation in OBSERVERS:
+        fixed = input_scale(scheme, statistics or {})
         return lambda x: _rounded(x, fixed.to(x.device, x.dtype), floating)
 
     def per_token(x: Tensor) -> Tensor:
@@ -182,8 +186,7 @@ def activation(scheme: Integer | Float, statistics: Statistics | None) -> Callab
 
 
 def _steps(scheme: Integer | Float) -> float:
-    assert scheme.activation is not None
-    return _E4M3_MAX if isinstance(scheme, Float) else _STEPS["int", scheme.activation]
+    return _E4M3_MAX if isinstance(scheme, Float) else _STEPS[kernel_activation(scheme)]
 
 
 def _rounded(x: Tensor, scale: Tensor, floating: bool) -> Tensor:

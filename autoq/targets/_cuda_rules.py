@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from autoq.layer import Layer
-from autoq.scheme import Float, Integer, Keep, PerGroup, Scheme
+from autoq.scheme import OBSERVERS, Float, Integer, Keep, PerGroup, Scheme
 
 INT4_GROUPS = (256, 128, 64, 32)
 INT4_K_TILES = (8, 4, 2)
@@ -63,7 +63,7 @@ def kernel_for(layer: Layer, scheme: Scheme) -> Kernel | str:
         return "the kernels give bfloat16, and the model has another dtype"
     if isinstance(scheme.granularity, PerGroup) and layer.in_features % scheme.granularity.size:
         return f"group size {scheme.granularity.size} does not divide the {layer.in_features} inputs of {shape}"
-    if scheme.activation == "a8static":
+    if scheme.activation in OBSERVERS:
         return "the 8-bit kernels find the range of each token themselves (a8dyn)"
     if isinstance(scheme, Float):
         return _fp8(layer, scheme, shape)

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from autoq import strict_yaml
 from autoq.energy.work import ComputeFormat
 from autoq.errors import SpecError
-from autoq.scheme import Activation, ZeroPoint
+from autoq.scheme import KernelActivation, ZeroPoint
 from autoq.spec import Bytes, GroupSize, Number
 from autoq.spec_errors import one_line
 
@@ -90,7 +90,7 @@ class KernelRule(_Section):
     weights: WeightFormat
     group_sizes: Annotated[tuple[GroupSize, ...], Field(min_length=1)] = ("channel",)
     zero_points: Annotated[tuple[ZeroPoint, ...], Field(min_length=1)] = ("none",)
-    activations: Annotated[tuple[Literal["none"] | Activation, ...], Field(min_length=1)] = ("none",)
+    activations: Annotated[tuple[Literal["none", KernelActivation], ...], Field(min_length=1)] = ("none",)
     computes: ComputeFormat | None = None
     layers: Annotated[tuple[Place, ...], Field(min_length=1)] = ("linear", "conv1d", "head")
     in_multiple: Multiple = 1

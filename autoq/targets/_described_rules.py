@@ -18,7 +18,19 @@ from autoq.energy import work
 from autoq.energy.work import DTYPE_FORMATS, ComputeFormat, Phase, Work
 from autoq.errors import SpecError
 from autoq.layer import Layer, ModelInfo
-from autoq.scheme import Codebook, Float, Gguf, Integer, Keep, Levels, PerGroup, Scheme, Sparse, parse_scheme
+from autoq.scheme import (
+    Codebook,
+    Float,
+    Gguf,
+    Integer,
+    Keep,
+    Levels,
+    PerGroup,
+    Scheme,
+    Sparse,
+    kernel_activation,
+    parse_scheme,
+)
 from autoq.spec import TargetSpec
 from autoq.targets import UNQUANTIZED, CostTable
 from autoq.targets._described_device import Device, KernelRule
@@ -52,7 +64,7 @@ def rule_for(device: Device, layer: Layer, scheme: Scheme) -> KernelRule | str:
     if not same:
         known = ", ".join(dict.fromkeys(rule.weights for rule in device.kernels))
         return f"{device.name} runs weights in {known}, not {weights}"
-    activation = getattr(scheme, "activation", None) or "none"
+    activation = kernel_activation(scheme) or "none"
     fitting = [rule for rule in same if activation in rule.activations]
     if not fitting:
         known = ", ".join(dict.fromkeys(a for rule in same for a in rule.activations))

@@ -2,7 +2,7 @@
 
     int8-dynamic  s = (max - min)/255 over the whole tensor, the range widened to hold 0, z = round(-min/s);
                   x' = (clamp(round(x/s) + z, 0, 255) - z) s   (ONNX operator DynamicQuantizeLinear)
-    int8-static   the same with a calibrated range   (QuantizeLinear, DequantizeLinear)
+    int8-static   the same with a calibrated range, whichever observer found it   (QuantizeLinear, DequantizeLinear)
     nbits-a8      s = max|x|/127 per block of a row's inputs; x' = round(x/s) s   (MLAS, QuantizeARow)
 
 Ties round to even, as IEEE says.
@@ -15,9 +15,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from autoq.errors import SchemeRefused
+from autoq.calibration.observers import AFFINE_INT8, input_range
 from autoq.methods import Statistics
-from autoq.scheme import Integer, Scheme
+from autoq.scheme import OBSERVERS, Integer, Scheme
 from autoq.targets._onnx_rules import block_of, is_rowwise
 
 
@@ -32,11 +32,14 @@ def dynamic(x: Tensor) -> Tensor:
     return _affine(x, step, zero)
 
 
-def input_range(statistics: Statistics) -> tuple[float, float]:
-    """A layer's calibrated (least, greatest) input. Raises `SchemeRefused` where there is none."""
-    if "input_range" not in statistics:
-        raise SchemeRefused("nothing that is measured depends on the layer, so its inputs have no range; choose a8dyn")
-    low, high = statistics["input_range"].tolist()
+def bounds_of(scheme: Scheme, statistics: Statistics) -> tuple[float, float] | None:
+    """A layer's (least, greatest) input that its codes hold, where `scheme` is calibrated.
+
+    Raises `SchemeRefused` where there is none.
+    """
+    if not isinstance(scheme, Integer) or scheme.activation not in OBSERVERS:
+        return None
+    low, high = input_range(scheme, statistics, AFFINE_INT8).tolist()
     return low, high
 
 
@@ -70,10 +73,16 @@ def per_block(x: Tensor, block: int) -> Tensor:
 
 def activation(scheme: Scheme, statistics: Statistics | None) -> Callable[[Tensor], Tensor] | None:
     """See `Target.activation`. Without `statistics`, a calibrated scheme takes [-1, 1]."""
+    return rounding(scheme, (-1.0, 1.0) if statistics is None else bounds_of(scheme, statistics))
+
+
+def rounding(scheme: Scheme, bounds: tuple[float, float] | None) -> Callable[[Tensor], Tensor] | None:
+    """`activation` with the calibrated range, which a calibrated scheme needs, given as `bounds`."""
     if not isinstance(scheme, Integer) or scheme.activation is None:
         return None
-    if scheme.activation == "a8static":
-        return static(*((-1.0, 1.0) if statistics is None else input_range(statistics)))
+    if scheme.activation in OBSERVERS:
+        assert bounds is not None, scheme
+        return static(*bounds)
     if is_rowwise(scheme):
         return dynamic
 

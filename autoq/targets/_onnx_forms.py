@@ -13,7 +13,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from autoq.assignment import Assignment
-from autoq.scheme import Integer, Keep, Scheme
+from autoq.scheme import Integer, Keep, Scheme, kernel_activation
 from autoq.targets._onnx_graph import ACCURACY_LEVELS
 from autoq.targets._onnx_rules import is_rowwise, scale_shape
 
@@ -47,7 +47,7 @@ def expected(scheme: Scheme, out_features: int, in_features: int) -> Form:
         return KEPT
     assert isinstance(scheme, Integer), scheme
     dynamic = _DYNAMIC if is_rowwise(scheme) else _BLOCKS
-    inputs = {None: _FLOAT32, "a8dyn": dynamic, "a8static": _STATIC}[scheme.activation]
+    inputs = {None: _FLOAT32, "a8dyn": dynamic, "a8static": _STATIC}[kernel_activation(scheme)]
     return Form(scheme.bits, scale_shape(scheme, out_features, in_features), scheme.zero == "integer", inputs)
 
 

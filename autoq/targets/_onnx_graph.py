@@ -23,8 +23,8 @@ from autoq.layer import Layer
 from autoq.methods import QuantizedWeight, Statistics
 from autoq.methods._weights import IntegerWeight, KeptWeight
 from autoq.models.loaded import LoadedModel
-from autoq.scheme import Integer, Keep
-from autoq.targets._onnx_activations import input_range, static_grid
+from autoq.scheme import Integer, Keep, kernel_activation
+from autoq.targets._onnx_activations import bounds_of, static_grid
 from autoq.targets._onnx_rules import Kernel, kernel_for, scale_shape
 from autoq.targets._onnx_skeleton import MARKER, OPSET, skeleton
 
@@ -275,8 +275,8 @@ def assemble(
     for layer in model.info.layers:
         weight = weights.get(layer.name) or kept(model, layer)
         bounds = None
-        if statistics is not None and getattr(weight.scheme, "activation", None) == "a8static":
-            bounds = input_range(statistics(layer.name))
+        if statistics is not None and kernel_activation(weight.scheme) == "a8static":
+            bounds = bounds_of(weight.scheme, statistics(layer.name))
         layers[layer.name] = LayerWriter(out, layer, weight, bounds)
     calls: dict[str, int] = {}
     for node in base.graph.node:

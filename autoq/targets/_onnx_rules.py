@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from autoq.layer import Layer
-from autoq.scheme import Integer, Keep, PerGroup, PerTensor, Scheme
+from autoq.scheme import OBSERVERS, Integer, Keep, PerGroup, PerTensor, Scheme
 
 # Bits -> the blocks of inputs that MatMulNBits has kernels for, the largest first.
 BLOCKS = {2: (128, 64, 32), 4: (256, 128, 64, 32, 16), 8: (256, 128, 64, 32, 16)}
@@ -90,7 +90,7 @@ def kernel_for(layer: Layer, scheme: Scheme) -> Kernel | str:
         if scheme.bits == 8 and scheme.activation is None:
             return Kernel("int8-unpacked")
         return "rows of an embedding are looked up, which needs 8-bit weights and no 8-bit inputs"
-    if scheme.activation == "a8static":
+    if scheme.activation in OBSERVERS:
         if is_rowwise(scheme):
             return Kernel("int8-static")
         return "calibrated 8-bit inputs run with 8-bit symmetric weights per channel or tensor only"

@@ -33,7 +33,7 @@ from autoq.models.loaded import LoadedModel
 from autoq.spec import TargetSpec
 from autoq.targets import Runtime
 from autoq.targets import _onnx_graph as graphs
-from autoq.targets._onnx_activations import activation
+from autoq.targets._onnx_activations import rounding
 from autoq.targets._onnx_forms import differences
 from autoq.targets._onnx_skeleton import input_names
 from autoq.targets._torch_cpu_timing import PREFILL, Samples, Turns
@@ -299,7 +299,7 @@ def _check(layer: Layer, weight: QuantizedWeight) -> None:
     else:
         x = torch.randn(_CHECK_ROWS, layer.in_features, generator=generator)
         writer.multiply("x", None, "y", layer.name)
-        seen = activation(weight.scheme, {"input_range": torch.tensor(bounds)})
+        seen = rounding(weight.scheme, bounds)
         expected = F.linear(x if seen is None else seen(x), dequantized)
     session = open_session(graphs.alone(out, x), 1)
     (found,) = session.run(None, {"x": x.numpy()})

@@ -1,8 +1,8 @@
 """Quantizing the input of a layer to 8 bits: symmetric, round half to even, one scale per token or for all.
 
-For int8 scale = amax / 127, for fp8 (E4M3) scale = amax / 448; amax is a token's own (`a8dyn`) or the
-calibrated one (`a8static`). What CUDA's int8 and fp8 kernels are fed with, and what is assumed of a
-device of which only the description is known.
+For int8 scale = amax / 127, for fp8 (E4M3) scale = amax / 448; amax is a token's own (`a8dyn`) or a
+calibrated one (`a8static`, or whichever observer is named instead). What CUDA's int8 and fp8 kernels are fed
+with, and what is assumed of a device of which only the description is known.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from autoq.errors import AutoQError
-from autoq.scheme import Float, Integer
+from autoq.calibration.observers import FP8, SYMMETRIC_INT8, input_range
+from autoq.scheme import OBSERVERS, Float, Integer
 
 FP8_MAX = 448.0
 INT8_MAX = 127.0
@@ -38,15 +38,13 @@ def encode(x: Tensor, fp8: bool, largest: Tensor | None = None) -> tuple[Tensor,
 def activation(scheme: Integer | Float, statistics: Mapping[str, Tensor] | None) -> Callable[[Tensor], Tensor]:
     """The function that rounds an input as `scheme`, which quantizes activations, says; shape and dtype stay.
 
-    For `a8static`, `statistics["input_range"]` is (2,): the least and the largest input while calibrating.
-    Raises `AutoQError` where it is missing.
+    `statistics` are the layer's, given where the scheme is calibrated. Raises `SchemeRefused` where its range is
+    missing.
     """
     fp8 = isinstance(scheme, Float)
     largest: Tensor | None = None
-    if scheme.activation == "a8static":
-        if statistics is None or "input_range" not in statistics:
-            raise AutoQError(f"{scheme} needs the layer's calibrated input range")
-        largest = statistics["input_range"].abs().max()
+    if scheme.activation in OBSERVERS:
+        largest = input_range(scheme, statistics or {}, FP8 if fp8 else SYMMETRIC_INT8).abs().max()
 
     def rounded(x: Tensor) -> Tensor:
         codes, scales = encode(x, fp8, None if largest is None else largest.to(x.device))

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from autoq.layer import Layer
-from autoq.scheme import Integer, Keep, PerGroup, Scheme
+from autoq.scheme import OBSERVERS, Integer, Keep, PerGroup, Scheme
 
 INT4_GROUPS = (256, 128, 64, 32)
 INT4_OUT_MULTIPLE = 16
@@ -66,7 +66,7 @@ def _unscaled(layer: Layer, scheme: Scheme) -> Kernel | str:
         return f"there is no kernel for {scheme}"
     if isinstance(scheme.granularity, PerGroup) and layer.in_features % scheme.granularity.size:
         return f"group size {scheme.granularity.size} does not divide the {layer.in_features} inputs of {shape}"
-    if scheme.activation == "a8static":
+    if scheme.activation in OBSERVERS:
         return "the 8-bit kernel finds the range of its input itself (a8dyn)"
     rowwise = scheme.bits == 8 and scheme.zero == "none" and not isinstance(scheme.granularity, PerGroup)
     if layer.kind == "embedding" or layer.tied:

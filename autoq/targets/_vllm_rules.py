@@ -7,8 +7,8 @@ model_executor/kernels/linear). The kernels are those of its CUDA build:
                   scale per row; zero points in 4 bits only (types `uint4`, `uint4b8`, `uint8b128`).
                   Other widths exist for the optional Humming kernels alone.
     int8-a8       CUTLASS: weights per row or tensor without zero points, inputs in 8 bits per token
-                  (a8dyn) or by one calibrated scale (a8static)
-    fp8           Marlin, weights only; with a8dyn or a8static CUTLASS on devices with FP8 arithmetic.
+                  (a8dyn) or by one calibrated scale (a8static and the other observers)
+    fp8           Marlin, weights only; with 8-bit activations CUTLASS on devices with FP8 arithmetic.
                   With one scale per tensor and inputs in 8 bits, vLLM rounds merged layers again to the
                   largest of their scales: not what was measured, so refused for layers that are merged.
                   Weights only they may have a scale per block of 128x128 (`CompressedTensorsW8A16Fp8`), which a
@@ -23,8 +23,10 @@ a8dyn only. A quantized head must be of its own: what is tied to an embedding is
 
 from __future__ import annotations
 
+import dataclasses
+
 from autoq.layer import Layer
-from autoq.scheme import Float, Integer, Keep, PerBlock, PerGroup, PerTensor, Scheme
+from autoq.scheme import Float, Integer, Keep, PerBlock, PerGroup, PerTensor, Scheme, kernel_activation
 
 GROUP_SIZES = (32, 64, 128)
 IN_MULTIPLE = 32
@@ -113,7 +115,8 @@ def fused_differ(layers: dict[str, Layer], schemes: dict[str, Scheme]) -> str | 
         if group is None:
             continue
         other = first.setdefault(group, name)
-        if layout(schemes[other]) != layout(scheme):
+        # Layers that run as one get one calibrated scale, the largest, so the observer counts too.
+        if _with_observer(schemes[other]) != _with_observer(scheme):
             return (
                 f"{other} ({schemes[other]}) and {name} ({scheme}) run as one layer in vLLM and must share one scheme"
             )
@@ -121,5 +124,11 @@ def fused_differ(layers: dict[str, Layer], schemes: dict[str, Scheme]) -> str | 
 
 
 def layout(scheme: Scheme) -> str:
-    """A scheme's text without its method: what the files tell of it, as `int4-g64-sym`."""
+    """A scheme's text without its method and observer: what the files tell of it, as `int4-g64-sym`."""
+    if isinstance(scheme, Integer | Float):
+        scheme = dataclasses.replace(scheme, activation=kernel_activation(scheme))
+    return _with_observer(scheme)
+
+
+def _with_observer(scheme: Scheme) -> str:
     return str(scheme).partition("-")[2] or str(scheme)

@@ -36,6 +36,7 @@ class Cuda(Target):
     """PyTorch's CUDA kernels."""
 
     latencies = frozenset({"latency_decode_ms", "latency_prefill_ms"})
+    rounds_per_token = True
     runs_on = "gpu"
 
     def grid(self) -> Grid:

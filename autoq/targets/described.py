@@ -35,6 +35,7 @@ class Described(Target):
     """A device by its description."""
 
     latencies = frozenset({"latency_decode_ms", "latency_prefill_ms"})
+    rounds_per_token = True
     predicts_only = True
 
     def __init__(self, source: str | None = None) -> None:
@@ -62,7 +63,7 @@ class Described(Target):
 
     def grid(self) -> Grid:
         """Everything that the description's kernels take, by rounding and HQQ; calibrated activation ranges
-        (a8static) for who names them."""
+        (a8static and the other observers) for who names them."""
         from autoq.methods import Grid
 
         kernels = self.device.kernels

@@ -1,6 +1,6 @@
 """vLLM: compressed-tensors checkpoints, a scheme per layer; judged by size and quality, timed elsewhere.
 
-Weights are evaluated exactly as they ship. Inputs of a8dyn and a8static layers are rounded as
+Weights are evaluated exactly as they ship. Inputs of layers with 8-bit activations are rounded as
 compressed-tensors does it when transformers runs the checkpoint, in bfloat16: per token
 s = max|x|/127.5 (int8) or max|x|/448 (fp8), q = round(x/s). vLLM's kernels compute the same with
 s = max|x|/127 and in float32: other codes for some inputs, no better and no worse. On a mix of W4A16 and
@@ -31,6 +31,7 @@ class Vllm(Target):
     """vLLM's kernels for compressed-tensors."""
 
     fuses = True
+    rounds_per_token = True
 
     def grid(self) -> Grid:
         """Everything that the kernels run, short of one scale per tensor, which never beats one per row."""

@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from autoq.calibration.curvature import bound, gather, is_whole, proxy, save
-from autoq.errors import AutoQError
+from autoq.calibration.curvature import bound, dynamic_noise, gather, is_whole, proxy, save, static_noise
+from autoq.calibration.histogram import Histogram
+from autoq.errors import AutoQError, NotFinite
 from autoq.models.loading import load
+from autoq.scheme import parse_scheme
 from autoq.spec import ModelSpec
 
+INT8, FP8 = parse_scheme("rtn-int8-channel-sym-a8dyn"), parse_scheme("rtn-fp8-channel-a8dyn")
 WINDOWS = torch.arange(24).view(2, 12)  # each token another row of inputs
 
 
@@ -68,7 +71,7 @@ def test_a_layer_of_one_output_costs_what_the_fisher_matrix_says(columns, task, 
     assert ("inputs" in found) == (columns == 40)
     delta = torch.randn(1, columns, generator=torch.Generator().manual_seed(1))
     weight = toy.layer.weight
-    assert proxy(found, weight, weight + delta, False) == pytest.approx(by_sequence(*toy.seen(), delta), rel=1e-4)
+    assert proxy(found, weight, weight + delta) == pytest.approx(by_sequence(*toy.seen(), delta), rel=1e-4)
 
 
 @pytest.mark.parametrize("outputs", [8, 30])  # fewer and more than a window's tokens
@@ -95,7 +98,7 @@ def test_an_error_that_is_alike_at_all_positions_adds_up():
     alone = {"output_square": g.square().mean(0), "input_square": x.t() @ x / len(x)}
     weight, deltas = toy.layer.weight, torch.randn(40, 8, 5, generator=torch.Generator().manual_seed(1))
     exact = sum(by_sequence(x, g, delta) for delta in deltas)
-    told, by_position = (sum(proxy(s, weight, weight + delta, False) for delta in deltas) for s in (found, alone))
+    told, by_position = (sum(proxy(s, weight, weight + delta) for delta in deltas) for s in (found, alone))
     assert abs(math.log(told / exact)) < 0.3
     assert abs(math.log(by_position / exact)) > 1.0
 
@@ -109,8 +112,8 @@ def test_inputs_that_nothing_depends_on_count_little():
     weight, deltas = toy.layer.weight, torch.randn(40, 8, 5, generator=torch.Generator().manual_seed(1))
     exact = sum(by_sequence(x, g, delta) for delta in deltas)
     assert torch.allclose(found["grad_square"], independent["output_square"])
-    assert abs(math.log(sum(proxy(found, weight, weight + delta, False) for delta in deltas) / exact)) < 0.3
-    assert sum(proxy(independent, weight, weight + delta, False) for delta in deltas) > 10 * exact
+    assert abs(math.log(sum(proxy(found, weight, weight + delta) for delta in deltas) / exact)) < 0.3
+    assert sum(proxy(independent, weight, weight + delta) for delta in deltas) > 10 * exact
 
 
 def test_what_is_not_weighted_and_how_steps_are():
@@ -122,6 +125,63 @@ def test_what_is_not_weighted_and_how_steps_are():
     saliency = g.square().sum(1).view(2, 12).sum(1)
     steps = torch.stack([window.max() - window.min() for window in x.view(2, 12, 5)]) / 255
     assert float(found["step_square"]) == pytest.approx(float(saliency @ steps.square() / saliency.sum()))
+    assert dynamic_noise(found, INT8, False) == float(found["step_square"]) / 12
+    steps = x.abs().amax(1) / 127
+    own = g.square().sum(1)
+    exact = float(own @ steps.square() / own.sum()) / 12
+    assert dynamic_noise(found, INT8, True) == pytest.approx(exact)
+
+
+def test_noise_of_floats_hardly_depends_on_whose_range_it_is():
+    toy = Toy(40, 8)
+    found = gather(toy, WINDOWS, 0)["layer"]
+    x, g = toy.seen()
+    step = x.abs().amax(1, keepdim=True) / 448
+    rounded = (x / step).to(torch.float8_e4m3fn).float() * step
+    saliency = g.square().sum(1, keepdim=True)
+    exact = float((saliency * (rounded - x).square()).sum() / saliency.sum() / 40)
+    assert dynamic_noise(found, FP8, True) == pytest.approx(exact, rel=0.15)
+
+
+def test_the_histogram_is_that_of_all_inputs_and_the_other_weighs_them_by_their_gradients():
+    toy = Toy(5, 8, runs=2)
+    found = gather(toy, WINDOWS, 0)["layer"]
+    x, g = toy.seen()
+    whole, weighted = Histogram(), Histogram()
+    whole.add(x)
+    weighted.add(x, g.square().sum(1, keepdim=True).expand_as(x))
+    assert found["input_exponent"].tolist() == [whole.exponent]
+    assert torch.equal(found["input_counts"], whole.sums)
+    assert torch.allclose(found["input_saliency"], weighted.sums.float(), rtol=1e-4)
+
+
+def test_noise_of_a_calibrated_rounding_is_what_it_does_where_gradients_are():
+    """The early positions' huge inputs are cut off, and hardly count."""
+    toy = Toy(5, 8)
+    found = gather(toy, WINDOWS, 0)["layer"]
+    x, g = toy.seen()
+    saliency = g.square().sum(1, keepdim=True)
+    for step in (0.5, 3.0, 30.0):
+
+        def rounded(values, step=step):
+            return (values / step).round().clamp(-8, 8) * step
+
+        exact = float((saliency * (rounded(x) - x).square()).sum() / saliency.sum() / 5)
+        plain = float((rounded(x) - x).square().mean())
+        assert static_noise(found, rounded) == pytest.approx(exact, rel=0.1)
+        assert abs(math.log(plain / exact)) > 0.5
+    assert static_noise(found, lambda values: values) == 0
+
+
+def test_a_layer_without_gradients_has_no_noise():
+    assert dynamic_noise({}, INT8, True) == dynamic_noise({}, FP8, True) == static_noise({}, torch.zeros_like) == 0
+
+
+def test_inputs_that_are_not_finite_are_refused_by_the_layers_name():
+    toy = Toy(5, 8)
+    toy.x[20, 3] = math.nan
+    with pytest.raises(NotFinite, match="layer layer: its inputs are NaN or infinite"):
+        gather(toy, WINDOWS, 0)
 
 
 def test_a_layer_that_moves_nothing_costs_nothing():
@@ -129,7 +189,7 @@ def test_a_layer_that_moves_nothing_costs_nothing():
         toy = Toy(columns, 8, gate=0.0)
         found = gather(toy, WINDOWS, 0)["layer"]
         assert all(tensor.isfinite().all() for tensor in found.values())
-        assert proxy(found, toy.layer.weight, toy.layer.weight + 1, True) == 0
+        assert proxy(found, toy.layer.weight, toy.layer.weight + 1, dynamic_noise(found, INT8, True)) == 0
 
 
 @pytest.mark.parametrize(("family", "name"), [("opt", "decoder.embed_positions"), ("bart", "encoder.embed_positions")])
@@ -154,9 +214,11 @@ def test_linear_layer_by_hand():
     weight = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
     dequantized = torch.tensor([[2.0, 0.0], [1.0, 1.0]])
     # rows of ΔW: (1, 0) -> 2; (1, -1) -> 2 - 2 + 3 = 3
-    assert proxy(statistics, weight, dequantized, False) == pytest.approx(0.5 * (1 * 2 + 4 * 3))
+    assert proxy(statistics, weight, dequantized) == pytest.approx(0.5 * (1 * 2 + 4 * 3))
     # noise of the input: rows of W squared are 1 and 4, times 1.2 / 12
-    assert proxy(statistics, weight, dequantized, True) == pytest.approx(7.0 + 0.5 * 0.1 * (2 * 1 + 3 * 4))
+    assert proxy(statistics, weight, dequantized, dynamic_noise(statistics, INT8, False)) == pytest.approx(
+        7.0 + 0.5 * 0.1 * (2 * 1 + 3 * 4)
+    )
 
 
 def test_inputs_and_their_second_moment_say_the_same():
@@ -164,8 +226,8 @@ def test_inputs_and_their_second_moment_say_the_same():
     x, weight = torch.randn(7, 5), torch.randn(3, 5)
     dequantized = weight + 0.1 * torch.randn(3, 5)
     square = torch.rand(3)
-    a = proxy({"output_square": square, "inputs": x}, weight, dequantized, False)
-    b = proxy({"output_square": square, "input_square": x.t() @ x / 7}, weight, dequantized, False)
+    a = proxy({"output_square": square, "inputs": x}, weight, dequantized)
+    b = proxy({"output_square": square, "input_square": x.t() @ x / 7}, weight, dequantized)
     assert a == pytest.approx(b, rel=1e-5)
 
 
@@ -181,18 +243,18 @@ def test_an_embedding_row_counts_by_what_its_readings_sum_to():
         delta = torch.zeros(9, 1)
         delta[row] = 0.3
         exact = 0.5 * float((0.3 * (g * (rows == row)).sum(1)).square().sum()) / 24
-        assert proxy(found, toy.layer.weight, toy.layer.weight + delta, False) == pytest.approx(exact, rel=1e-4)
+        assert proxy(found, toy.layer.weight, toy.layer.weight + delta) == pytest.approx(exact, rel=1e-4)
     assert found["row_frequency"][7:].tolist() == [0, 0]
 
 
 def test_embedding_rows_count_as_often_as_they_are_read():
     statistics = {"row_frequency": torch.tensor([0.5, 0.0]), "row_output_square": torch.tensor([1.0, 2.0])}
     weight = torch.zeros(2, 2)
-    assert proxy(statistics, weight, torch.tensor([[1.0, 1.0], [9.0, 9.0]]), False) == pytest.approx(0.5 * 0.5 * 3)
+    assert proxy(statistics, weight, torch.tensor([[1.0, 1.0], [9.0, 9.0]])) == pytest.approx(0.5 * 0.5 * 3)
 
 
 def test_a_layer_that_is_never_used_costs_nothing():
-    assert proxy({}, torch.ones(2, 2), torch.zeros(2, 2), False) == 0
+    assert proxy({}, torch.ones(2, 2), torch.zeros(2, 2)) == 0
 
 
 def test_statistics_that_lost_bytes_are_not_whole(tmp_path):

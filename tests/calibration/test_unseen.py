@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from autoq.calibration.histogram import Histogram
 from autoq.calibration.unseen import fill
 from autoq.layer import Layer, ModelInfo
 
@@ -46,6 +47,29 @@ def test_one_token_of_the_mean_of_the_others():
     assert own.pop("input_square") == [[1.0, 0.0], [0.0, 0.25]]  # a quarter and three quarters of the trace
     assert own == {}
     assert found["other"] == {}
+
+
+def test_histograms_are_those_of_all_inputs():
+    values = torch.tensor([0.1, -0.4, 0.3]), torch.tensor([5.0, -1.0])
+    found = {"experts.2.down_proj": {}, "other": {}}
+    for i, each in enumerate(values):
+        counts, saliency = Histogram(), Histogram()
+        counts.add(each)
+        saliency.add(each, torch.ones_like(each) * (i + 1))
+        found[f"experts.{i}.down_proj"] = statistics(
+            1.0,
+            input_square=torch.eye(2),
+            input_counts=counts.sums,
+            input_saliency=saliency.sums.float(),
+            input_exponent=torch.tensor(counts.exponent),
+        )
+    fill(info(3), found, {"experts.0.down_proj": 3, "experts.1.down_proj": 2, "experts.2.down_proj": 0, "other": 0})
+    whole = Histogram()
+    whole.add(torch.cat(values))
+    own = found["experts.2.down_proj"]
+    assert int(own["input_exponent"]) == whole.exponent
+    assert torch.equal(own["input_counts"], whole.sums)
+    assert float(own["input_saliency"].sum()) == 3 + 2 * 2
 
 
 @pytest.mark.parametrize("rows", [1, 2])

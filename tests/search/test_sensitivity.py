@@ -52,13 +52,13 @@ def store(tmp_path):
 def asked(store, monkeypatch):
     """Gather choices with a fresh evaluator; what it was asked for, and what came."""
 
-    def asked(choices, statistics="one-model", **settings):
+    def asked(choices, statistics="one-model", target="vllm", **settings):
         monkeypatch.setattr(Evaluator, "statistics", f"/anywhere/{statistics}.safetensors")
         evaluator = Evaluator()
         vars(evaluator).update(settings)
         with LocalExecutor(None, lambda spec: evaluator) as executor:
             try:
-                found = gather(choices, store, executor, Observer())
+                found = gather(choices, target, store, executor, Observer())
             except KeyboardInterrupt:
                 found = None
         return evaluator.asked, found
@@ -84,6 +84,13 @@ def test_only_what_no_study_has_found_is_computed(asked):
 def test_other_statistics_are_another_model(asked):
     asked({"a": TWO})
     assert len(asked({"a": TWO}, statistics="another")[0]) == 2
+
+
+def test_quantized_inputs_lose_something_else_on_another_target(asked):
+    texts = ["rtn-int8-channel-sym", "rtn-int8-channel-sym-a8mse", "rtn-int8-channel-sym-a8dyn"]
+    assert len(asked({"a": texts})[0]) == 3
+    assert asked({"a": texts})[0] == []
+    assert asked({"a": texts}, target="onnxruntime")[0] == [("a", text) for text in texts[1:]]
 
 
 def test_a_method_that_changed_is_asked_again(asked, monkeypatch):

@@ -9,11 +9,13 @@ import torch
 
 from autoq import plugins
 from autoq.assignment import Assignment
+from autoq.calibration.histogram import Histogram
+from autoq.calibration.observers import FP8, SYMMETRIC_INT8, input_range
 from autoq.energy import work
-from autoq.errors import AutoQError, SpecError
+from autoq.errors import SchemeRefused, SpecError
 from autoq.layer import Layer, ModelInfo
 from autoq.objectives import Objective, computed
-from autoq.scheme import Keep, parse_scheme
+from autoq.scheme import OBSERVERS, Keep, parse_scheme
 from autoq.search.controller import create_study, run_study
 from autoq.spec import TargetSpec, build_spec
 from autoq.store import Store
@@ -231,6 +233,16 @@ class TestRoofline:
         assert latency.device == energy.device == target.title
 
 
+def statistics_of(x):
+    counts = Histogram()
+    counts.add(x)
+    return {
+        "input_range": torch.stack([x.min(), x.max()]),
+        "input_counts": counts.sums,
+        "input_exponent": torch.tensor([counts.exponent]),
+    }
+
+
 class TestActivation:
     def test_dynamic_rounding_is_per_token(self, target):
         function = target.activation(parse_scheme("rtn-int8-channel-sym-a8dyn"))
@@ -243,13 +255,46 @@ class TestActivation:
         scheme = parse_scheme("rtn-int8-channel-sym-a8static")
         function = target.activation(scheme, {"input_range": torch.tensor([-2.54, 1.0])})
         torch.testing.assert_close(function(torch.tensor([[0.021, 9.0]])), torch.tensor([[0.02, 2.54]]))
-        with pytest.raises(AutoQError, match="calibrated input range"):
+        with pytest.raises(SchemeRefused, match="its inputs have no range; choose a8dyn"):
             target.activation(scheme)
+
+    def test_one_kernel_takes_the_range_of_any_observer(self, target):
+        x = torch.randn(20_000, generator=torch.Generator().manual_seed(0)) ** 3
+        statistics = statistics_of(x)
+        largest = {}
+        for name in OBSERVERS:
+            scheme = parse_scheme(f"rtn-int8-channel-sym-{name}")
+            assert target.refuses(LAYER, scheme) is None
+            largest[name] = float(target.activation(scheme, statistics)(x).abs().max())
+            expected = input_range(scheme, statistics, SYMMETRIC_INT8).abs().max()
+            assert largest[name] == pytest.approx(float(expected))
+        assert len(set(largest.values())) == len(OBSERVERS)
+        assert max(largest, key=largest.get) == "a8static"
 
     def test_fp8_keeps_three_bits_of_mantissa(self):
         device = plugins.load("targets", "described", Target)
         function = device.activation(parse_scheme("rtn-fp8-channel-a8dyn"))
         torch.testing.assert_close(function(torch.tensor([[448.0, 17.0, 0.3]])), torch.tensor([[448.0, 16.0, 0.3125]]))
+
+    def test_dynamic_fp8_is_per_token(self):
+        device = plugins.load("targets", "described", Target)
+        assert device.rounds_per_token
+        function = device.activation(parse_scheme("rtn-fp8-channel-a8dyn"))
+        small, large = torch.tensor([[4.48e-4, 3e-7]]), torch.tensor([[448.0, 17.0]])
+        torch.testing.assert_close(function(torch.cat([small, large])), torch.cat([function(small), function(large)]))
+        assert float(function(torch.cat([small, large]))[0, 1]) == pytest.approx(3e-7, rel=1 / 16)
+
+    def test_static_fp8_takes_the_range_of_any_observer(self):
+        device = plugins.load("targets", "described", Target)
+        x = torch.randn(20_000, generator=torch.Generator().manual_seed(0)) ** 3
+        statistics = statistics_of(x)
+        for name in OBSERVERS:
+            scheme = parse_scheme(f"rtn-fp8-channel-{name}")
+            largest = float(input_range(scheme, statistics, FP8).abs().max())
+            rounded = device.activation(scheme, statistics)(x)
+            assert float(rounded.abs().max()) == pytest.approx(largest)
+            inside = (x.abs() < largest) & (x.abs() > largest / 2**14)
+            assert float(((rounded - x) / x)[inside].abs().max()) <= 1 / 15.9
 
     def test_weight_only_schemes_leave_inputs_alone(self, target):
         assert target.activation(parse_scheme("rtn-int4-g32")) is None

@@ -10,12 +10,15 @@ import torch
 import torch.nn.functional as F
 from onnx import TensorProto, helper
 
+from autoq.calibration.histogram import Histogram
+from autoq.calibration.observers import AFFINE_INT8, input_range
 from autoq.errors import AutoQError, KernelMismatch, SchemeRefused
 from autoq.layer import Layer
-from autoq.scheme import parse_scheme
+from autoq.scheme import OBSERVERS, parse_scheme
 from autoq.targets import _onnx_activations as activations
 from autoq.targets import _onnx_graph as graphs
 from autoq.targets import _onnx_session as sessions
+from autoq.targets._onnx_rules import kernel_for
 
 LAYER = Layer("proj", "linear", 24, 96, 4)
 TABLE = Layer("table", "embedding", 40, 64, 4)
@@ -186,6 +189,23 @@ def test_calibrated_inputs_are_those_of_quantizelinear(name, bounds):
 def test_a_layer_that_was_not_calibrated_is_refused():
     with pytest.raises(SchemeRefused, match="its inputs have no range; choose a8dyn"):
         activations.activation(parse_scheme("rtn-int8-channel-sym-a8static"), {})
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_what_is_written_is_the_observer_s_range(name):
+    x = random(64, 96) ** 3
+    counts = Histogram()
+    counts.add(x)
+    statistics = {
+        "input_range": torch.stack([x.min(), x.max()]),
+        "input_counts": counts.sums,
+        "input_exponent": torch.tensor([counts.exponent]),
+    }
+    scheme = parse_scheme(f"rtn-int8-channel-sym-{name}")
+    assert str(kernel_for(LAYER, scheme)) == "int8-static"
+    low, high = activations.bounds_of(scheme, statistics)
+    assert (low, high) == tuple(input_range(scheme, statistics, AFFINE_INT8).tolist())
+    assert torch.equal(activations.activation(scheme, statistics)(x), activations.static(low, high)(x))
 
 
 def test_blocks_have_a_range_each():

@@ -289,7 +289,7 @@ def test_a_study_of_a_sentence_encoder(tmp_path):
             "data": {"calibration_tokens": 512, "search_tokens": 512, "report_tokens": 512, "window_tokens": 128},
             "target": {"name": "onnxruntime", "prompt_tokens": 32, "threads": 1},
             "space": {
-                "schemes": ["keep", "rtn-int4-g32", "rtn-int8-channel-sym-a8dyn", "rtn-int8-channel-sym-a8static"],
+                "schemes": ["keep", "rtn-int4-g32", "rtn-int8-channel-sym-a8dyn", "rtn-int8-channel-sym-a8mse"],
                 "exclude": ["pooler.*"],
             },
             "objectives": ["cosine_distance", "size_bytes", "latency_prefill_ms"],

@@ -9,15 +9,23 @@ import torch
 
 from autoq import plugins
 from autoq.assignment import Assignment
+from autoq.calibration.histogram import Histogram
 from autoq.errors import AutoQError, ModelRefused, SchemeRefused
 from autoq.layer import Layer
 from autoq.methods import Method
 from autoq.scheme import Keep, parse_scheme
 from autoq.spec import ModelSpec
 from autoq.targets import Target
+from autoq.targets._vllm_rules import layout
 
 VLLM = plugins.load("targets", "vllm", Target)
-RANGE = {"input_range": torch.tensor([-3.0, 4.0])}
+COUNTS = Histogram()
+COUNTS.add(torch.randn(4000, generator=torch.Generator().manual_seed(0)).clamp(-3.0, 4.0))
+RANGE = {
+    "input_range": torch.tensor([-3.0, 4.0]),
+    "input_counts": COUNTS.sums,
+    "input_exponent": torch.tensor([COUNTS.exponent]),
+}
 EVERY = (
     "rtn-int4-g32-sym",
     "rtn-int4-g32",
@@ -28,11 +36,14 @@ EVERY = (
     "rtn-int8-g32-sym",
     "rtn-int8-channel-sym-a8dyn",
     "rtn-int8-channel-sym-a8static",
+    "rtn-int8-channel-sym-a8mse",
     "rtn-int8-tensor-sym-a8dyn",
     "rtn-fp8-channel",
     "rtn-fp8-tensor",
     "rtn-fp8-channel-a8dyn",
     "rtn-fp8-channel-a8static",
+    "rtn-fp8-channel-a8pct",
+    "rtn-fp8-channel-a8ent",
     "rtn-mxfp4-g32",
     "rtn-nvfp4-g16",
 )
@@ -424,9 +435,9 @@ class TestConfig:
         from autoq.targets._compressed_tensors_config import group_of, layout_of
 
         group = group_of(parse_scheme(text), ["a.b"])
-        assert layout_of(group) == text.partition("-")[2]
+        assert layout_of(group) == layout(parse_scheme(text))
         known = QuantizationScheme.model_validate(group)
-        assert layout_of(json.loads(known.model_dump_json())) == text.partition("-")[2]
+        assert layout_of(json.loads(known.model_dump_json())) == layout(parse_scheme(text))
 
     def test_names_patterns_and_classes_are_targets(self):
         from autoq.targets._compressed_tensors_config import group_of, layouts
