@@ -39,6 +39,12 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from autoq.errors import BadInput
+from autoq.granularity import Granularity as Granularity
+from autoq.granularity import PerBlock as PerBlock
+from autoq.granularity import PerChannel as PerChannel
+from autoq.granularity import PerGroup as PerGroup
+from autoq.granularity import PerTensor as PerTensor
+from autoq.granularity import groups_per_row, parse_block, parse_granularity
 from autoq.sparsity import Pattern, parse_pattern
 
 ZeroPoint = Literal["none", "integer", "real"]
@@ -62,62 +68,6 @@ PARAMETER_BITS = 16  # a scale, a real zero point, a centroid: bfloat16
 MIN_BITS, MAX_BITS = 2, 8
 # Methods whose integers ship a scale per input, bfloat16: the kernel divides the layer's input by it.
 INPUT_SCALING = frozenset({"awq", "smooth"})
-
-
-@dataclass(frozen=True, order=True)
-class PerTensor:
-    """One set of parameters for the whole weight."""
-
-    def __str__(self) -> str:
-        return "tensor"
-
-
-@dataclass(frozen=True, order=True)
-class PerChannel:
-    """One set of parameters per output row."""
-
-    def __str__(self) -> str:
-        return "channel"
-
-
-@dataclass(frozen=True, order=True)
-class PerGroup:
-    """One set of parameters per `size` consecutive inputs of an output row."""
-
-    size: int
-
-    def __post_init__(self) -> None:
-        if self.size < 2:
-            raise BadInput(f"group size {self.size} is too small; the least is 2")
-
-    def __str__(self) -> str:
-        return f"g{self.size}"
-
-
-@dataclass(frozen=True, order=True)
-class PerBlock:
-    """One set of parameters per `rows` outputs by `columns` inputs; blocks at the ends may be smaller."""
-
-    rows: int
-    columns: int
-
-    def __post_init__(self) -> None:
-        if min(self.rows, self.columns) < 2:
-            raise BadInput(f"block {self.rows}x{self.columns} is too small; the least is 2x2")
-
-    def __str__(self) -> str:
-        return f"b{self.rows}x{self.columns}"
-
-
-Granularity = PerTensor | PerChannel | PerGroup
-
-
-def _groups_per_row(granularity: Granularity, in_features: int) -> int:
-    """Parameter sets per row. A group size must divide the row; who asks has checked that."""
-    if isinstance(granularity, PerGroup):
-        assert in_features % granularity.size == 0, (granularity, in_features)
-        return in_features // granularity.size
-    return 1
 
 
 def _packed_row_bytes(count: int, bits: int) -> int:
@@ -175,7 +125,7 @@ class Integer:
         if isinstance(self.granularity, PerTensor):
             rows, groups = 1, 1
         else:
-            rows, groups = out_features, _groups_per_row(self.granularity, in_features)
+            rows, groups = out_features, groups_per_row(self.granularity, in_features)
         scales = rows * groups * PARAMETER_BITS // 8
         zeros = {
             "none": 0,
@@ -214,7 +164,7 @@ class Levels:
         """Bytes that ship for a weight of shape (out, in): codes and scales."""
         scales = 1
         if not isinstance(self.granularity, PerTensor):
-            scales = out_features * _groups_per_row(self.granularity, in_features)
+            scales = out_features * groups_per_row(self.granularity, in_features)
         return out_features * _packed_row_bytes(in_features, self.bits) + scales * PARAMETER_BITS // 8
 
 
@@ -239,7 +189,7 @@ class Codebook:
         if isinstance(self.granularity, PerTensor):
             books = 1
         else:
-            books = out_features * _groups_per_row(self.granularity, in_features)
+            books = out_features * groups_per_row(self.granularity, in_features)
         codes = out_features * _packed_row_bytes(in_features, self.bits)
         return codes + books * (1 << self.bits) * PARAMETER_BITS // 8
 
@@ -318,7 +268,7 @@ class Float:
             case PerBlock(rows, columns):
                 return -(-out_features // rows), -(-in_features // columns)
             case granularity:
-                return out_features, _groups_per_row(granularity, in_features)
+                return out_features, groups_per_row(granularity, in_features)
 
     def nbytes(self, out_features: int, in_features: int, dtype_bytes: int) -> int:
         """Bytes that ship for a weight of shape (out, in): codes and scales."""
@@ -463,21 +413,6 @@ def _check_bits(bits: int) -> None:
         raise BadInput(f"{bits} bits is out of range; choose from {MIN_BITS} to {MAX_BITS}")
 
 
-def _granularity(text: str) -> Granularity:
-    if text == "tensor":
-        return PerTensor()
-    if text == "channel":
-        return PerChannel()
-    if text.startswith("g0"):
-        raise BadInput(f"group size in {text!r} must not start with 0")
-    return PerGroup(int(text[1:]))
-
-
-def _block(text: str) -> PerBlock | None:
-    rows, by, columns = text[1:].partition("x")
-    return PerBlock(int(rows), int(columns)) if text.startswith("b") and by else None
-
-
 @functools.lru_cache(maxsize=4096)
 def parse_scheme(text: str) -> Scheme:
     """The scheme that `text` names.
@@ -490,19 +425,19 @@ def parse_scheme(text: str) -> Scheme:
     if found := _INTEGER.fullmatch(text):
         zero: ZeroPoint = {"-sym": "none", "-rz": "real"}.get(found["zero"] or "", "integer")  # type: ignore[assignment]
         activation: Activation | None = found["activation"]  # type: ignore[assignment]
-        return Integer(found["method"], int(found["bits"]), _granularity(found["granularity"]), zero, activation)
+        return Integer(found["method"], int(found["bits"]), parse_granularity(found["granularity"]), zero, activation)
     if found := _FLOAT.fullmatch(text):
         return Float(
             found["method"],
             found["format"],  # type: ignore[arg-type]
-            _block(found["granularity"]) or _granularity(found["granularity"]),
+            parse_block(found["granularity"]) or parse_granularity(found["granularity"]),
             found["activation"],  # type: ignore[arg-type]
         )
     if found := _GGUF.fullmatch(text):
         return Gguf(found["type"], found["importance"] is not None)
     if found := _CODEBOOK.fullmatch(text):
         kind = Levels if found["method"] in FIXED_LEVELS else Codebook
-        return kind(found["method"], int(found["bits"]), _granularity(found["granularity"]))
+        return kind(found["method"], int(found["bits"]), parse_granularity(found["granularity"]))
     if (found := _FLOAT_LIKE.fullmatch(text)) and found["format"] not in FLOAT_FORMATS:
         raise BadInput(f"no floating-point format {found['format'][:40]!r}; choose from {', '.join(FLOAT_FORMATS)}")
     found = _SPARSE.fullmatch(text)
