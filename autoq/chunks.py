@@ -28,7 +28,8 @@ def chunks(
         if not torch.isfinite(values if normalizer is None else normalizer).all():
             raise NotFinite("the model's outputs are NaN or infinite under this assignment")
         kept, mass, entropy = reference.rows(index, rows)
-        yield rows, TokenChunk(values, next_tokens[rows], kept, normalizer, mass, entropy)
+        top = None if reference.top is None else reference.top[index, rows]
+        yield rows, TokenChunk(values, next_tokens[rows], kept, normalizer, mass, entropy, top)
 
 
 def mean_loss(

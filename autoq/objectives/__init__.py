@@ -55,7 +55,8 @@ class TokenChunk:
 
     For models with logits, else None, each (t,) float32: `log_normalizer`, the logsumexp of `output`;
     `reference_mass`, the sum of `reference`, nearly 1 after rounding, by which it must be divided to be
-    a distribution p; `reference_entropy`, Σ p log p of exactly that p, in nats.
+    a distribution p; `reference_entropy`, Σ p log p of exactly that p, in nats. Beside them `reference_top`
+    (t,) int64, the unquantized model's first choice before rounding.
     """
 
     output: Tensor
@@ -64,6 +65,7 @@ class TokenChunk:
     log_normalizer: Tensor | None = None
     reference_mass: Tensor | None = None
     reference_entropy: Tensor | None = None
+    reference_top: Tensor | None = None
 
 
 class TokenObjective(Objective):
