@@ -93,16 +93,18 @@ def make_reference(model: LoadedModel, data: Tensor, share_bytes: int) -> Refere
     if model.info.task == "encoder":
         states = [model.outputs(window.unsqueeze(0).to(model.device)) for window in data]
         return Reference(torch.cat(states))
-    needed = data.numel() * model.info.vocab_size * 2
+    outputs = len(data), model.positions(data.shape[1])
+    width = len(model.info.labels) or model.info.vocab_size
+    needed = math.prod(outputs) * width * 2
     if needed > share_bytes and (kept := _hidden_states(model, data)) is not None:
         return kept
-    shape = (*data.shape, model.info.vocab_size)
+    shape = (*outputs, width)
     if needed > share_bytes and model.device.type == "cpu":
         probabilities = _mapped(shape)
     else:
         probabilities = torch.empty(shape, dtype=torch.bfloat16, device=model.device)
-    mass, entropy = torch.empty(2, *data.shape, device=model.device)
-    top = torch.empty(data.shape, dtype=torch.int64, device=model.device)
+    mass, entropy = torch.empty(2, *outputs, device=model.device)
+    top = torch.empty(outputs, dtype=torch.int64, device=model.device)
     for index, window in enumerate(data):
         output = model.outputs(window.unsqueeze(0).to(model.device))[0]
         top[index] = output.argmax(-1)

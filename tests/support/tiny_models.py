@@ -80,6 +80,17 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
     "bert": ("BertConfig", "BertModel", _BERT_LIKE),
+    "bert-classifier": ("BertConfig", "BertForSequenceClassification", {**_BERT_LIKE, "num_labels": 3}),
+    "roberta-classifier": (
+        "RobertaConfig",
+        "RobertaForSequenceClassification",
+        {**_BERT_LIKE, "max_position_embeddings": 66, "num_labels": 2},
+    ),
+    "llama-classifier": (
+        "LlamaConfig",
+        "LlamaForSequenceClassification",
+        {**_LLAMA_LIKE, "num_labels": 2, "pad_token_id": None},
+    ),
     "bert-mlm": ("BertConfig", "BertForMaskedLM", _BERT_LIKE),
     "roberta": ("RobertaConfig", "RobertaForMaskedLM", {**_BERT_LIKE, "max_position_embeddings": 66}),
     "albert": ("AlbertConfig", "AlbertForMaskedLM", {**_BERT_LIKE, "embedding_size": 16}),
