@@ -107,7 +107,7 @@ def split_objective(name: str) -> tuple[str, str | None]:
 
 
 def _objective(name: str) -> str:
-    _known("objectives", split_objective(name)[0])
+    _known("objectives", split_objective(str(name))[0])
     if len(name) > 120:
         raise ValueError(f"{name[:80]!r} is too long; a task's name may have 60 characters")
     return name
@@ -160,9 +160,8 @@ class TaskSpec(_Section):
     """Labelled examples, and how many of them the search and the report see; no example is in both.
 
     `source` is a JSONL or CSV file, a saved dataset's folder, or the name of a Hugging Face dataset (with
-    `config`, `split`); for `lm_eval` a task's YAML file or the name of one of its tasks. `columns` says what
-    the source calls the columns that the task needs, where it calls them otherwise. What is generated ends
-    after `new_tokens`.
+    `config`, `split`). `columns` says what the source calls the columns that the task needs, where it calls
+    them otherwise. What is generated ends after `new_tokens`.
     """
 
     source: Annotated[str, Field(min_length=1, max_length=4096)]

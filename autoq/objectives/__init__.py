@@ -91,13 +91,15 @@ class TaskObjective(QualityObjective):
 
     `answers` names the kind of task (`autoq/tasks/kinds/`), which says what an example holds and what the model
     answers. Where `is_mean`, the value is the mean of one number per example; else it is a statistic of all of
-    them, whose error comes from drawing them again.
+    them, whose error comes from drawing them again. `packages` are imported to judge; `extra` installs them.
     """
 
     unit: ClassVar[str] = "share"
     direction: ClassVar[Direction] = "maximize"
     answers: ClassVar[str]
     is_mean: ClassVar[bool] = True
+    packages: ClassVar[tuple[str, ...]] = ()
+    extra: ClassVar[str] = "tasks"
 
     def refuses(self, info: ModelInfo) -> str | None:
         """A model that such tasks cannot be put to, or None."""

@@ -38,7 +38,7 @@ from autoq.search.space import SearchSpace, build_space, refusal
 from autoq.search.stages import run_job
 from autoq.spec import StudySpec, split_objective
 from autoq.store import Store, StudyRecord
-from autoq.targets import CostTable, Target, load_target
+from autoq.targets import CostTable, Target, load_target, missing_packages
 from autoq.tasks import TaskKind, source_of
 
 RESTLESS = 0.25  # drift of a machine beyond which a latency table says more of the moment than of the machine
@@ -142,6 +142,8 @@ def _refuse_task(name: str, objective: Objective, spec: StudySpec) -> None:
     """Refuse a task that is not there, and one where none is needed."""
     if isinstance(objective, TaskObjective):
         source_of(name, plugins.load("tasks.kinds", objective.answers, TaskKind), spec)
+        if (missing := missing_packages(objective.packages, objective.extra)) is not None:
+            raise SpecError(f"objectives: {name}: {missing}")
     elif split_objective(name)[1] is not None:
         raise SpecError(f"objectives: {name}: {split_objective(name)[0]} is not measured on labelled examples")
 

@@ -91,3 +91,82 @@ def chooser(tiny_models, tmp_path_factory):
     write_rows(folder / "examples.jsonl", rows)
     (folder / "text.txt").write_text("\n".join(prompt + letter for prompt, letter in table * 3))
     return folder
+
+
+@pytest.fixture(scope="session")
+def speller(tiny_models, tmp_path_factory):
+    """A T5 that writes numbers of two digits as words."""
+    folder, rng, tokenizer = tmp_path_factory.mktemp("speller"), random.Random(0), tiny_models.tokenizer()
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+    def batch():
+        numbers = ["".join(rng.choice("0123456789") for _ in range(2)) for _ in range(32)]
+        targets = [[*tokenizer(_spelled(words, number))["input_ids"], 2] for number in numbers]
+        longest = max(map(len, targets))
+        labels = [target + [-100] * (longest - len(target)) for target in targets]
+        return {"input_ids": torch.tensor(tokenizer(numbers)["input_ids"]), "labels": torch.tensor(labels)}
+
+    torch.manual_seed(0)
+    settings = {**tiny_models.FAMILIES["t5-tied"][2], "eos_token_id": 2, "pad_token_id": 0, "dropout_rate": 0.0}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**settings))
+    tiny_models.train(model, (batch() for _ in range(120))).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    numbers = [f"{number:02}" for number in range(100)]
+    rng.shuffle(numbers)
+    rows = [{"source": number, "target": _spelled(words, number)} for number in numbers]
+    write_rows(folder / "examples.jsonl", rows)
+    (folder / "text.txt").write_text("\n".join(_spelled(words, number) for number in numbers))
+    return folder
+
+
+def _spelled(words, number):
+    # Four words: shorter texts have no BLEU.
+    return " ".join(["it", "is", *(words[int(digit)] for digit in number)])
+
+
+class _Pairs(torch.nn.Module):
+    """An encoder whose loss is how hard it is to tell a text's partner from those of others (InfoNCE)."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, queries, documents):
+        pooled = [self.encoder(input_ids=ids).last_hidden_state.mean(1) for ids in (queries, documents)]
+        one, two = (torch.nn.functional.normalize(vectors, dim=-1) for vectors in pooled)
+        loss = torch.nn.functional.cross_entropy(one @ two.t() / 0.1, torch.arange(len(one)))
+        return transformers.modeling_outputs.ModelOutput(loss=loss)
+
+
+@pytest.fixture(scope="session")
+def searcher(tiny_models, tmp_path_factory):
+    """A BERT that finds the word of which a query holds three letters, in capitals."""
+    folder, rng, tokenizer = tmp_path_factory.mktemp("searcher"), random.Random(0), tiny_models.tokenizer()
+    letters = "abcdefghijkl"
+
+    def pair():
+        word = "".join(rng.sample(letters, 5))
+        return "".join(rng.sample(word.upper(), 3)), word
+
+    def batch():
+        pairs = [pair() for _ in range(32)]
+        ids = [torch.tensor(tokenizer(list(texts))["input_ids"]) for texts in zip(*pairs, strict=True)]
+        return {"queries": ids[0], "documents": ids[1]}
+
+    torch.manual_seed(0)
+    model = transformers.BertModel(transformers.BertConfig(**tiny_models.FAMILIES["bert"][2]))
+    tiny_models.train(_Pairs(model), (batch() for _ in range(80)), 3e-3)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    rows = []
+    for _ in range(150):
+        query, word = pair()
+        others = [pair()[1] for _ in range(11)]
+        place = rng.randrange(12)
+        documents = [*others[:place], word, *others[place:]]
+        # Letters in common are worth something too: the order of many documents counts.
+        grades = [len({*query.lower()} & {*document}) for document in documents]
+        rows.append({"query": query, "documents": documents, "relevance": grades})
+    write_rows(folder / "examples.jsonl", rows)
+    (folder / "text.txt").write_text("\n".join(pair()[1] for _ in range(300)))
+    return folder
