@@ -28,7 +28,8 @@ def chunks(
         if not torch.isfinite(values if normalizer is None else normalizer).all():
             raise NotFinite("the model's outputs are NaN or infinite under this assignment")
         kept, mass, entropy = reference.rows(index, rows)
-        yield rows, TokenChunk(values, next_tokens[rows], kept, normalizer, mass, entropy)
+        top = None if reference.top is None else reference.top[index, rows]
+        yield rows, TokenChunk(values, next_tokens[rows], kept, normalizer, mass, entropy, top)
 
 
 def mean_loss(
@@ -45,4 +46,4 @@ def mean_loss(
             mass, entropy = (None if t is None else t.clone() for t in (chunk.reference_mass, chunk.reference_entropy))
             usable = replace(chunk, reference=chunk.reference.clone(), reference_mass=mass, reference_entropy=entropy)
             total = total + objective.per_token(usable).nansum()
-    return total / ids.numel()
+    return total / (len(ids) * model.positions(ids.shape[1]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from autoq import plugins
 from autoq.assignment import Assignment
 from autoq.calibration import curvature, slopes
 from autoq.chunks import chunks, mean_loss
@@ -28,13 +28,15 @@ from autoq.errors import ModelRefused, NotFinite
 from autoq.layer import Layer
 from autoq.measurement import Comparison, Measurement, Part, Probe
 from autoq.models.prefix import PrefixStates
-from autoq.objectives import Objective, TokenObjective
+from autoq.objectives import TokenObjective
+from autoq.objectives import load as load_objective
 from autoq.quantized_model import QuantizedModel
 from autoq.reference import Reference, distance, make_reference
 from autoq.scheme import Float, Integer, Keep, Scheme, parse_scheme
 from autoq.spec import StudySpec
 from autoq.statistics import Rival, mean_and_stderr, shards
 from autoq.targets import CostTable
+from autoq.tasks.runner import TaskRunner
 
 _DISTANCE = {"encoder": "cosine_distance"}  # how far outputs are from the unquantized model's, by task
 SLOPE_TOKENS = 1024  # one backward pass over all of them at once, so memory grows with them
@@ -44,8 +46,9 @@ _STATES_SHARE = 4  # hidden states get this part of the memory that a worker may
 class _Tally:
     """Objective -> one value per token of some windows (n, tokens), filled in as they are evaluated."""
 
-    def __init__(self, objectives: Mapping[str, TokenObjective], data: Tensor) -> None:
-        self.values = {name: torch.full(data.shape, torch.nan, dtype=torch.float64) for name in objectives}
+    def __init__(self, objectives: Mapping[str, TokenObjective], shape: tuple[int, int]) -> None:
+        self.objectives = objectives
+        self.values = {name: torch.full(shape, torch.nan, dtype=torch.float64) for name in objectives}
 
 
 class Evaluator(QuantizedModel):
@@ -57,19 +60,22 @@ class Evaluator(QuantizedModel):
         self._reference: tuple[str, int, Reference] | None = None
         self._kept_states: PrefixStates | None = None
         self._objectives: dict[str, TokenObjective] = {}
-        for name in spec.measured:
-            objective = plugins.load("objectives", name, Objective)
+        for name in (*spec.measured, *spec.reported):
+            objective = load_objective(name)
             if isinstance(objective, TokenObjective):
                 self._objectives[name] = objective
+        self._tasks = TaskRunner(spec, self.model)
 
     # -- jobs -------------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
         """What this worker is and holds, for the start of a study.
 
-        Raises `ModelRefused` where the unquantized model itself gives NaN or infinity.
+        Raises `ModelRefused` where the unquantized model itself gives NaN or infinity, `DataRefused` for
+        labelled examples that cannot be used.
         """
         self._refuse_not_finite()
+        self._tasks.ready()
         return {
             "device": self.fingerprint,
             "threads": torch.get_num_threads(),
@@ -91,18 +97,30 @@ class Evaluator(QuantizedModel):
             )
 
     def measure(self, assignment: Assignment, part: Part, rival: Rival | None = None) -> list[Measurement]:
-        """Quality of `assignment` on one part of the data, one measurement per token objective.
+        """Quality of `assignment` on one part of the data, one measurement per objective that needs the model.
 
-        Goes shard by shard and ends as soon as `rival` is known to be better. Then details tell its number
-        as `rival`, how many tokens there are as `of`, and as `estimate` what all of them would most likely
+        Those of `report` are measured there only. Of the text it goes shard by shard and ends as soon
+        as `rival` is known to be better. Then details tell its number as `rival`, how many tokens there are as `of`,
+        and as `estimate` what all of them would most likely
         give. `forward_passes` over the whole part is what it took.
         Raises `NotFinite` where the model's outputs or an objective are NaN or infinite.
         """
-        if not self._objectives:
+        wanted = (*self.spec.measured, *(self.spec.reported if part == "report" else ()))
+        found = self._measure_tokens(assignment, part, rival, wanted)
+        if names := self._tasks.names(wanted):
+            with self.swapped(assignment):
+                found += self._tasks.measure(names, part, self.fingerprint, self.spec.model.dtype)
+        return found
+
+    def _measure_tokens(
+        self, assignment: Assignment, part: Part, rival: Rival | None, wanted: Sequence[str]
+    ) -> list[Measurement]:
+        objectives = {name: self._objectives[name] for name in wanted if name in self._objectives}
+        if not objectives:
             return []
         data = self._part(part)
         reference = self._reference_for(part, data)
-        tally = _Tally(self._objectives, data)
+        tally = _Tally(objectives, self._shape(data))
         steps, passes, stopped = shards(*data.shape), 0.0, False
         with self.swapped(assignment), torch.inference_mode():
             for shard in steps:
@@ -115,7 +133,7 @@ class Evaluator(QuantizedModel):
                     break
         detail: dict[str, Any] = {"forward_passes": passes}
         if rival is not None and stopped:
-            detail |= {"of": data.numel(), "rival": rival.number}
+            detail |= {"of": math.prod(self._shape(data)), "rival": rival.number}
             self._states.give_up(self._texts(assignment))
         return [
             self._measurement(name, values.numpy(), part, detail, rival if stopped else None)
@@ -189,7 +207,7 @@ class Evaluator(QuantizedModel):
         data = data[: max(1, tokens // data.shape[1])]
         reference = self._reference_for("calibration", data)
         objective = self._distance()
-        values = torch.full((len(perturbed), *data.shape), torch.nan, dtype=torch.float64)
+        values = torch.full((len(perturbed), *self._shape(data)), torch.nan, dtype=torch.float64)
         passes = [0.0] * len(perturbed)
         alone = [Assignment({name: parse_scheme(text)}) for name, text in perturbed]
         with torch.inference_mode():
@@ -218,7 +236,7 @@ class Evaluator(QuantizedModel):
             data = data[: max(1, -(-tokens // data.shape[1]))]
         with torch.inference_mode():
             reference = make_reference(self.model, data, self.share_bytes)
-        here, there = _Tally(self._objectives, data), _Tally(self._objectives, data)
+        here, there = (_Tally(self._objectives, self._shape(data)) for _ in range(2))
         moves = self._distance()
         apart, moved = 0.0, 0.0
         with self.swapped(assignment), torch.inference_mode():
@@ -241,7 +259,7 @@ class Evaluator(QuantizedModel):
 
     def _distance(self) -> TokenObjective:
         """How far outputs are from the unquantized model's."""
-        distance = plugins.load("objectives", _DISTANCE.get(self.info.task, "kl_nats_per_token"), Objective)
+        distance = load_objective(_DISTANCE.get(self.info.task, "kl_nats_per_token"))
         assert isinstance(distance, TokenObjective)
         return distance
 
@@ -256,7 +274,7 @@ class Evaluator(QuantizedModel):
 
     def _judge(self, tally: _Tally, window: Tensor, output: Tensor, reference: Reference, index: int) -> None:
         for rows, chunk in chunks(self.model, window, output, reference, index):
-            for name, objective in self._objectives.items():
+            for name, objective in tally.objectives.items():
                 tally.values[name][index, rows] = objective.per_token(chunk).double().cpu()
 
     def _measurements(self, tally: _Tally, part: Part) -> list[Measurement]:
@@ -332,6 +350,10 @@ class Evaluator(QuantizedModel):
             return self.target.meter(self.model, weights, self.spec.target, meters)
 
     # -- the reference ----------------------------------------------------------------------------
+
+    def _shape(self, data: Tensor) -> tuple[int, int]:
+        """How many windows there are, and how many outputs each has."""
+        return len(data), self.model.positions(data.shape[1])
 
     def _part(self, part: Part) -> Tensor:
         return self.parts.search if part == "search" else self.parts.report

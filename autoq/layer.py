@@ -9,7 +9,8 @@ from typing import Literal
 from autoq.scheme import Scheme
 
 LayerKind = Literal["linear", "conv1d", "embedding", "head", "router"]
-Task = Literal["causal", "masked", "seq2seq", "encoder"]
+Task = Literal["causal", "masked", "seq2seq", "encoder", "classification"]
+ONE_PASS: frozenset[Task] = frozenset({"masked", "encoder", "classification"})  # they read, and decode nothing
 
 # Calibration keeps no second moments between the inputs of a layer that has more: that matrix alone would take 1 GB.
 MOST_HESSIAN_INPUTS = 16384
@@ -61,7 +62,8 @@ class ModelInfo:
     """A model's skeleton: enough to build the search space before any weight is loaded.
 
     `other_bytes` is everything that ships beside the layers: norms, biases, positional tables,
-    stored buffers. `architecture` is the transformers class name, `dtype` a torch dtype name.
+    stored buffers. `architecture` is the transformers class name, `dtype` a torch dtype name. `labels` are the
+    classes that a classification model tells apart, in the order of its outputs.
     """
 
     architecture: str
@@ -71,6 +73,7 @@ class ModelInfo:
     max_positions: int | None
     layers: tuple[Layer, ...]
     other_bytes: int
+    labels: tuple[str, ...] = ()
 
     def layer(self, name: str) -> Layer:
         """The layer of that name. Raises `KeyError` where there is none."""

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 from autoq.errors import UnknownName
 
-Folder = Literal["methods", "targets", "objectives", "search.samplers", "calibration.observers"]
+Folder = Literal["methods", "targets", "objectives", "search.samplers", "calibration.observers", "tasks.kinds"]
 P = TypeVar("P")
 
 

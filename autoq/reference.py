@@ -48,7 +48,8 @@ class Reference:
     """The unquantized model's answers on one part of the data.
 
     `kept` is (windows, tokens, v): probabilities, or inputs of the `head` (v = width) with its original
-    `head_weight`, or an encoder's output. `mass` and `entropy` (windows, tokens) go with probabilities.
+    `head_weight`, or an encoder's output. `mass` and `entropy` (windows, tokens) go with probabilities, `top`
+    (windows, tokens) int64 with either: the most likely token, which rounding would make one of several.
     """
 
     kept: Tensor
@@ -56,6 +57,7 @@ class Reference:
     entropy: Tensor | None = None
     head: torch.nn.Module | None = None
     head_weight: Tensor | None = None
+    top: Tensor | None = None
 
     def rows(self, window: int, rows: slice) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Reference (t, v), mass (t,) and entropy (t,) of some tokens of a window."""
@@ -91,24 +93,28 @@ def make_reference(model: LoadedModel, data: Tensor, share_bytes: int) -> Refere
     if model.info.task == "encoder":
         states = [model.outputs(window.unsqueeze(0).to(model.device)) for window in data]
         return Reference(torch.cat(states))
-    needed = data.numel() * model.info.vocab_size * 2
+    outputs = len(data), model.positions(data.shape[1])
+    width = len(model.info.labels) or model.info.vocab_size
+    needed = math.prod(outputs) * width * 2
     if needed > share_bytes and (kept := _hidden_states(model, data)) is not None:
         return kept
-    shape = (*data.shape, model.info.vocab_size)
+    shape = (*outputs, width)
     if needed > share_bytes and model.device.type == "cpu":
         probabilities = _mapped(shape)
     else:
         probabilities = torch.empty(shape, dtype=torch.bfloat16, device=model.device)
-    mass, entropy = torch.empty(2, *data.shape, device=model.device)
+    mass, entropy = torch.empty(2, *outputs, device=model.device)
+    top = torch.empty(outputs, dtype=torch.int64, device=model.device)
     for index, window in enumerate(data):
         output = model.outputs(window.unsqueeze(0).to(model.device))[0]
+        top[index] = output.argmax(-1)
         for rows in row_blocks(output):
             rounded = output[rows].float().softmax(-1).to(torch.bfloat16)
             probabilities[index, rows] = rounded
             exact = rounded.float()
             mass[index, rows] = exact.sum(-1)
             entropy[index, rows] = _negative_entropy(exact / mass[index, rows].unsqueeze(-1))
-    return Reference(probabilities, mass, entropy)
+    return Reference(probabilities, mass, entropy, top=top)
 
 
 def _hidden_states(model: LoadedModel, data: Tensor) -> Reference | None:
@@ -118,16 +124,18 @@ def _hidden_states(model: LoadedModel, data: Tensor) -> Reference | None:
     if not isinstance(head, torch.nn.Module):
         return None
     states: list[Tensor] = []
+    top: list[Tensor] = []
     handle = head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0][0]))
     weight = head.weight.data
     assert isinstance(weight, Tensor)
     try:
         for index, window in enumerate(data):
             logits = model.outputs(window.unsqueeze(0).to(model.device))[0]
+            top.append(logits.argmax(-1))
             if index == 0:
                 again = F.linear(states[0], weight, getattr(head, "bias", None))
                 if again.shape != logits.shape or not torch.allclose(again, logits, rtol=1e-2, atol=1e-2):
                     return None
     finally:
         handle.remove()
-    return Reference(torch.stack(states), head=head, head_weight=weight)
+    return Reference(torch.stack(states), head=head, head_weight=weight, top=torch.stack(top))

@@ -100,6 +100,19 @@ Sparsity = Annotated[str, BeforeValidator(_sparsity)]
 _GRID_AXES = ("methods", "bits", "group_size", "zero_points", "activations", "formats", "sparsity")
 
 
+def split_objective(name: str) -> tuple[str, str | None]:
+    """`accuracy:sst2` as the objective's own name and the task that it is measured on, None where none is named."""
+    metric, sign, task = name.partition(":")
+    return metric, task if sign else None
+
+
+def _objective(name: str) -> str:
+    _known("objectives", split_objective(str(name))[0])
+    if len(name) > 120:
+        raise ValueError(f"{name[:80]!r} is too long; a task's name may have 60 characters")
+    return name
+
+
 def _known(folder: plugins.Folder, name: str) -> str:
     if name not in plugins.names(folder):
         kind = folder.rsplit(".", 1)[-1].removesuffix("s")
@@ -141,6 +154,23 @@ class DataSpec(_Section):
     report_tokens: Count = 16384
     window_tokens: Annotated[int, Field(strict=True, ge=8, le=2**31 - 1)] = 512
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = 0
+
+
+class TaskSpec(_Section):
+    """Labelled examples, and how many of them the search and the report see; no example is in both.
+
+    `source` is a JSONL or CSV file, a saved dataset's folder, or the name of a Hugging Face dataset (with
+    `config`, `split`). `columns` says what the source calls the columns that the task needs, where it calls
+    them otherwise. What is generated ends after `new_tokens`.
+    """
+
+    source: Annotated[str, Field(min_length=1, max_length=4096)]
+    config: str | None = None
+    split: str = "train"
+    columns: dict[str, str] = Field(default_factory=dict)
+    search_examples: Count = 128
+    report_examples: Count = 512
+    new_tokens: Count = 64
 
 
 class TargetSpec(_Section):
@@ -347,6 +377,8 @@ class BankSpec(_Section):
 class StudySpec(_Section):
     """A whole study. Everything but `model` has a default.
 
+    `report` names qualities that are measured in the report only: nothing is searched or selected by them. An
+    objective of labelled examples is named with its task, `accuracy:sst2`; with a single task the name is enough.
     `recipes` are assignments made elsewhere (an export of AutoQ, a GGUF file, a recipe of another tool),
     by path; each is tried as a baseline of its name and starts the search.
     """
@@ -354,10 +386,14 @@ class StudySpec(_Section):
     model: ModelSpec
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = "study"
     data: DataSpec = Field(default_factory=DataSpec)
+    tasks: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,59}$")], TaskSpec] = Field(
+        default_factory=dict
+    )
     target: TargetSpec = Field(default_factory=TargetSpec)
     space: SpaceSpec = Field(default_factory=SpaceSpec)
     objectives: tuple[str, ...] = ("kl_nats_per_token", "size_bytes", "latency_decode_ms")
     constraints: dict[str, Bound] = Field(default_factory=dict)
+    report: tuple[str, ...] = ()
     sampler: SamplerSpec = Field(default_factory=SamplerSpec)
     budget: BudgetSpec = Field(default_factory=BudgetSpec)
     workers: WorkersSpec = Field(default_factory=WorkersSpec)
@@ -370,10 +406,17 @@ class StudySpec(_Section):
         if not names:
             raise ValueError("give at least one objective")
         for name in names:
-            _known("objectives", name)
+            _objective(name)
         if len(set(names)) != len(names):
             raise ValueError("an objective is named twice")
         return names
+
+    @field_validator("report")
+    @classmethod
+    def _report(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            _objective(name)
+        return tuple(dict.fromkeys(names))
 
     @field_validator("constraints", mode="before")
     @classmethod
@@ -382,7 +425,7 @@ class StudySpec(_Section):
             return bounds
         read: dict[str, object] = {}
         for name, bound in bounds.items():
-            _known("objectives", name)
+            _objective(name)
             read[name] = _read_bound(name, bound) if isinstance(bound, Mapping) else bound
         return read
 
@@ -390,6 +433,11 @@ class StudySpec(_Section):
     def measured(self) -> tuple[str, ...]:
         """Every objective that is to be measured: the objectives, then what constraints add."""
         return (*self.objectives, *(name for name in self.constraints if name not in self.objectives))
+
+    @property
+    def reported(self) -> tuple[str, ...]:
+        """What is measured in the report and nowhere else."""
+        return tuple(name for name in self.report if name not in self.measured)
 
 
 def load_spec(source: str | Path, overrides: Sequence[str] = ()) -> StudySpec:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 BLOCK_TOKENS = 32
 PAIR_BLOCK_TOKENS = 64
+DRAWS = 500  # resamples, by which a standard error is known to 3 %
 LEAST_BLOCKS = 8  # below so many blocks of pairs their spread is known too badly for a verdict
 
 Values = NDArray[np.float64] | NDArray[np.float32]
@@ -122,3 +123,31 @@ class Rival:
         unknown = max(0.0, 1 - n / int((~np.isnan(rival)).sum()))
         quantile = stdtrit(blocks - 1, 1 - (1 - self.confidence) / looks)
         return bool(sign * difference > quantile * stderr * unknown**0.5)
+
+
+Statistic = Callable[[NDArray[np.float64]], float]
+
+
+def bootstrap_stderr(statistic: Statistic, rows: NDArray[np.float64], draws: int = DRAWS) -> float | None:
+    """Standard error of a statistic of examples (n, k): its spread over samples of n drawn with replacement.
+
+    Efron 1979, "Bootstrap methods: another look at the jackknife". The draws are the same for equal n, so
+    what is compared was drawn alike. None for a single example.
+    """
+    if len(rows) < 2:
+        return None
+    picked = np.random.default_rng(0).integers(len(rows), size=(draws, len(rows)))
+    return float(np.std([statistic(rows[each]) for each in picked], ddof=1))
+
+
+def pseudo_values(statistic: Statistic, rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The jackknife's pseudo-values (n,) of a statistic T of examples (n, k): n T − (n − 1) T without the example.
+
+    Tukey 1958. To first order the statistic is their mean and they are independent, so two models that were
+    given the same examples can be compared by them in pairs. Of a mean they are the values themselves.
+    """
+    count, whole = len(rows), statistic(rows)
+    if count < 2:
+        return np.full(count, whole)
+    without = [statistic(np.delete(rows, i, axis=0)) for i in range(count)]
+    return count * whole - (count - 1) * np.array(without)

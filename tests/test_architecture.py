@@ -35,6 +35,7 @@ NUMBERS = {
     "evaluation",
     "reference",
     "chunks",
+    "tasks",
     "workers",
 }
 
@@ -47,15 +48,16 @@ IMPORTS: dict[str, set[str]] = {
     "targets": {"kernels"},
     "kernels": {"methods", "models", "targets", "calibration.observers"},
     "calibration": {"models"},
-    "objectives": {"targets"},
+    "objectives": {"targets", "tasks"},
+    "tasks": {"models", "objectives"},
     "bank": {"methods"},
     "reference": {"models"},
     "chunks": {"models", "objectives", "reference"},
     "quantized_model": {"methods", "models", "targets", "calibration", "bank"},
-    "evaluation": {"models", "targets", "calibration", "objectives", "reference", "chunks", "quantized_model"},
+    "evaluation": {"models", "targets", "calibration", "objectives", "reference", "chunks", "quantized_model", "tasks"},
     "workers": {"search.executors"},
     "recipes": {"methods", "targets", "kernels", "shipping.manifest"},
-    "search": {"recipes", "store", "objectives", "targets", "methods", "models", "evaluation"},
+    "search": {"recipes", "store", "objectives", "targets", "methods", "models", "evaluation", "tasks"},
     "shipping": {"targets", "display"},
     "study": {"store"},
     "display": {"store", "search.observer", "search.sampler_view"},
@@ -72,6 +74,7 @@ LAZY: dict[str, set[str]] = {
     "targets": {"methods", "models"},
     "workers": {"evaluation"},
     "search": {"calibration"},
+    "tasks": {"calibration"},
     "shipping": {"evaluation", "models"},
     "study": {"search", "display", "dashboards", "shipping", "targets"},
     "doctor": {"targets"},
@@ -102,6 +105,9 @@ PACKAGES: dict[str, set[str]] = {
     "onnx": {"kernels"},
     "onnxruntime": {"kernels"},
     "datasets": {"calibration"},
+    "sacrebleu": {"objectives"},
+    "rouge_score": {"objectives"},
+    "lm_eval": {"tasks"},
     "typer": {"cli"},
     "click": {"cli"},
     "rich": {"cli", "display", "doctor"},
@@ -295,7 +301,7 @@ assert list(store.studies()) == []
 """,
     "plugin names": """
 from autoq import plugins
-for folder in ("methods", "targets", "objectives", "search.samplers"):
+for folder in ("methods", "targets", "objectives", "search.samplers", "tasks.kinds"):
     assert [plugins.summary(folder, name) for name in plugins.names(folder)]
 """,
     "targets": """

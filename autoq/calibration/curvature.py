@@ -44,6 +44,9 @@ Methods that quantize with an eye to a layer's inputs get these, not weighted by
                                    numbers; neither for a layer of too many (`MOST_HESSIAN_INPUTS`)
     max |x|   `input_peak`         (in,)
 
+A classification model has one label a sequence, so T = 1 and the proxy is that of KL per sequence; its labels are
+drawn from its own classes.
+
 An encoder without a head has no labels: there the loss is Σ v·h/|h| with Gaussian v, and the proxy is that of
 half the squared change of its normalized hidden states.
 """
@@ -104,7 +107,7 @@ def gather(
     `token_step_square`, `input_range` (least and greatest input, widened to hold 0), `input_mean_square`, `hessian`
     or `input_rows`, `input_peak`, `input_counts` and `input_saliency` (histograms of the inputs whose bins
     `input_exponent` tells; `autoq.calibration.histogram`), and for a layer that is read as an embedding
-    `row_frequency` and `row_output_square`. What is squared is a sum over all positions by the number of tokens, so
+    `row_frequency` and `row_output_square`. What is squared is a sum over all positions by the number of outputs, so
     a module that runs twice pays twice; H, steps and rows are shares of such sums, `input_mean_square` and `hessian`
     are plain means. Float32 but for `input_rows`, which are the model's own numbers, and counts (int64). Layers that
     read the same input one after the other share one tensor. An expert's are of the tokens that it saw; for one that
@@ -117,7 +120,8 @@ def gather(
             _go_back(model, window.unsqueeze(0).to(model.device), generator)
             progress()
     shared: dict[tuple[int, ...], dict[str, Tensor]] = {}
-    found = {layer.name: _averages(model, layer, gatherer, shared) for layer in model.info.layers}
+    outputs = len(windows) * model.positions(windows.shape[1])
+    found = {layer.name: _averages(model, layer, gatherer, outputs, shared) for layer in model.info.layers}
     seen = {
         layer.name: sum(gatherer.by_module[m].positions for m in model.modules_of(layer)) for layer in model.info.layers
     }
@@ -126,9 +130,16 @@ def gather(
 
 
 def _averages(
-    model: LoadedModel, layer: Layer, gatherer: Gatherer, shared: dict[tuple[int, ...], dict[str, Tensor]]
+    model: LoadedModel,
+    layer: Layer,
+    gatherer: Gatherer,
+    outputs: int,
+    shared: dict[tuple[int, ...], dict[str, Tensor]],
 ) -> dict[str, Tensor]:
-    """The statistics of one layer; `shared` remembers the second moments of inputs that several layers read."""
+    """The statistics of one layer by the number of `outputs`.
+
+    `shared` remembers the second moments of inputs that several layers read.
+    """
     result: dict[str, Tensor] = {}
     for module in model.modules_of(layer):
         own = gatherer.by_module[module]
@@ -146,7 +157,7 @@ def _averages(
             result["input_exponent"] = torch.tensor([own.counts.exponent])
         if own.output_square is None:  # nothing depends on this module's output, or the model did not run it
             continue
-        output_square = (own.output_square / gatherer.tokens).cpu()
+        output_square = (own.output_square / outputs).cpu()
         # All zeros where the loss does not move, and then so are the sums that it divides.
         trace = _divisor(own.output_square)
         if own.row_square is not None:
@@ -156,7 +167,7 @@ def _averages(
         assert own.grad_square is not None
         assert own.step_square is not None
         result["output_square"] = output_square
-        result["grad_square"] = (own.grad_square / gatherer.tokens).cpu()
+        result["grad_square"] = (own.grad_square / outputs).cpu()
         assert own.token_step_square is not None
         result["token_step_square"] = (own.token_step_square / _divisor(own.grad_square)).reshape(1).cpu()
         result["step_square"] = (own.step_square / _divisor(own.grad_square)).reshape(1).cpu()

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from autoq.errors import DataRefused
-from autoq.spec import DataSpec
+from autoq.spec import DataSpec, TaskSpec
 
 PYTHON_DOCS = "python-docs"
 TEXT_SUFFIXES = (".txt", ".md")
@@ -178,29 +178,7 @@ def _read_file(file: Path) -> str:
 
 def _rows(spec: DataSpec, path: Path) -> Iterator[str]:
     """The texts of a dataset's column, row by row."""
-    if importlib.util.find_spec("datasets") is None:
-        raise DataRefused(f"data source {spec.source!r} needs the datasets package: pip install 'autoq[datasets]'")
-    import datasets
-    from huggingface_hub.utils import logging as hub_logging
-
-    shown, verbosity = datasets.utils.logging.is_progress_bar_enabled(), hub_logging.get_verbosity()
-    datasets.disable_progress_bars()
-    hub_logging.set_verbosity(logging.ERROR)
-    try:
-        rows = _dataset(datasets, spec, path)
-    except DataRefused:
-        raise
-    except Exception as problem:
-        # Builders, the hub and the network raise some dozens of types; the user needs the reason.
-        line = str(problem).partition("\n")[0] or type(problem).__name__
-        raise DataRefused(
-            f"data source {spec.source!r} cannot be loaded as a dataset: {line}; "
-            f"give a text file, a dataset folder or {PYTHON_DOCS} where there is no network"
-        ) from problem
-    finally:
-        hub_logging.set_verbosity(verbosity)
-        if shown:
-            datasets.enable_progress_bars()
+    rows = open_dataset(spec, path, "data", f"give a text file, a dataset folder or {PYTHON_DOCS}")
     if spec.column not in rows.column_names:
         columns = ", ".join(sorted(rows.column_names)) or "(none)"
         raise DataRefused(f"data.column {spec.column!r} is not in {spec.source!r}; choose from {columns}")
@@ -210,7 +188,34 @@ def _rows(spec: DataSpec, path: Path) -> Iterator[str]:
     return (row for row in rows[spec.column] if row)
 
 
-def _dataset(datasets: Any, spec: DataSpec, path: Path) -> Any:
+def open_dataset(spec: DataSpec | TaskSpec, path: Path, field: str, instead: str) -> Any:
+    """The split that the spec names, with its columns. `field` is the spec's place in the study, for what
+    `DataRefused` says, and `instead` what does without a network."""
+    if importlib.util.find_spec("datasets") is None:
+        raise DataRefused(f"{field} source {spec.source!r} needs the datasets package: pip install 'autoq[datasets]'")
+    import datasets
+    from huggingface_hub.utils import logging as hub_logging
+
+    shown, verbosity = datasets.utils.logging.is_progress_bar_enabled(), hub_logging.get_verbosity()
+    datasets.disable_progress_bars()
+    hub_logging.set_verbosity(logging.ERROR)
+    try:
+        return _dataset(datasets, spec, path, field)
+    except DataRefused:
+        raise
+    except Exception as problem:
+        # Builders, the hub and the network raise some dozens of types; the user needs the reason.
+        line = str(problem).partition("\n")[0] or type(problem).__name__
+        raise DataRefused(
+            f"{field} source {spec.source!r} cannot be loaded as a dataset: {line}; {instead} where there is no network"
+        ) from problem
+    finally:
+        hub_logging.set_verbosity(verbosity)
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _dataset(datasets: Any, spec: DataSpec | TaskSpec, path: Path, field: str) -> Any:
     """The split that the spec names, of a saved dataset, a folder of data files, or a hub dataset."""
     if path.is_dir() and any((path / name).is_file() for name in _SAVED_DATASET):
         found = datasets.load_from_disk(str(path))
@@ -220,6 +225,6 @@ def _dataset(datasets: Any, spec: DataSpec, path: Path) -> Any:
         return found
     if spec.split not in found:
         raise DataRefused(
-            f"data.split {spec.split!r} is not in {spec.source!r}; choose from {', '.join(sorted(found))}"
+            f"{field}.split {spec.split!r} is not in {spec.source!r}; choose from {', '.join(sorted(found))}"
         )
     return found[spec.split]

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from autoq.layer import Layer, ModelInfo
+from autoq.layer import ONE_PASS, Layer, ModelInfo
 from autoq.scheme import Float, Gguf, Integer, Scheme
 from autoq.spec import TargetSpec
 
@@ -71,8 +71,8 @@ class Attention:
 
 
 def phases(info: ModelInfo) -> tuple[Phase, ...]:
-    """The phases that such a model has: encoders and masked models decode nothing."""
-    return (PREFILL,) if info.task in ("encoder", "masked") else (PREFILL, DECODE)
+    """The phases that such a model has: what reads in one pass decodes nothing."""
+    return (PREFILL,) if info.task in ONE_PASS else (PREFILL, DECODE)
 
 
 def compute_format(scheme: Scheme, dtype: str) -> ComputeFormat:
@@ -133,7 +133,7 @@ def _attention(info: ModelInfo, parent: str, own: dict[str, Layer]) -> Attention
         cache = key + value
     else:
         return None
-    if info.task in ("encoder", "masked") or _side(next(iter(own.values()))) == "encoder":
+    if info.task in ONE_PASS or _side(next(iter(own.values()))) == "encoder":
         return Attention(parent, query, cache, "encoder")
     return Attention(parent, query, cache, "cross" if _CROSS.search(parent) else "decoder")
 
@@ -161,8 +161,9 @@ def _rows(info: ModelInfo, layer: Layer, phase: Phase, workload: TargetSpec) -> 
         lookups = products if side == "encoder" else batch + (prompt if shared else 0)
     else:
         products = lookups = prompt if phase == PREFILL else batch
-        # Generation needs the logits of the last position only; a pooler reads the first.
-        if (layer.kind == "head" and info.task == "causal") or "pooler" in layer.name.split("."):
+        # Generation needs the logits of the last position only; a pooler reads the first, and so do classes.
+        classes = info.task == "classification" and layer.kind == "linear" and layer.block is None
+        if (layer.kind == "head" and info.task == "causal") or "pooler" in layer.name.split(".") or classes:
             products = batch
     if layer.kind == "embedding":
         return 0, lookups

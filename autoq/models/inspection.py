@@ -39,6 +39,7 @@ _TASKS: tuple[tuple[Task, str], ...] = (
     ("seq2seq", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"),
     ("causal", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
     ("masked", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
+    ("classification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"),
     ("encoder", "MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES"),
     ("encoder", "MODEL_MAPPING_NAMES"),
 )
@@ -71,12 +72,12 @@ def architecture(spec: ModelSpec, config: Any) -> tuple[Any, Task]:
     for task, table in _TASKS:
         known = getattr(modeling_auto, table).get(config.model_type, ())
         if named in ((known,) if isinstance(known, str) else known):
-            if task == "encoder" and config.is_encoder_decoder:
+            if task in ("encoder", "classification") and config.is_encoder_decoder:
                 break
             return getattr(transformers, named), task
     raise ModelRefused(
         f"model {spec.id!r}: architecture {named!r} of model type {config.model_type!r} is not one of "
-        "causal, masked or seq2seq language model or text encoder"
+        "causal, masked or seq2seq language model, text encoder or sequence classifier"
     )
 
 
@@ -103,9 +104,21 @@ def build(spec: ModelSpec, folder: Path, config: Any) -> tuple[nn.Module, Task]:
         ) from problem
     if task == "seq2seq" and getattr(config, "decoder_start_token_id", None) is None:
         raise ModelRefused(f"model {spec.id!r}: config.json has no decoder_start_token_id")
+    if task == "classification":
+        _refuse_no_classes(spec, config)
     _untie(spec, model, folder)
     experts.split(model)
     return model.eval(), task
+
+
+def _refuse_no_classes(spec: ModelSpec, config: Any) -> None:
+    """Refuse a head whose outputs are not one distribution over classes."""
+    kind = getattr(config, "problem_type", None)
+    if config.num_labels < 2 or kind in ("regression", "multi_label_classification"):
+        raise ModelRefused(
+            f"model {spec.id!r}: a sequence classifier needs two classes or more, one of which is right; config.json "
+            f"has {config.num_labels} with problem_type {kind}"
+        )
 
 
 def _untie(spec: ModelSpec, model: Any, folder: Path) -> None:
@@ -175,6 +188,7 @@ def skeleton(spec: ModelSpec, folder: Path, config: Any) -> ModelInfo:
         max_positions=max_positions,
         layers=tuple(layers),
         other_bytes=sum(_nbytes(spec, model, name, tensor) for name, tensor in stored.values()),
+        labels=tuple(str(config.id2label[i]) for i in range(config.num_labels)) if task == "classification" else (),
     )
 
 

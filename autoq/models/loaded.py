@@ -87,10 +87,16 @@ class LoadedModel:
     def outputs(self, input_ids: Tensor) -> Tensor:
         """Logits (batch, tokens, vocabulary), or final hidden states of an encoder without a head.
 
+        Of a classification model logits (batch, 1, classes).
+
         `input_ids` is (batch, tokens). A sequence-to-sequence model reads the same tokens on both
         sides (teacher forcing, the decoder's shifted by its start token). No cache is kept. Gradients
         flow if the caller has them enabled.
         """
+        config: Any = self.model.config
+        if self.info.task == "classification" and config.pad_token_id is None and len(input_ids) > 1:
+            # A decoder that classifies looks for the last token that is no padding, and refuses to look for nothing.
+            return torch.cat([self.outputs(window) for window in input_ids[:, None]])
         arguments: dict[str, Any] = {"input_ids": input_ids}
         if self.info.task == "seq2seq":
             start = torch.full_like(input_ids[:, :1], self._start_token)
@@ -99,7 +105,11 @@ class LoadedModel:
             arguments["use_cache"] = False
         result = self.model(**arguments)
         outputs: Tensor = result.last_hidden_state if self.info.task == "encoder" else result.logits
-        return outputs
+        return outputs.unsqueeze(1) if self.info.task == "classification" else outputs
+
+    def positions(self, tokens: int) -> int:
+        """How many outputs a window of so many tokens has: a classification model answers once."""
+        return 1 if self.info.task == "classification" else tokens
 
     def next_tokens(self, window: Tensor) -> Tensor:
         """What each position of `window` (tokens,) is to predict, -1 for nothing.

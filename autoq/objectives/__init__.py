@@ -1,6 +1,7 @@
 """Objectives: one measured quantity each, with unit and direction, one file each.
 
-Four kinds. A `TokenObjective` maps the model's outputs to one value per token. A `TableObjective` is
+Five kinds. A `TokenObjective` maps the model's outputs to one value per token. A `TaskObjective` judges the
+model's answers to labelled examples. A `TableObjective` is
 computed exactly from the assignment. A `LatencyObjective` is predicted from the target's table while
 searching and timed end to end for reporting. An `EnergyObjective` is estimated for the target while
 searching and metered for reporting, where there are meters. To add one, write `autoq/objectives/NAME.py` with one
@@ -10,18 +11,22 @@ concrete subclass; the file's name is the objective's name.
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from autoq import plugins
 from autoq.assignment import Assignment
 from autoq.energy.estimate import Estimate
 from autoq.layer import ModelInfo, Task
 from autoq.measurement import Measurement
-from autoq.spec import TargetSpec
+from autoq.spec import TargetSpec, split_objective
 from autoq.targets import CostTable, Target
+from autoq.tasks import TaskKind
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
 Direction = Literal["minimize", "maximize"]
@@ -36,6 +41,11 @@ class Objective(abc.ABC):
     def refuses(self, info: ModelInfo) -> str | None:
         """Why this objective has no meaning for such a model (one clause), or None."""
         return None
+
+
+def load(name: str) -> Objective:
+    """The objective of a name as a spec has it, with or without a task behind a colon. Raises `UnknownName`."""
+    return plugins.load("objectives", split_objective(name)[0], Objective)
 
 
 def _wrong_task(tasks: frozenset[Task], info: ModelInfo) -> str | None:
@@ -55,7 +65,8 @@ class TokenChunk:
 
     For models with logits, else None, each (t,) float32: `log_normalizer`, the logsumexp of `output`;
     `reference_mass`, the sum of `reference`, nearly 1 after rounding, by which it must be divided to be
-    a distribution p; `reference_entropy`, Σ p log p of exactly that p, in nats.
+    a distribution p; `reference_entropy`, Σ p log p of exactly that p, in nats. Beside them `reference_top`
+    (t,) int64, the unquantized model's first choice before rounding.
     """
 
     output: Tensor
@@ -64,12 +75,52 @@ class TokenChunk:
     log_normalizer: Tensor | None = None
     reference_mass: Tensor | None = None
     reference_entropy: Tensor | None = None
+    reference_top: Tensor | None = None
 
 
-class TokenObjective(Objective):
-    """One value per token; the study sees their mean, transformed, with its standard error."""
+class QualityObjective(Objective):
+    """What needs the model to run on data: on text, or on labelled examples."""
 
-    tasks: ClassVar[frozenset[Task]] = frozenset({"causal", "masked", "seq2seq"})
+    def transform(self, mean: float, stderr: float) -> tuple[float, float]:
+        """The objective's value and standard error from the mean over tokens or examples and its error."""
+        return mean, stderr
+
+
+class TaskObjective(QualityObjective):
+    """Judges answers to labelled examples: a number or more per example, and one value of them all.
+
+    `answers` names the kind of task (`autoq/tasks/kinds/`), which says what an example holds and what the model
+    answers. Where `is_mean`, the value is the mean of one number per example; else it is a statistic of all of
+    them, whose error comes from drawing them again. `packages` are imported to judge; `extra` installs them.
+    """
+
+    unit: ClassVar[str] = "share"
+    direction: ClassVar[Direction] = "maximize"
+    answers: ClassVar[str]
+    is_mean: ClassVar[bool] = True
+    packages: ClassVar[tuple[str, ...]] = ()
+    extra: ClassVar[str] = "tasks"
+
+    def refuses(self, info: ModelInfo) -> str | None:
+        """A model that such tasks cannot be put to, or None."""
+        return _wrong_task(plugins.load("tasks.kinds", self.answers, TaskKind).models, info)
+
+    @abc.abstractmethod
+    def score(self, example: Mapping[str, Any], answer: Any) -> Sequence[float]:
+        """One example's numbers, equally many for each, from its columns and the model's answer."""
+
+    def value(self, scores: NDArray[np.float64]) -> float:
+        """The value of some examples from their numbers (examples, k), one row or more."""
+        return float(scores[:, 0].mean())
+
+
+class TokenObjective(QualityObjective):
+    """One value per token; the study sees their mean, transformed, with its standard error.
+
+    A classification model answers once per window: what is said of tokens here is then said of windows.
+    """
+
+    tasks: ClassVar[frozenset[Task]] = frozenset({"causal", "masked", "seq2seq", "classification"})
 
     def refuses(self, info: ModelInfo) -> str | None:
         """A model of another task, or None."""
@@ -78,10 +129,6 @@ class TokenObjective(Objective):
     @abc.abstractmethod
     def per_token(self, chunk: TokenChunk) -> Tensor:
         """Values (t,) float32; NaN for tokens that do not count."""
-
-    def transform(self, mean: float, stderr: float) -> tuple[float, float]:
-        """The objective's value and standard error from the mean over tokens and its error."""
-        return mean, stderr
 
 
 class TableObjective(Objective):
@@ -96,7 +143,7 @@ class LatencyObjective(Objective):
     """Milliseconds on the target: predicted from a table, then timed end to end."""
 
     unit: ClassVar[str] = "ms"
-    tasks: ClassVar[frozenset[Task]] = frozenset({"causal", "masked", "seq2seq", "encoder"})
+    tasks: ClassVar[frozenset[Task]] = frozenset({"causal", "masked", "seq2seq", "encoder", "classification"})
 
     def refuses(self, info: ModelInfo) -> str | None:
         """A model of another task, or None."""

@@ -19,7 +19,7 @@ from autoq import plugins
 from autoq.assignment import Assignment
 from autoq.errors import AutoQError, BadInput, NotFinite
 from autoq.measurement import Measurement
-from autoq.objectives import computed
+from autoq.objectives import TokenObjective, computed
 from autoq.search.executors import MAX_ATTEMPTS, Executor, Failure, Job, Result, make_executor
 from autoq.search.observer import Observer
 from autoq.search.optuna_study import AskTell, Row, State
@@ -361,6 +361,8 @@ class _Run:
         for name in problem.qualities:
             if name not in spec.objectives:
                 continue  # it bounds what is feasible; who beats whom is a matter of the objectives
+            if not isinstance(problem.objectives[name], TokenObjective):
+                return None  # labelled examples are few, and all of them are evaluated
             found = self.store.token_values(self.study.id, chosen, name, "search")
             if found is None:
                 return None

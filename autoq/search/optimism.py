@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from autoq.measurement import Part
-from autoq.objectives import TokenObjective
+from autoq.objectives import QualityObjective
 from autoq.statistics import block_sums, error_of_mean
 from autoq.store import Store, TrialRecord
 
@@ -33,7 +33,7 @@ BLOCK_TOKENS = 256
 PARTS: tuple[Part, Part] = ("search", "report")
 
 
-def optimism(store: Store, study_id: int, name: str, objective: TokenObjective) -> dict[str, Any] | None:
+def optimism(store: Store, study_id: int, name: str, objective: QualityObjective) -> dict[str, Any] | None:
     """`{"objective", "ratio", "stderr", "frontier": {number: report/search}, "baselines": {number: …}}`.
 
     None where no frontier point or no baseline has the objective on both parts and above zero.
@@ -79,7 +79,7 @@ def _error_of_texts(
     trials: Sequence[TrialRecord],
     weights: Mapping[int, float],
     name: str,
-    objective: TokenObjective,
+    objective: QualityObjective,
 ) -> float | None:
     """Standard error of Σ weight · log(report / search), None without all values per token."""
     variance = 0.0

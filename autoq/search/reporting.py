@@ -19,7 +19,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from autoq.measurement import Measurement
-from autoq.objectives import TokenObjective
+from autoq.objectives import QualityObjective
 from autoq.search.executors import Executor, Job, completed
 from autoq.search.observer import Observer
 from autoq.search.optimism import optimism
@@ -53,10 +53,10 @@ def report(
     points = _points(problem, store, study_id, also)
     sweeps = SWEEPS if problem.timed else 0
     metered = bool(problem.energies) and problem.target.runs_on is not None
-    observer.stage("report", len(points) * (bool(problem.qualities) + sweeps + metered))
+    observer.stage("report", len(points) * (bool(problem.reported) + sweeps + metered))
     stage = _Stage(store, study_id, executor, observer)
-    if problem.qualities:
-        stage.measure(points, problem.qualities)
+    if problem.reported:
+        stage.measure(points, problem.reported)
     for sweep in range(sweeps):
         stage.time(points if sweep % 2 == 0 else points[::-1], problem.timed, sweep)
     if metered:
@@ -70,7 +70,7 @@ def _look_back(problem: Problem, store: Store, study_id: int) -> None:
     if name is None:
         return
     objective = problem.objectives[name]
-    assert isinstance(objective, TokenObjective)
+    assert isinstance(objective, QualityObjective)
     if (found := optimism(store, study_id, name, objective)) is not None:
         store.put_table(study_id, "optimism", found)
     if (view := sampler_view(store.trials(study_id, states=ENDED), name)) is not None:

@@ -20,7 +20,15 @@ from autoq import models, plugins, recipes
 from autoq.assignment import Assignment
 from autoq.errors import SpecError
 from autoq.layer import ModelInfo
-from autoq.objectives import EnergyObjective, LatencyObjective, Objective, TableObjective, TokenObjective
+from autoq.objectives import (
+    EnergyObjective,
+    LatencyObjective,
+    Objective,
+    QualityObjective,
+    TableObjective,
+    TaskObjective,
+)
+from autoq.objectives import load as load_objective
 from autoq.search import seeds
 from autoq.search.executors import Executor, Job
 from autoq.search.observer import Observer
@@ -28,9 +36,10 @@ from autoq.search.samplers import Sampler
 from autoq.search.sensitivity import gather
 from autoq.search.space import SearchSpace, build_space, refusal
 from autoq.search.stages import run_job
-from autoq.spec import StudySpec
+from autoq.spec import StudySpec, split_objective
 from autoq.store import Store, StudyRecord
-from autoq.targets import CostTable, Target, load_target
+from autoq.targets import CostTable, Target, load_target, missing_packages
+from autoq.tasks import TaskKind, source_of
 
 RESTLESS = 0.25  # drift of a machine beyond which a latency table says more of the moment than of the machine
 
@@ -80,7 +89,12 @@ class Problem:
     @property
     def qualities(self) -> list[str]:
         """The objectives that need the model to run on data."""
-        return [name for name, objective in self.objectives.items() if isinstance(objective, TokenObjective)]
+        return [name for name, objective in self.objectives.items() if isinstance(objective, QualityObjective)]
+
+    @property
+    def reported(self) -> list[str]:
+        """Those, and what is measured in the report only."""
+        return [*self.qualities, *self.spec.reported]
 
     @property
     def steering(self) -> list[str]:
@@ -102,10 +116,13 @@ def pose(spec: StudySpec) -> Problem:
     if (rule := target.refuses_model(info)) is not None:
         raise SpecError(f"target.name: {spec.target.name} cannot run {spec.model.id!r}: {rule}")
     info = dataclasses.replace(info, other_bytes=target.other_bytes(info, spec.model))
-    objectives = {name: plugins.load("objectives", name, Objective) for name in spec.measured}
-    for name, objective in objectives.items():
+    objectives = {name: load_objective(name) for name in spec.measured}
+    for name, objective in (objectives | {name: load_objective(name) for name in spec.reported}).items():
+        if name in spec.reported and not isinstance(objective, QualityObjective):
+            raise SpecError(f"report: {name} needs no data to be measured on; put it under objectives")
         if (rule := objective.refuses(info)) is not None:
             raise SpecError(f"objectives: {name} does not fit model {spec.model.id!r}: {rule}")
+        _refuse_task(name, objective, spec)
         if isinstance(objective, LatencyObjective) and name not in target.latencies:
             can = ", ".join(sorted(target.latencies)) or "none"
             raise SpecError(f"objectives: target {spec.target.name} does not time {name}; it times {can}")
@@ -119,6 +136,16 @@ def pose(spec: StudySpec) -> Problem:
         raise SpecError(f"sampler: {spec.sampler.name}: {rule}")
     _refuse_out_of_reach(problem)
     return problem
+
+
+def _refuse_task(name: str, objective: Objective, spec: StudySpec) -> None:
+    """Refuse a task that is not there, and one where none is needed."""
+    if isinstance(objective, TaskObjective):
+        source_of(name, plugins.load("tasks.kinds", objective.answers, TaskKind), spec)
+        if (missing := missing_packages(objective.packages, objective.extra)) is not None:
+            raise SpecError(f"objectives: {name}: {missing}")
+    elif split_objective(name)[1] is not None:
+        raise SpecError(f"objectives: {name}: {split_objective(name)[0]} is not measured on labelled examples")
 
 
 def _refuse_out_of_reach(problem: Problem) -> None:
@@ -139,10 +166,15 @@ def _refuse_out_of_reach(problem: Problem) -> None:
 def create_study(store: Store, spec: StudySpec) -> StudyRecord:
     """Validate a spec and write a new study. Raises `BadInput` and then has written nothing."""
     problem = pose(spec)
-    if problem.qualities:
+    if problem.reported:
         from autoq.calibration.text import load_text
 
         load_text(spec.data)
+    for name in problem.reported:
+        objective = load_objective(name)
+        if isinstance(objective, TaskObjective):
+            kind = plugins.load("tasks.kinds", objective.answers, TaskKind)
+            kind.read(source_of(name, kind, spec), problem.info)
     proposals = _read_recipes(problem)
     facts = [(name, problem.objectives[name].unit, problem.objectives[name].direction) for name in spec.objectives]
     study = store.create_study(spec, facts)
@@ -195,7 +227,7 @@ def make_plan(
 
 
 def _size(problem: Problem, indices: Sequence[int]) -> float:
-    objective = plugins.load("objectives", "size_bytes", Objective)
+    objective = load_objective("size_bytes")
     assert isinstance(objective, TableObjective)
     return objective.compute(problem.info, problem.space.assignment(indices))
 

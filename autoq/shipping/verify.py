@@ -178,6 +178,10 @@ def _quality(
         Check("outputs", f"≤ {limit:.0e} {unit}", f"{compared.apart:.1e} from the searched", compared.apart <= limit)
     ]
     note = f"{compared.tokens} tokens"
+    for name, answered in manifest.measurements.items():
+        if "task" in answered.detail:
+            why = "examples were answered by the searched model, whose outputs the runtime's are held against"
+            checks.append(Check(name, _value(answered), "not compared", None, why))
     for here, there in zip(compared.here, compared.there, strict=True):
         promise = manifest.measurements.get(there.objective)
         if promise is None:

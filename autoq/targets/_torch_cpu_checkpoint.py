@@ -87,7 +87,8 @@ class Checkpoint:
                 told = json.loads((file.metadata() or {})[_KEY])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             layers = tuple(Layer(**{**facts, "tied": tuple(facts["tied"])}) for facts in told["info"]["layers"])
-            self.info = ModelInfo(**{**told["info"], "layers": layers})
+            labels = tuple(told["info"].get("labels", ()))
+            self.info = ModelInfo(**{**told["info"], "layers": layers, "labels": labels})
             self.aliases: dict[str, str] = dict(told["aliases"])
             self.quantized = {
                 name: self._take(tensors, self.info.layer(name), parse_scheme(text))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from autoq import device
 from autoq.errors import ModelRefused, SpecError
+from autoq.layer import ONE_PASS
 from autoq.measurement import Measurement
 from autoq.models.loaded import LoadedModel
 from autoq.spec import TargetSpec
@@ -53,12 +54,12 @@ class Session:
 
     Decoder-only models prefill the prompt and compute the logits of its last position only, where
     the architecture can. Encoder-decoders prefill the encoder and the decoder's start token, and a
-    step is the decoder's. Encoders and masked models have no steps.
+    step is the decoder's. Encoders, masked models and classifiers have no steps.
     """
 
     def __init__(self, model: LoadedModel, workload: TargetSpec) -> None:
         info, self._task = model.info, model.info.task
-        self.phases = (PREFILL,) if self._task in ("encoder", "masked") else (PREFILL, DECODE)
+        self.phases = (PREFILL,) if self._task in ONE_PASS else (PREFILL, DECODE)
         steps = STEPS + 1 if self._task == "causal" else 0
         if info.max_positions is not None and workload.prompt_tokens + steps > info.max_positions:
             raise SpecError(
@@ -78,7 +79,7 @@ class Session:
 
     def prefill(self) -> dict[str, Any]:
         """Run the prompt; returns what the next step needs."""
-        if self._task in ("encoder", "masked"):
+        if self._task in ONE_PASS:
             self._model(input_ids=self._prompt)
             return {}
         output = self._model(input_ids=self._prompt, use_cache=True, **self._extra)

@@ -40,6 +40,9 @@ class Toy:
     def modules_of(self, _):
         return [self.layer]
 
+    def positions(self, tokens):
+        return tokens
+
     def outputs(self, ids):
         hidden = 0
         for run in range(self.runs):

@@ -38,6 +38,9 @@ EXPECTED: dict[str, tuple[str, dict[str, list[str]], int, tuple[str, ...]]] = {
     "gpt-neox": ("causal", {}, 2, ()),
     "opt": ("causal", {"self_attn": ["q_proj", "k_proj", "v_proj"]}, 2, ("model.decoder.embed_tokens",)),
     "bert": ("encoder", BERT_GROUPS, 2, ()),
+    "bert-classifier": ("classification", BERT_GROUPS, 2, ()),
+    "roberta-classifier": ("classification", BERT_GROUPS, 2, ()),
+    "llama-classifier": ("classification", LLAMA_GROUPS, 2, ()),
     "bert-mlm": ("masked", BERT_GROUPS, 2, ("bert.embeddings.word_embeddings",)),
     "roberta": ("masked", BERT_GROUPS, 2, ("roberta.embeddings.word_embeddings",)),
     "albert": ("masked", {"attention": ["query", "key", "value"]}, 1, ("albert.embeddings.word_embeddings",)),
@@ -154,7 +157,7 @@ class TestFamily:
 
     def test_the_head_and_what_is_tied_to_it(self, family, loaded):
         heads = [layer for layer in loaded.info.layers if layer.kind == "head"]
-        if loaded.info.task == "encoder":
+        if loaded.info.task in ("encoder", "classification"):
             assert heads == []
         else:
             assert [set(head.tied) for head in heads] == [set(EXPECTED[family][3])]
@@ -162,8 +165,9 @@ class TestFamily:
 
     def test_outputs_are_finite_and_have_one_row_per_token(self, loaded):
         outputs = loaded.outputs(IDS)
-        width = 32 if loaded.info.task == "encoder" else 300
-        assert outputs.shape == (2, 40, width)
+        width = {"encoder": 32, "classification": len(loaded.info.labels)}.get(loaded.info.task, 300)
+        assert outputs.shape == (2, loaded.positions(40), width)
+        assert loaded.positions(40) == (1 if loaded.info.task == "classification" else 40)
         assert bool(outputs.isfinite().all())
 
     def test_swapping_any_layer_changes_the_outputs_and_restoring_is_exact(self, loaded):

@@ -8,7 +8,7 @@ import torch
 from autoq import plugins
 from autoq.assignment import Assignment
 from autoq.layer import Layer, ModelInfo
-from autoq.objectives import EnergyObjective, LatencyObjective, Objective, TableObjective, TokenChunk, TokenObjective
+from autoq.objectives import EnergyObjective, LatencyObjective, Objective, QualityObjective, TableObjective, TokenChunk
 from autoq.scheme import Keep, parse_scheme
 
 LAYERS = (
@@ -34,7 +34,7 @@ def get(name):
 @pytest.mark.parametrize("name", plugins.names("objectives"))
 def test_every_objective_keeps_the_contract(name):
     objective = get(name)
-    assert isinstance(objective, TokenObjective | TableObjective | LatencyObjective | EnergyObjective)
+    assert isinstance(objective, QualityObjective | TableObjective | LatencyObjective | EnergyObjective)
     assert objective.unit
     assert objective.direction in ("minimize", "maximize")
     assert plugins.summary("objectives", name).endswith(".")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,17 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
     "bert": ("BertConfig", "BertModel", _BERT_LIKE),
+    "bert-classifier": ("BertConfig", "BertForSequenceClassification", {**_BERT_LIKE, "num_labels": 3}),
+    "roberta-classifier": (
+        "RobertaConfig",
+        "RobertaForSequenceClassification",
+        {**_BERT_LIKE, "max_position_embeddings": 66, "num_labels": 2},
+    ),
+    "llama-classifier": (
+        "LlamaConfig",
+        "LlamaForSequenceClassification",
+        {**_LLAMA_LIKE, "num_labels": 2, "pad_token_id": None},
+    ),
     "bert-mlm": ("BertConfig", "BertForMaskedLM", _BERT_LIKE),
     "roberta": ("RobertaConfig", "RobertaForMaskedLM", {**_BERT_LIKE, "max_position_embeddings": 66}),
     "albert": ("AlbertConfig", "AlbertForMaskedLM", {**_BERT_LIKE, "embedding_size": 16}),
@@ -131,3 +143,22 @@ def save(family: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path
         save_file(tensors, file, metadata={"format": "pt"})
     tokenizer().save_pretrained(folder)
     return folder
+
+
+def train(model: Any, batches: Iterable[dict[str, torch.Tensor]], rate: float = 1e-2) -> Any:
+    """Teach a model that gives a `loss` on each batch, once each; gives it back in eval mode.
+
+    On one thread: two on a busy machine wait for each other, forty times as long as they work.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        optimizer = torch.optim.AdamW(model.train().parameters(), lr=rate)
+        for batch in batches:
+            optimizer.zero_grad()
+            model(**batch).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+    finally:
+        torch.set_num_threads(before)
+    return model.eval()
