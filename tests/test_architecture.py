@@ -21,7 +21,7 @@ MAPPED = {"workers": "autoq.workers", "studies": "autoq.studies", "dashboards": 
 
 VOCABULARY = {
     *("errors", "scheme", "layer", "assignment", "measurement", "statistics", "plugins"),
-    *("spec", "spec_errors", "strict_yaml", "cache", "device", "energy"),
+    *("spec", "spec_errors", "strict_yaml", "cache", "device", "energy", "trained"),
 }
 NUMBERS = {
     "methods",
@@ -35,6 +35,7 @@ NUMBERS = {
     "evaluation",
     "reference",
     "chunks",
+    "recovery",
     "workers",
 }
 
@@ -52,7 +53,8 @@ IMPORTS: dict[str, set[str]] = {
     "reference": {"models"},
     "chunks": {"models", "objectives", "reference"},
     "quantized_model": {"methods", "models", "targets", "calibration", "bank"},
-    "evaluation": {"models", "targets", "calibration", "objectives", "reference", "chunks", "quantized_model"},
+    "recovery": {"methods", "models", "calibration", "objectives", "reference", "chunks", "quantized_model"},
+    "evaluation": {"models", "targets", "calibration", "objectives", "bank", "reference", "chunks", "quantized_model"},
     "workers": {"search.executors"},
     "recipes": {"methods", "targets", "kernels", "shipping.manifest"},
     "search": {"recipes", "store", "objectives", "targets", "methods", "models", "evaluation"},
@@ -71,6 +73,7 @@ LAZY: dict[str, set[str]] = {
     "vocabulary": {"studies"},
     "targets": {"methods", "models"},
     "workers": {"evaluation"},
+    "evaluation": {"recovery"},
     "search": {"calibration"},
     "shipping": {"evaluation", "models"},
     "study": {"search", "display", "dashboards", "shipping", "targets"},

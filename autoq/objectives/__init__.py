@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from autoq import plugins
 from autoq.assignment import Assignment
 from autoq.energy.estimate import Estimate
 from autoq.layer import ModelInfo, Task
@@ -82,6 +83,13 @@ class TokenObjective(Objective):
     def transform(self, mean: float, stderr: float) -> tuple[float, float]:
         """The objective's value and standard error from the mean over tokens and its error."""
         return mean, stderr
+
+
+def distance_of(task: Task) -> TokenObjective:
+    """How far outputs of a model for `task` are from the unquantized model's: the objective that says so."""
+    found = plugins.load("objectives", "cosine_distance" if task == "encoder" else "kl_nats_per_token", Objective)
+    assert isinstance(found, TokenObjective)
+    return found
 
 
 class TableObjective(Objective):
