@@ -159,12 +159,7 @@ class Bank:
 
     def _write(self, path: Path, weight: QuantizedWeight) -> None:
         """Store an entry if there is room. A full disk is counted, not raised: the result is at hand."""
-        metadata = {
-            "scheme": str(weight.scheme),
-            "shape": json.dumps(weight.shape),
-            "checksum": _checksum(weight.scheme, weight.shape, weight.tensors),
-        }
-        content = safetensors.torch.save(dict(weight.tensors), metadata)
+        content = pack(weight)
         try:
             if not self._make_room(len(content)):
                 self.disk_full += 1
@@ -208,6 +203,29 @@ class Bank:
                 Path(path).unlink()
                 self.evicted += 1
             total -= size
+
+
+def digest(weight: QuantizedWeight) -> str:
+    """What names a quantized weight that no method makes again: the hex hash of its scheme, shape and tensors."""
+    return _checksum(weight.scheme, weight.shape, weight.tensors)
+
+
+def pack(weight: QuantizedWeight) -> bytes:
+    """A quantized weight as the content of a safetensors file."""
+    metadata = {"scheme": str(weight.scheme), "shape": json.dumps(weight.shape), "checksum": digest(weight)}
+    content: bytes = safetensors.torch.save(dict(weight.tensors), metadata)
+    return content
+
+
+def unpack(content: bytes, scheme: Scheme, shape: tuple[int, int], expected: str) -> QuantizedWeight:
+    """The inverse of `pack`, for the weight whose digest is `expected`. Raises `AutoQError` for anything else."""
+    try:
+        found = _parse(content, scheme, shape)
+    except _BROKEN as problem:
+        raise AutoQError(f"trained weights {expected[:12]}… as {scheme} are damaged: {problem}") from problem
+    if digest(found) != expected:
+        raise AutoQError(f"trained weights {expected[:12]}… as {scheme} are damaged: they are others")
+    return found
 
 
 def _parse(content: bytes, scheme: Scheme, shape: tuple[int, int]) -> QuantizedWeight:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from autoq.assignment import Assignment
+from autoq.bank import digest, pack
 from autoq.calibration import curvature, slopes
 from autoq.chunks import chunks, mean_loss
 from autoq.device import fingerprint
@@ -28,7 +29,7 @@ from autoq.errors import ModelRefused, NotFinite
 from autoq.layer import Layer
 from autoq.measurement import Comparison, Measurement, Part, Probe
 from autoq.models.prefix import PrefixStates
-from autoq.objectives import TokenObjective
+from autoq.objectives import TokenObjective, distance_of
 from autoq.objectives import load as load_objective
 from autoq.quantized_model import QuantizedModel
 from autoq.reference import Reference, distance, make_reference
@@ -38,7 +39,6 @@ from autoq.statistics import Rival, mean_and_stderr, shards
 from autoq.targets import CostTable
 from autoq.tasks.runner import TaskRunner
 
-_DISTANCE = {"encoder": "cosine_distance"}  # how far outputs are from the unquantized model's, by task
 SLOPE_TOKENS = 1024  # one backward pass over all of them at once, so memory grows with them
 _STATES_SHARE = 4  # hidden states get this part of the memory that a worker may fill
 
@@ -158,7 +158,7 @@ class Evaluator(QuantizedModel):
 
         self.model.swap(self.swappable(assignment)[0])
         try:
-            loss = functools.partial(mean_loss, self.model, self._distance(), reference, first, ids)
+            loss = functools.partial(mean_loss, self.model, distance_of(self.info.task), reference, first, ids)
             value, table = slopes.gather(self.model, ids, loss, [self.info.layer(name) for name in choices], weights)
         finally:
             self.model.restore()
@@ -196,7 +196,7 @@ class Evaluator(QuantizedModel):
 
     @staticmethod
     def _texts(assignment: Assignment) -> dict[str, str]:
-        return {name: str(scheme) for name, scheme in assignment.items() if not isinstance(scheme, Keep)}
+        return {name: assignment.text(name) for name, scheme in assignment.items() if not isinstance(scheme, Keep)}
 
     def probe(self, perturbed: Sequence[tuple[str, str]], tokens: int) -> list[Probe]:
         """The loss of each (layer, scheme) alone, on at most `tokens` tokens of the calibration part.
@@ -206,7 +206,7 @@ class Evaluator(QuantizedModel):
         data = self.parts.calibration
         data = data[: max(1, tokens // data.shape[1])]
         reference = self._reference_for("calibration", data)
-        objective = self._distance()
+        objective = distance_of(self.info.task)
         values = torch.full((len(perturbed), *self._shape(data)), torch.nan, dtype=torch.float64)
         passes = [0.0] * len(perturbed)
         alone = [Assignment({name: parse_scheme(text)}) for name, text in perturbed]
@@ -237,7 +237,7 @@ class Evaluator(QuantizedModel):
         with torch.inference_mode():
             reference = make_reference(self.model, data, self.share_bytes)
         here, there = (_Tally(self._objectives, self._shape(data)) for _ in range(2))
-        moves = self._distance()
+        moves = distance_of(self.info.task)
         apart, moved = 0.0, 0.0
         with self.swapped(assignment), torch.inference_mode():
             for index, window in enumerate(data):
@@ -256,12 +256,6 @@ class Evaluator(QuantizedModel):
             {name: self._paired(name, here, there) for name in here.values},
             data.numel(),
         )
-
-    def _distance(self) -> TokenObjective:
-        """How far outputs are from the unquantized model's."""
-        distance = load_objective(_DISTANCE.get(self.info.task, "kl_nats_per_token"))
-        assert isinstance(distance, TokenObjective)
-        return distance
 
     def _paired(self, name: str, here: _Tally, there: _Tally) -> float:
         mean, _, _ = mean_and_stderr(here.values[name].numpy())
@@ -330,9 +324,7 @@ class Evaluator(QuantizedModel):
 
     def time(self, assignment: Assignment) -> list[Measurement]:
         """Latency of the assembled model, end to end on the target."""
-        weights = {
-            name: self.quantized(name, scheme) for name, scheme in assignment.items() if not isinstance(scheme, Keep)
-        }
+        weights = self.layers(assignment)
         wanted = set(self.spec.measured)
         return [m for m in self.target.time(self.model, weights, self.spec.target) if m.objective in wanted]
 
@@ -342,12 +334,29 @@ class Evaluator(QuantizedModel):
         with opened(self.target.runs_on) as meters:
             if not meters:
                 return []
-            weights = {
-                name: self.quantized(name, scheme)
-                for name, scheme in assignment.items()
-                if not isinstance(scheme, Keep)
-            }
-            return self.target.meter(self.model, weights, self.spec.target, meters)
+            return self.target.meter(self.model, self.layers(assignment), self.spec.target, meters)
+
+    def recover(
+        self,
+        assignment: Assignment,
+        steps: int,
+        tokens: int | None,
+        windows: int,
+        rate: float,
+        seed: int,
+        tell: Callable[[int, float, float], None],
+        note: Callable[[str], None],
+        checkpoints: str,
+    ) -> tuple[dict[str, tuple[str, bytes]], dict[str, Any]]:
+        """Train what can be trained of `assignment`: layer -> digest and content, and the facts of the training.
+
+        `tell` hears of every step, `note` of what is worth knowing. Raises `AutoQError` where nothing was gained.
+        """
+        from autoq.recovery.trainer import SCALE_RATE, WEIGHT_RATE, Plan, recover
+
+        plan = Plan(steps, windows, WEIGHT_RATE * rate, SCALE_RATE * rate, seed)
+        found = recover(self, assignment, plan, tokens, Path(checkpoints), tell, note)
+        return {name: (digest(layer), pack(layer)) for name, layer in found.layers.items()}, dict(found.facts)
 
     # -- the reference ----------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ import psutil
 import torch
 from torch import Tensor
 
-from autoq import plugins
+from autoq import plugins, trained
 from autoq.assignment import Assignment
-from autoq.bank import Bank
+from autoq.bank import Bank, unpack
 from autoq.cache import cache_dir
 from autoq.calibration import curvature
 from autoq.calibration.text import windows
@@ -104,6 +104,33 @@ class QuantizedModel:
         with _naming(name, scheme):
             return self.bank.quantized(self.model.weight(name).cpu(), self._hash(name), scheme, statistics, calibration)
 
+    def layers(self, assignment: Assignment, names: Iterable[str] | None = None) -> dict[str, QuantizedWeight]:
+        """The layers of an assignment (default: all that are not kept) as they ship, trained ones as they were trained.
+
+        Raises `AutoQError` where a trained layer is not on this machine.
+        """
+        chosen = (n for n, s in assignment.items() if not isinstance(s, Keep)) if names is None else names
+        return {name: self._layer(assignment, name) for name in chosen}
+
+    def _layer(self, assignment: Assignment, name: str) -> QuantizedWeight:
+        scheme, digest = assignment[name], assignment.trained.get(name)
+        if digest is None:
+            return self.quantized(name, scheme)
+        layer = self.info.layer(name)
+        try:
+            content = trained.path_of(digest).read_bytes()
+        except OSError:
+            raise AutoQError(
+                f"layer {name} was trained, and its weights {digest[:12]}… are not on this machine"
+            ) from None
+        return unpack(content, scheme, (layer.out_features, layer.in_features), digest)
+
+    def _dequantized_of(self, assignment: Assignment, name: str) -> Tensor:
+        if name not in assignment.trained:
+            return self.dequantized(name, assignment[name])
+        original = self.model.weight(name)
+        return self._layer(assignment, name).dequantize(original.dtype).to(original.device)
+
     def statistics(self, name: str) -> Statistics:
         """The layer's calibration statistics, gathered where they are not yet."""
         return curvature.load(Path(self.calibrate()), name)
@@ -134,7 +161,7 @@ class QuantizedModel:
         for name, scheme in assignment.items():
             if isinstance(scheme, Keep):
                 continue
-            weights[name] = self.dequantized(name, scheme)
+            weights[name] = self._dequantized_of(assignment, name)
             if (function := self.activation(name, scheme)) is not None:
                 activations[name] = function
         return weights, activations
@@ -157,6 +184,16 @@ class QuantizedModel:
         return self._path
 
     def _find_statistics_path(self) -> Path:
+        digest = self._digest()
+        digest.update(self.parts.calibration.numpy().tobytes())
+        digest.update(f"{self.spec.data.seed} {self.info.task} {CURVATURE_TOKENS} 10".encode())
+        return cache_dir() / "statistics" / f"{digest.hexdigest()[:32]}.safetensors"
+
+    def identity(self) -> str:
+        """A digest of the model: of every weight, and of what its config says."""
+        return self._digest().hexdigest()
+
+    def _digest(self) -> hashlib._Hash:
         digest = hashlib.sha256()
         for layer in self.info.layers:
             digest.update(f"{layer.name} {self._hash(layer.name)}\n".encode())
@@ -168,9 +205,7 @@ class QuantizedModel:
         config: Any = self.model.model.config
         told = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
         digest.update(json.dumps(told, sort_keys=True, default=str).encode())
-        digest.update(self.parts.calibration.numpy().tobytes())
-        digest.update(f"{self.spec.data.seed} {self.info.task} {CURVATURE_TOKENS} 10".encode())
-        return cache_dir() / "statistics" / f"{digest.hexdigest()[:32]}.safetensors"
+        return digest
 
     @contextlib.contextmanager
     def swapped(self, assignment: Assignment) -> Iterator[None]:

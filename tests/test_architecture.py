@@ -21,7 +21,7 @@ MAPPED = {"workers": "autoq.workers", "studies": "autoq.studies", "dashboards": 
 
 VOCABULARY = {
     *("errors", "scheme", "layer", "assignment", "measurement", "statistics", "plugins"),
-    *("granularity", "sparsity", "spec", "spec_errors", "strict_yaml", "cache", "device", "energy"),
+    *("granularity", "sparsity", "spec", "spec_errors", "strict_yaml", "cache", "device", "energy", "trained"),
 }
 NUMBERS = {
     "methods",
@@ -36,6 +36,7 @@ NUMBERS = {
     "reference",
     "chunks",
     "tasks",
+    "recovery",
     "workers",
 }
 
@@ -54,6 +55,7 @@ IMPORTS: dict[str, set[str]] = {
     "reference": {"models"},
     "chunks": {"models", "objectives", "reference"},
     "quantized_model": {"methods", "models", "targets", "calibration", "bank"},
+    "recovery": {"methods", "models", "calibration", "objectives", "reference", "chunks", "quantized_model"},
     "evaluation": {"models", "targets", "calibration", "objectives", "reference", "chunks", "quantized_model", "tasks"},
     "workers": {"search.executors"},
     "recipes": {"methods", "targets", "kernels", "shipping.manifest"},
@@ -73,6 +75,7 @@ LAZY: dict[str, set[str]] = {
     "vocabulary": {"studies"},
     "targets": {"methods", "models"},
     "workers": {"evaluation"},
+    "evaluation": {"recovery"},
     "search": {"calibration"},
     "tasks": {"calibration"},
     "shipping": {"evaluation", "models"},

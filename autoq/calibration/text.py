@@ -1,10 +1,11 @@
-"""Text and its three disjoint parts: calibration, search, report.
+"""Text and its disjoint parts: calibration, search, report, and what is left for recovery.
 
 The text is tokenized once and cut into consecutive cells, each as long as one window holds. A
 permutation drawn from `data.seed` shuffles the cells, so that each part is spread over the whole text
 instead of lying in one chapter of it. The first cells become calibration windows, the next search
-windows, the next report windows. No token of the text is in two parts, and a part never depends on
-how many tokens a later one asks for: more report tokens leave what was searched on as it was.
+windows, the next report windows, and all others are free to train on. No token of the text is in two parts,
+and a part never depends on how many tokens a later one asks for: more report tokens leave what was searched on
+as it was.
 
 Where the tokenizer frames a text with special tokens (a BOS, or [CLS] … [SEP]), every window is
 framed likewise: models that were trained with them are far off without. They count as tokens of the
@@ -57,6 +58,43 @@ def windows(spec: DataSpec, tokenizer: Any, max_positions: int | None) -> Parts:
     windows as its tokens allow; one that asks for less than a window gets one shorter window. Raises
     `DataRefused` for text that cannot be read or is too short.
     """
+    cut = _cut(spec, tokenizer, max_positions)
+    parts = {}
+    start = 0
+    for name, count in cut.counts.items():
+        parts[name] = cut.framed(start, count, min(cut.window, getattr(spec, f"{name}_tokens")))
+        start += count
+    return Parts(**parts)
+
+
+def recovery_windows(spec: DataSpec, tokenizer: Any, max_positions: int | None) -> Tensor:
+    """The windows (n, window) that `windows` leaves: in no part, each of full length. May be none.
+
+    Raises as `windows` does.
+    """
+    cut = _cut(spec, tokenizer, max_positions)
+    taken = sum(cut.counts.values())
+    return cut.framed(taken, len(cut.cells) - taken, cut.window)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A text in shuffled cells (n, cell), and how many of them each part takes, in this order."""
+
+    cells: Tensor
+    counts: dict[str, int]
+    window: int
+    prefix: Tensor
+    suffix: Tensor
+
+    def framed(self, start: int, count: int, window: int) -> Tensor:
+        """Windows (count, window) of the cells from `start` on."""
+        length = max(1, window - len(self.prefix) - len(self.suffix))
+        drawn = self.cells[start : start + count, :length]
+        return torch.cat([self.prefix.expand(count, -1), drawn, self.suffix.expand(count, -1)], dim=1)
+
+
+def _cut(spec: DataSpec, tokenizer: Any, max_positions: int | None) -> _Cut:
     text = load_text(spec)
     tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
     prefix, suffix = _frame(tokenizer)
@@ -81,14 +119,7 @@ def windows(spec: DataSpec, tokenizer: Any, max_positions: int | None) -> Parts:
 
     order = np.random.default_rng(spec.seed).permutation(available)
     cells = tokens[: available * cell].view(available, cell)[torch.from_numpy(order)]
-    parts = {}
-    start = 0
-    for name, count in counts.items():
-        length = min(window, wanted[name]) - len(prefix) - len(suffix)
-        drawn = cells[start : start + count, : max(1, length)]
-        parts[name] = torch.cat([prefix.expand(count, -1), drawn, suffix.expand(count, -1)], dim=1)
-        start += count
-    return Parts(**parts)
+    return _Cut(cells, counts, window, prefix, suffix)
 
 
 def _frame(tokenizer: Any) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -82,19 +82,24 @@ def verify(
         int | None, typer.Option(min=1, help="Tokens of the report data to evaluate; default: 4096.")
     ] = None,
     latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Whether to time it.")] = True,
+    db: Db = DEFAULT_DB,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Hold an export against what was measured, in its runtime.
 
     Bytes, formats, outputs, quality on the report data, latency. Exits with 1 if anything differs
-    beyond its tolerance.
+    beyond its tolerance. The database is asked only for a trial that was trained, on a machine that has no copy of it.
     """
     gc.enable()
     from autoq.shipping.verify import REPORT_TOKENS
     from autoq.shipping.verify import verify as check
 
-    report = check(folder, tokens or REPORT_TOKENS, latency, _teller(quiet))
+    def fetch(digests: Iterable[str]) -> Mapping[str, bytes]:
+        with open_store(db) as store:
+            return store.trained_layers(digests)
+
+    report = check(folder, tokens or REPORT_TOKENS, latency, _teller(quiet), fetch)
     if as_json:
         print_json(report.to_json())
     else:

@@ -152,7 +152,7 @@ def pick(
     import yaml
 
     # The offer comes last: its assignment is not the one that was picked.
-    wanted = ("study", "number", "baseline", "hash", "measurements", "no_better_than", "assignment", "offer")
+    wanted = ("study", "number", "baseline", "parent", "hash", "measurements", "no_better_than", "assignment", "offer")
     kept = {key: found[key] for key in wanted if found.get(key)}
     for measurement in kept["measurements"].values():
         del measurement["detail"]

@@ -27,9 +27,8 @@ def document(study: StudyRecord, a: TrialRecord, b: TrialRecord, layers: Mapping
     assert b.assignment is not None
     differing: dict[str, dict[str, Any]] = {}
     for name, schemes in diff(a.assignment, b.assignment).items():
-        entry: dict[str, Any] = {
-            side: str(scheme) if scheme else None for side, scheme in zip("ab", schemes, strict=True)
-        }
+        sides = zip("ab", (a.assignment, b.assignment), strict=True)
+        entry: dict[str, Any] = {side: own.short_text(name) if name in own else None for side, own in sides}
         if layers is not None and name in layers:
             entry |= {f"bytes_{side}": layers[name].nbytes(s) for side, s in zip("ab", schemes, strict=True) if s}
         differing[name] = entry

@@ -33,6 +33,7 @@ STAGES = {
     "quantize": "quantizing layers",
     "time": "timing kernels",
     "search": "searching",
+    "recover": "training",
     "report": "measuring the frontier on the report data",
 }
 
@@ -53,6 +54,7 @@ class Tally(Observer):
         self.failed = self.stopped = 0
         self.done = 0
         self.budget = 0
+        self._loss: float | None = None
         self._began = time.monotonic()
         self._before = 0
 
@@ -66,6 +68,13 @@ class Tally(Observer):
 
     def close(self) -> None:
         """End the display."""
+
+    def count_step(self, step: int, steps: int, loss: float, seconds_left: float) -> str:
+        """Take one step of a training into account; how it stands, in one line."""
+        # One step sees little text: what is shown is a running mean.
+        self._loss = loss if self._loss is None else 0.9 * self._loss + 0.1 * loss
+        left = f", {numbers.duration(seconds_left)} left" if step < steps else ""
+        return f"step {step}/{steps}, loss {self._loss:.4g} nats/token{left}"
 
     def start_search(self, done: int) -> None:
         """Trials per minute are counted from here; `done` of them were there before."""
@@ -143,7 +152,7 @@ class RichObserver(Tally):
             console=out,
         )
         self._task = self._bar.add_task("starting", total=None)
-        self._stage = ""
+        self._stage = self._training = ""
         self._live = Live(get_renderable=self._picture, console=out, transient=True, refresh_per_second=4)
         self._live.start()
 
@@ -152,6 +161,8 @@ class RichObserver(Tally):
         if self._stage == "search":
             lines = [Text(", ".join(filter(None, (self.pace(), self.ended())))), Text(self.best, overflow="fold")]
             lines.append(Text(self.view, overflow="fold"))
+        elif self._stage == "recover":
+            lines = [Text(self._training)]
         return Group(self._bar, *(line for line in lines if line.plain))
 
     def close(self) -> None:
@@ -179,6 +190,11 @@ class RichObserver(Tally):
         self._bar.update(self._task, completed=done, total=budget)
         if trial.error is not None:
             self.out.print(Text(f"trial {trial.number} failed: {trial.error.type}: {trial.error.message}"))
+
+    def trained(self, step: int, steps: int, loss: float, seconds_left: float) -> None:
+        """Count one more step."""
+        self._training = self.count_step(step, steps, loss, seconds_left)
+        self._bar.update(self._task, completed=step, total=steps)
 
     def note(self, text: str) -> None:
         """Say one line."""
@@ -238,6 +254,12 @@ class PlainObserver(Tally):
                 self.view,
             ]
             self._say("; ".join(part for part in parts if part))
+
+    def trained(self, step: int, steps: int, loss: float, seconds_left: float) -> None:
+        """Count one more step."""
+        line = self.count_step(step, steps, loss, seconds_left)
+        if self._due() or step == steps:
+            self._say(line)
 
     def note(self, text: str) -> None:
         """Say one line."""

@@ -68,7 +68,7 @@ def _cells(trial: TrialRecord, names: Sequence[str], reported: set[str], errors:
 
 
 def _origin(trial: TrialRecord) -> str:
-    return trial.baseline or trial.origin
+    return trial.baseline or (trial.origin if trial.parent is None else f"{trial.origin} {trial.parent}")
 
 
 def _measured_table(

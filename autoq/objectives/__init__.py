@@ -131,6 +131,13 @@ class TokenObjective(QualityObjective):
         """Values (t,) float32; NaN for tokens that do not count."""
 
 
+def distance_of(task: Task) -> TokenObjective:
+    """How far outputs of a model for `task` are from the unquantized model's: the objective that says so."""
+    found = plugins.load("objectives", "cosine_distance" if task == "encoder" else "kl_nats_per_token", Objective)
+    assert isinstance(found, TokenObjective)
+    return found
+
+
 class TableObjective(Objective):
     """Computed exactly from shapes and schemes."""
 

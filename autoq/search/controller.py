@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from autoq import plugins
+from autoq import plugins, trained
 from autoq.assignment import Assignment
 from autoq.errors import AutoQError, BadInput, NotFinite
 from autoq.measurement import Measurement
@@ -81,7 +81,7 @@ def raise_budget(store: Store, study_id: int, trials: int) -> None:
     Raises `BadInput` for fewer, `SpecError` for what is no budget; then nothing has changed.
     """
     study = store.study(study_id)
-    had = len(store.trials(study_id, states=["complete", "stopped", "failed"]))
+    had = sum(t.parent is None for t in store.trials(study_id, states=["complete", "stopped", "failed"]))
     if trials <= had:
         raise BadInput(f"trials must be more than the {had} that study {study.name!r} has had (got {trials})")
     budget = {**study.spec["budget"], "trials": trials}
@@ -198,7 +198,7 @@ class _Run:
             if trial.state == "running":
                 running.append(trial)
             else:
-                self.done += 1
+                self.done += trial.parent is None
                 self.outcomes[trial.number] = self._outcome(trial)
         # What the sampler had been told of when it was asked last.
         while self._waits() and self._settle() is not None:
@@ -207,7 +207,7 @@ class _Run:
         for trial in trials:
             assert trial.assignment is not None
             indices = self.problem.space.indices(trial.assignment)
-            if indices is None:
+            if indices is None or trial.parent is not None:
                 continue
             told = self.told_outcomes.get(trial.number)
             state: State = "running" if told is None else "failed" if told.values is None else "complete"
@@ -229,9 +229,10 @@ class _Run:
             reason = f"quarantined: the study's process ended {trial.attempt} times while it ran"
             self.store.fail_trial(trial.id, trial.attempt, "WorkerLost", reason, "", 0.0, "")
             self.observer.note(f"trial {trial.number}: {reason}")
-            self.done += 1
+            self.done += trial.parent is None
             self.outcomes[trial.number] = _Outcome(None)
         else:
+            trained.place(assignment, self.store.trained_layers)
             self._dispatch(trial, assignment, self.store.retry_trial(trial.id))
 
     def _search(self) -> None:
@@ -395,7 +396,7 @@ class _Run:
             accepted = self.store.stop_trial(*told) if stopped else self.store.finish_trial(*told, attrs)
         if not accepted:  # somebody else finished this attempt; what is stored is what counts
             self.observer.note(f"trial {trial.number}: a late result was dropped")
-        self.done += 1
+        self.done += trial.parent is None
         stored = self.store.trial(self.study.id, trial.number)
         self.outcomes[trial.number] = self._outcome(stored)
         self.observer.trial(stored, self.done, self.spec.budget.trials)
@@ -417,7 +418,8 @@ class _Run:
         )
 
     def _outcome(self, trial: TrialRecord) -> _Outcome:
-        if trial.state not in ("complete", "stopped"):
+        # What was trained was not proposed: its schemes are those of another trial, which the sampler has learned from.
+        if trial.state not in ("complete", "stopped") or trial.parent is not None:
             return _Outcome(None)
         values = [expected(trial.measurements[name, "search"]) for name in self.problem.steering]
         return _Outcome(values, [trial.violations[k] for k in sorted(trial.violations)], bool(trial.feasible))

@@ -19,7 +19,7 @@ class Observer:
         """The study starts or goes on: model, layers, free layers, choices, trials done, sampler …"""
 
     def stage(self, name: str, total: int | None) -> None:
-        """A stage begins (`load`, `calibrate`, `quantize`, `time`, `search`, `report`) with so many steps."""
+        """A stage begins (`load`, `calibrate`, `quantize`, `time`, `search`, `recover`, `report`): so many steps."""
 
     def advance(self, steps: int = 1) -> None:
         """So many steps of the current stage are done."""
@@ -29,6 +29,9 @@ class Observer:
 
     def reported(self, trial: TrialRecord) -> None:
         """A frontier point has its report measurements."""
+
+    def trained(self, step: int, steps: int, loss: float, seconds_left: float) -> None:
+        """A training took step number `step` of `steps`, at a mean loss of `loss` over what it saw in it."""
 
     def note(self, text: str) -> None:
         """One line worth knowing."""

@@ -115,8 +115,8 @@ class _Offering:
         for trial in store.trials(study.id, states=["complete", "stopped"], with_assignments=True):
             assert trial.assignment is not None
             indices = problem.space.indices(trial.assignment)
-            if indices is None or (quality, "search") not in trial.measurements:
-                continue
+            if indices is None or trial.parent is not None or (quality, "search") not in trial.measurements:
+                continue  # not of the space, or trained: another than its schemes say
             row = self._inside(indices)
             rows.append(row)
             values.append(self.sign * expected(trial.measurements[quality, "search"]))

@@ -42,8 +42,8 @@ def optimism(store: Store, study_id: int, name: str, objective: QualityObjective
     for trial in store.trials(study_id, states=["complete"]):
         values = [trial.measurements.get((name, part)) for part in PARTS]
         if all(m is not None and m.value > 0 for m in values):
-            if trial.baseline == NOTHING_LOST:
-                continue
+            if trial.baseline == NOTHING_LOST or trial.parent is not None:
+                continue  # what was trained was not selected
             if trial.baseline is not None:
                 baselines.append(trial)
             elif trial.on_frontier:

@@ -10,17 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from autoq.assignment import Assignment
-from autoq.errors import AutoQError, BadInput, NotFinite, UnknownName
-from autoq.objectives import computed
-from autoq.search.controller import violations
-from autoq.search.executors import Executor, Failure, Job, completed, make_executor
+from autoq.errors import AutoQError, BadInput, UnknownName
+from autoq.search.additions import Additions, require_finished
+from autoq.search.executors import Executor, Job, make_executor
 from autoq.search.observer import Observer
-from autoq.search.reporting import is_finite, report
+from autoq.search.reporting import report
 from autoq.search.setup import Problem, pose
 from autoq.search.stages import run_job
 from autoq.spec import Bound, StudySpec
 from autoq.store import Store, StudyRecord, TrialRecord
-from autoq.targets import CostTable
 
 
 def refine_study(
@@ -44,9 +42,7 @@ def refine_study(
     if n < 1:
         raise BadInput(f"n must be at least 1 (got {n})")
     study = store.study(study_id)
-    if study.state != "finished":
-        hint = "wait for its end" if study.state == "running" else f"first: autoq resume {study.name}"
-        raise BadInput(f"study {study.name!r} is {study.state} and cannot be refined; {hint}")
+    require_finished(study, "refined")
     observer.stage("load", 1)
     names = [objective.name for objective in study.objectives]
     if best is not None and best not in names:
@@ -93,8 +89,7 @@ class _Refinement:
     ) -> None:
         self.store, self.study, self.problem = store, study, problem
         self.executor, self.observer = executor, observer
-        costs = store.table(study.id, "costs")
-        self.costs = None if costs is None else CostTable(**costs)
+        self.additions = Additions(store, study, problem, executor)
 
     def run(self, first: Assignment, bounds: Mapping[str, Bound], best: str | None, n: int) -> list[int]:
         """`first` and up to `n` - 1 offers more; the numbers of the trials that are complete."""
@@ -102,7 +97,7 @@ class _Refinement:
         measured: list[int] = []
         assignment: Assignment | None = first
         while assignment is not None:
-            trial = self._measure(assignment)
+            trial = self.additions.measure(assignment, "refine")
             self.observer.trial(trial, len(measured) + 1, n)
             if trial.state != "complete":
                 break
@@ -117,40 +112,3 @@ class _Refinement:
             # What was measured is to be reported all the same.
             self.observer.note(f"nothing more is offered: {problem}")
             return None
-
-    def _measure(self, assignment: Assignment) -> TrialRecord:
-        number = 1 + max(trial.number for trial in self.store.trials(self.study.id))
-        trial = self.store.start_trial(self.study.id, number, assignment, "refine")
-        try:
-            self._finish(trial, assignment)
-        except BaseException as problem:
-            # A study that is finished has no trial that runs.
-            self._fail(trial, Failure.of(problem), 0.0, "")
-            raise
-        return self.store.trial(self.study.id, number)
-
-    def _finish(self, trial: TrialRecord, assignment: Assignment) -> None:
-        problem, spec = self.problem, self.problem.spec
-        job = Job(
-            f"trial-{trial.number}",
-            "measure",
-            {"assignment": assignment, "part": "search"},
-            limit_seconds=spec.budget.trial_time,
-        )
-        (result,) = completed(self.executor, [job])
-        if result.failure is not None:
-            self._fail(trial, result.failure, result.seconds, result.worker)
-            return
-        tables = computed(problem.objectives, problem.info, assignment, self.costs, spec.target, problem.target)
-        measurements = [*result.value, *tables]
-        if bad := next((m for m in measurements if not is_finite(m)), None):
-            failure = Failure.of(NotFinite(f"{bad.objective} is {bad.value} under this assignment"))
-            self._fail(trial, failure, result.seconds, result.worker)
-            return
-        excess = violations(spec.constraints, measurements)
-        self.store.finish_trial(trial.id, trial.attempt, measurements, excess, result.seconds, result.worker)
-
-    def _fail(self, trial: TrialRecord, failure: Failure, seconds: float, worker: str) -> None:
-        self.store.fail_trial(
-            trial.id, trial.attempt, failure.error, failure.message, failure.traceback, seconds, worker
-        )

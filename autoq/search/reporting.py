@@ -18,6 +18,7 @@ import statistics
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from autoq import trained
 from autoq.measurement import Measurement
 from autoq.objectives import QualityObjective
 from autoq.search.executors import Executor, Job, completed
@@ -177,6 +178,9 @@ class _Stage:
         self._run(jobs)
 
     def _run(self, jobs: Mapping[str, tuple[Job, TrialRecord]]) -> None:
+        for _, trial in jobs.values():
+            assert trial.assignment is not None
+            trained.place(trial.assignment, self.store.trained_layers)
         for result in completed(self.executor, [job for job, _ in jobs.values()]):
             job, trial = result.job, jobs[result.job.key][1]
             if result.failure is not None:

@@ -85,6 +85,11 @@ def card(manifest: Manifest, assignment: Assignment, measurements: Mapping[str, 
         "|---|--:|",
         *(f"| {scheme} | {count} |" for scheme, count in counts.most_common()),
         "",
+        *(
+            [f"{len(assignment.trained)} layers were trained after they were quantized.", ""]
+            if assignment.trained
+            else []
+        ),
         f"Every layer's scheme is in `{ASSIGNMENT}`; data, seeds, versions and the hash of every file are in",
         f"`{MANIFEST}`. `autoq verify` on this folder loads it in its runtime and holds it against these numbers.",
         "",

@@ -16,7 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autoq import __version__, plugins
+from autoq import __version__, plugins, trained
+from autoq.assignment import Assignment
 from autoq.errors import AutoQError, BadInput, SchemeRefused, UnknownName
 from autoq.layer import ModelInfo
 from autoq.scheme import Keep
@@ -151,7 +152,8 @@ def export(
         evaluator = Evaluator(spec)
         note("quantize")
         chosen = {layer.name: trial.assignment.get(layer.name, Keep()) for layer in info.layers}
-        weights = {name: evaluator.quantized(name, scheme) for name, scheme in chosen.items()}
+        trained.place(trial.assignment, store.trained_layers)
+        weights = evaluator.layers(Assignment(chosen, trial.assignment.trained), chosen)
         note("write")
         written = _written(target, evaluator, weights, folder)
         other = target.other_bytes(info, spec.model)

@@ -22,15 +22,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autoq import trained
 from autoq.assignment import Assignment
 from autoq.device import fingerprint
 from autoq.display.numbers import size, with_error
-from autoq.errors import AutoQError, ModelRefused
+from autoq.errors import AutoQError, ModelRefused, NotFound
 from autoq.measurement import Measurement
 from autoq.shipping import manifest as files
 from autoq.shipping.manifest import Manifest, Promise
 from autoq.spec import StudySpec, build_spec
 from autoq.targets import UNQUANTIZED, Runtime, Target, load_target
+from autoq.trained import Fetch
 
 if TYPE_CHECKING:
     from autoq.evaluation import Evaluator
@@ -90,9 +92,11 @@ def verify(
     tokens: int | None = REPORT_TOKENS,
     latency: bool = True,
     note: Callable[[str], None] = lambda _: None,
+    fetch: Fetch | None = None,
 ) -> Report:
     """Check an export. `tokens` of the report part are evaluated (None: all that the study reported on);
-    `latency` says whether to time it. `note` hears what is going on.
+    `latency` says whether to time it. `note` hears what is going on. `fetch` gives what was trained of the searched
+    model, where this machine has no copy; without it such a model is not compared.
 
     Raises `BadInput` where `folder` is no export of AutoQ, `ExportBroken` where its manifest is broken.
     """
@@ -122,8 +126,26 @@ def verify(
     with runtime:
         apart = runtime.differences(assignment)
         checks.append(Check("formats", f"{len(assignment)} layers", _listed(apart) or "as assigned", not apart))
+        if absent := _absent(assignment, fetch):
+            checks.append(absent)
+            return report()
         checks += _compare(manifest, assignment, spec, target, runtime, tokens, latency, note)
     return report()
+
+
+def _absent(assignment: Assignment, fetch: Fetch | None) -> Check | None:
+    """That the searched model cannot be made here; None where it can."""
+    if not trained.missing(assignment):
+        return None
+    if fetch is None:
+        return Check(
+            "quality", "", "not compared", None, "trained layers of the searched model are not here: give --db"
+        )
+    try:
+        trained.place(assignment, fetch)
+    except NotFound as problem:
+        return Check("quality", "", "not compared", None, f"{problem} in this database: give --db")
+    return None
 
 
 def _bytes(manifest: Manifest) -> Check:

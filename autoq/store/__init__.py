@@ -8,6 +8,7 @@ Only a study's controller writes its trials; everyone else reads.
 """
 
 from autoq.store.records import (
+    Descent,
     Origin,
     StudyObjective,
     StudyRecord,
@@ -20,6 +21,7 @@ from autoq.store.records import (
 from autoq.store.store import Store
 
 __all__ = [
+    "Descent",
     "Origin",
     "Store",
     "StudyObjective",

@@ -131,6 +131,8 @@ def _trial(row: Any, measured: dict[tuple[str, Part], Measurement], assignment: 
         seconds=row.seconds,
         created_at=row.created_at,
         finished_at=row.finished_at,
+        parent=row.parent,
+        recovery=row.recovery,
         measurements=measured,
         assignment=assignment,
     )

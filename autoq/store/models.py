@@ -15,7 +15,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.types import TypeDecorator
 
-SCHEMA = "0003"  # the newest revision in migrations/versions
+SCHEMA = "0004"  # the newest revision in migrations/versions
 VERSION_TABLE = "autoq_schema"  # not Alembic's default name, which other tools' databases have too
 
 
@@ -115,10 +115,22 @@ trials = sa.Table(
     sa.Column("seconds", sa.Double),
     sa.Column("created_at", Moment, nullable=False),
     sa.Column("finished_at", Moment),
+    sa.Column("parent", sa.Integer),  # the number of the trial of this study that it was trained from
+    sa.Column("recovery", Json),  # how
     sa.UniqueConstraint("study_id", "number"),
     sa.Index(None, "study_id", "assignment"),
     sa.Index(None, "study_id", "state"),
     sa.Index(None, "study_id", "changed"),
+)
+
+# Layers that were trained, which no method makes again: what an assignment's `scheme#digest` stands for. In the
+# database and not in files beside it, so that a trial has its weights wherever its database is moved or asked from,
+# and gets them in one transaction with its row; in a table of their own, which reading trials never touches.
+trained_layers = sa.Table(
+    "trained_layers",
+    metadata,
+    sa.Column("digest", sa.String(40), primary_key=True),
+    sa.Column("body", sa.LargeBinary, nullable=False),  # a safetensors file
 )
 
 measurements = sa.Table(

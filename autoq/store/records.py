@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 StudyState = Literal["created", "running", "finished", "interrupted", "failed"]
 TrialState = Literal["running", "complete", "stopped", "failed", "duplicate"]
-Origin = Literal["baseline", "seed", "sampler", "refine"]
+Origin = Literal["baseline", "seed", "sampler", "refine", "recover"]
 
 
 class StudyObjective(NamedTuple):
@@ -141,6 +141,16 @@ class TrialError:
 
 
 @dataclass(frozen=True)
+class Descent:
+    """Where a trained trial comes from: its parent's number, how it was trained (any JSON), and its trained layers,
+    digest -> content."""
+
+    parent: int
+    recovery: Mapping[str, Any]
+    layers: Mapping[str, bytes]
+
+
+@dataclass(frozen=True)
 class TrialRecord:
     """One trial. `id` is unique in the database, `number` within its study.
 
@@ -149,7 +159,8 @@ class TrialRecord:
     trial that has them. A stopped trial was seen to be worse than another one before all tokens were
     evaluated: its measurements are of the tokens that were, and their detail says so. `feasible` is
     None until the trial is complete. `violations` maps a constraint to its excess, feasible at <= 0.
-    `attempt` counts dispatches. `changed` is the study's count of changes when this trial last changed.
+    `attempt` counts dispatches. `changed` is the study's count of changes when this trial last changed. `parent` is
+    the number of the trial that it was trained from, and `recovery` says how; None for what was proposed.
     """
 
     id: int
@@ -172,6 +183,8 @@ class TrialRecord:
     seconds: float | None
     created_at: datetime
     finished_at: datetime | None
+    parent: int | None = None
+    recovery: Mapping[str, Any] | None = None
     measurements: Mapping[tuple[str, Part], Measurement] = field(default_factory=dict)
     assignment: Assignment | None = None
 
@@ -200,7 +213,9 @@ class TrialRecord:
             "on_frontier": self.on_frontier,
             "hash": self.hash,
             "duplicate_of": self.duplicate_of,
-            "assignment": None if self.assignment is None else self.assignment.to_dict(),
+            "parent": self.parent,
+            "recovery": None if self.recovery is None else dict(self.recovery),
+            "assignment": None if self.assignment is None else self.assignment.untrained(),
             "measurements": {name: measurement.to_json() for name, measurement in best.items()},
             "search": {
                 name: measurement.to_json()

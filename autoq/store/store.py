@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
@@ -25,7 +25,7 @@ from autoq.store import dominance, writing
 from autoq.store import models as m
 from autoq.store.database import Database, open_database
 from autoq.store.loading import load_study, load_summaries, load_trials, load_values, unpack
-from autoq.store.records import Origin, StudyRecord, StudyState, StudySummary, TrialRecord, TrialState
+from autoq.store.records import Descent, Origin, StudyRecord, StudyState, StudySummary, TrialRecord, TrialState
 
 if TYPE_CHECKING:
     import numpy as np
@@ -164,14 +164,15 @@ class Store:
         origin: Origin,
         baseline: str | None = None,
         sampler_attrs: Mapping[str, Any] | None = None,
+        descent: Descent | None = None,
     ) -> TrialRecord:
-        """A new trial in state `running`, at attempt 1.
+        """A new trial in state `running`, at attempt 1; of a trained one, in the same transaction, its layers.
 
         Raises `StoreError` if the study has a trial of that number, so two controllers cannot mix.
         """
         with self._database.writing() as connection:
             trial_id = writing.insert_trial(
-                connection, study_id, number, assignment, "running", origin, baseline, sampler_attrs
+                connection, study_id, number, assignment, "running", origin, baseline, sampler_attrs, descent=descent
             )
             return dataclasses.replace(_one(connection, trial_id), assignment=assignment)
 
@@ -353,6 +354,17 @@ class Store:
         names = [objective.name for objective in study.objectives]
         kept = dominance.non_dominated([trial.values(names) for trial in feasible], study.directions)
         return [feasible[index].number for index in kept]
+
+    def trained_layers(self, digests: Iterable[str]) -> dict[str, bytes]:
+        """The content of trained layers, by digest. Raises `NotFound` for one that is not there."""
+        t, found = m.trained_layers.c, {}
+        with self._database.reading() as connection:
+            for digest in digests:
+                body = connection.execute(sa.select(t.body).where(t.digest == digest)).scalar()
+                if body is None:
+                    raise NotFound(f"no trained layer with digest {digest[:80]!r}")
+                found[digest] = bytes(body)
+        return found
 
     def assignment(self, assignment_hash: str) -> Assignment:
         """The assignment of that hash."""

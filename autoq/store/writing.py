@@ -16,7 +16,7 @@ from autoq.measurement import Measurement
 from autoq.store import dominance
 from autoq.store import models as m
 from autoq.store.loading import pack, pack_values
-from autoq.store.records import StudyState
+from autoq.store.records import Descent, StudyState
 
 _TEXT_LIMIT = 65536
 
@@ -131,6 +131,7 @@ def insert_trial(
     baseline: str | None,
     sampler_attrs: Mapping[str, Any] | None,
     duplicate_of: int | None = None,
+    descent: Descent | None = None,
 ) -> int:
     """A new trial; its id. Raises `StoreError` if the study has a trial of that number."""
     study = lock(connection, study_id)
@@ -139,6 +140,7 @@ def insert_trial(
         original = sa.select(t.assignment).where(t.study_id == study_id, t.number == duplicate_of)
         assert connection.execute(original).scalar() == assignment.hash, (number, duplicate_of)
     _insert_assignment(connection, assignment)
+    _insert_layers(connection, descent.layers if descent else {})
     now = _now()
     values = {
         "study_id": study_id,
@@ -154,6 +156,8 @@ def insert_trial(
         "created_at": now,
         "finished_at": now if state == "duplicate" else None,
     }
+    if descent is not None:
+        values |= {"parent": descent.parent, "recovery": dict(descent.recovery)}
     try:
         done = connection.execute(sa.insert(m.trials).values(**values))
     except exc.IntegrityError:
@@ -162,6 +166,18 @@ def insert_trial(
         ) from None
     assert done.inserted_primary_key is not None
     return int(done.inserted_primary_key[0])
+
+
+def _insert_layers(connection: sa.Connection, layers: Mapping[str, bytes]) -> None:
+    t = m.trained_layers
+    for digest, body in layers.items():
+        if connection.execute(sa.select(t.c.digest).where(t.c.digest == digest)).scalar() is not None:
+            continue
+        try:
+            with connection.begin_nested():
+                connection.execute(sa.insert(t).values(digest=digest, body=body))
+        except exc.IntegrityError:
+            pass  # Another study stored the same content since.
 
 
 def _insert_assignment(connection: sa.Connection, assignment: Assignment) -> None:

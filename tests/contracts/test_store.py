@@ -19,7 +19,7 @@ from autoq.errors import NotFinite, NotFound, StoreError
 from autoq.measurement import Measurement
 from autoq.scheme import parse_scheme
 from autoq.spec import build_spec
-from autoq.store import Store, TrialRecord
+from autoq.store import Descent, Store, TrialRecord
 from autoq.store.models import VERSION_TABLE, metadata
 
 SPEC = build_spec({"model": {"id": "tiny"}, "name": "demo"})
@@ -198,6 +198,8 @@ def test_a_trial_from_start_to_report(store):
         "on_frontier": True,
         "hash": assignment(3).hash,
         "duplicate_of": None,
+        "parent": None,
+        "recovery": None,
         "assignment": assignment(3).to_dict(),
         "measurements": {"kl_nats_per_token": loss.to_json(), "size_bytes": exact.to_json()},
         "search": {},
@@ -460,3 +462,37 @@ def test_many_writers_keep_one_frontier(url, store):
         list(pool.map(write, range(4)))
     assert store.studies()[0].complete == 48
     assert numbers(store.frontier(study.id)) == store.recompute_frontier(study.id)
+
+
+def test_a_trained_trial_has_its_layers_and_its_parent(store):
+    study = study_with(store)
+    parent = finished(store, study, 0, (1.0, 10.0))
+    digests = ["a" * 40, "b" * 40]
+    layers = {digests[0]: b"\0\xff" * 1000, digests[1]: b"other"}
+    names = dict(zip(assignment(0), digests, strict=False))
+    trained = Assignment(assignment(0), names)
+    trial = store.start_trial(study.id, 1, trained, "recover", descent=Descent(0, {"steps": 3}, layers))
+    assert store.finish_trial(trial.id, 1, searched(study.objectives, (0.5, 10.0)), {}, 1.0, "local")
+    found = store.trial(study.id, 1)
+    assert (found.parent, found.recovery, found.origin) == (0, {"steps": 3}, "recover")
+    assert found.assignment == trained
+    assert store.trained_layers(digests) == layers
+    assert store.trained_layers([]) == {}
+    assert store.find(study.id, parent.hash).number == 0
+    assert numbers(store.frontier(study.id)) == [1]
+    assert (parent.parent, parent.recovery, parent.to_json()["parent"]) == (None, None, None)
+    # Another trial may share a layer.
+    more = Assignment(assignment(1), {next(iter(assignment(1))): digests[0]})
+    store.start_trial(study.id, 2, more, "recover", descent=Descent(1, {}, {digests[0]: layers[digests[0]]}))
+    assert store.trained_layers(digests[:1]) == {digests[0]: layers[digests[0]]}
+    with pytest.raises(NotFound, match=f"^no trained layer with digest '{'c' * 40}'$"):
+        store.trained_layers(["c" * 40])
+
+
+def test_a_number_that_is_taken_leaves_no_layers_behind(store):
+    study = study_with(store)
+    finished(store, study, 0, (1.0, 10.0))
+    with pytest.raises(StoreError, match="has a trial 0 already"):
+        store.start_trial(study.id, 0, assignment(1), "recover", descent=Descent(0, {}, {"d" * 40: b"x"}))
+    with pytest.raises(NotFound):
+        store.trained_layers(["d" * 40])

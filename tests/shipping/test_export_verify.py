@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -14,6 +15,7 @@ import torch
 import autoq
 from autoq.errors import AutoQError, BadInput, ExportBroken, SchemeRefused
 from autoq.search.controller import create_study, run_study
+from autoq.search.recovering import Training, recover_trial
 from autoq.shipping import export as exporting
 from autoq.shipping import manifest as files
 from autoq.shipping.export import export
@@ -70,8 +72,6 @@ def shipped(study, trial):
 @pytest.fixture
 def copy(shipped, tmp_path):
     """A copy of the export, to be tampered with."""
-    import shutil
-
     return shutil.copytree(shipped, tmp_path / "copy")
 
 
@@ -293,3 +293,32 @@ def test_the_picture_joins_what_nothing_beats_and_leaves_out_what_would_hide_it(
     assert len([c for c in tree.iter(f"{space}circle") if c.get("class") == "front"]) == 4
     assert "unquantized" not in ET.tostring(tree, encoding="unicode")
     assert "unquantized" in svg([*dots[:4], Dot(9, 1e-6, name="unquantized", picked=True)], "t", "x", "y")
+
+
+def test_what_was_trained_ships_and_verifies_against_what_was_measured(study, trial, tmp_path, monkeypatch):
+    store, record, folder = study
+    monkeypatch.setenv("AUTOQ_CACHE", str(folder / "cache"))
+    found = recover_trial(store, record.id, trial.number, Training(20, rate=3.0))
+    manifest = export(store, record, found, tmp_path / "trained")
+    assert manifest.hash == found.hash != trial.hash
+    assert manifest.size_bytes == trial.best_measurements()["size_bytes"].value
+    assert files.read_assignment(tmp_path / "trained", manifest) == found.assignment
+    assert f"{len(found.assignment.trained)} layers were trained" in (tmp_path / "trained" / "README.md").read_text()
+    # On another machine, whose database is asked for what was trained of the searched model.
+    monkeypatch.setenv("AUTOQ_CACHE", str(tmp_path / "another-machine"))
+    alone = verify(tmp_path / "trained", latency=False)
+    (quality,) = [check for check in alone.checks if check.name == "quality"]
+    assert (quality.ok, quality.note) == (None, "trained layers of the searched model are not here: give --db")
+    with Store.open(str(tmp_path / "empty.db")) as empty:
+        elsewhere = verify(tmp_path / "trained", latency=False, fetch=empty.trained_layers)
+    assert "no trained layer with digest" in elsewhere.checks[-1].note
+    whole = verify(tmp_path / "trained", latency=False, fetch=store.trained_layers)
+    assert whole.ok, whole.checks
+    assert {"bytes", "formats", "outputs", "kl_nats_per_token"} <= {check.name for check in whole.checks}
+    # The parent's weights in the trained one's name are not what was measured.
+    export(store, record, trial, tmp_path / "parent")
+    shutil.copy(tmp_path / "parent" / "model.safetensors", tmp_path / "trained" / "model.safetensors")
+    entry = files.digest(tmp_path / "trained" / "model.safetensors")
+    swapped = manifest.model_copy(update={"files": {**manifest.files, "model.safetensors": entry}})
+    files.write(tmp_path / "trained", swapped)
+    assert not verify(tmp_path / "trained", latency=False, fetch=store.trained_layers).ok

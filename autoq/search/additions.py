@@ -1,0 +1,69 @@
+"""Additions: trials of a finished study that no sampler proposed, measured one at a time.
+
+They get the numbers that come next. A study that is finished has no trial that runs, whatever happens.
+"""
+
+from __future__ import annotations
+
+from autoq.assignment import Assignment
+from autoq.errors import BadInput, NotFinite
+from autoq.objectives import computed
+from autoq.search.controller import violations
+from autoq.search.executors import Executor, Failure, Job, completed
+from autoq.search.reporting import is_finite
+from autoq.search.setup import Problem
+from autoq.store import Descent, Origin, Store, StudyRecord, TrialRecord
+from autoq.targets import CostTable
+
+
+def require_finished(study: StudyRecord, done: str) -> None:
+    """Refuse a study that is not finished: what runs it, or will, numbers its trials. `done` is what it cannot be."""
+    if study.state != "finished":
+        hint = "wait for its end" if study.state == "running" else f"first: autoq resume {study.name}"
+        raise BadInput(f"study {study.name!r} is {study.state} and cannot be {done}; {hint}")
+
+
+class Additions:
+    """Measures assignments of one study on the search part, as trials."""
+
+    def __init__(self, store: Store, study: StudyRecord, problem: Problem, executor: Executor) -> None:
+        self.store, self.study, self.problem, self.executor = store, study, problem, executor
+        costs = store.table(study.id, "costs")
+        self.costs = None if costs is None else CostTable(**costs)
+
+    def measure(self, assignment: Assignment, origin: Origin, descent: Descent | None = None) -> TrialRecord:
+        """The new trial, complete or failed."""
+        number = 1 + max(trial.number for trial in self.store.trials(self.study.id))
+        trial = self.store.start_trial(self.study.id, number, assignment, origin, descent=descent)
+        try:
+            self._finish(trial, assignment)
+        except BaseException as problem:
+            self._fail(trial, Failure.of(problem), 0.0, "")
+            raise
+        return self.store.trial(self.study.id, number)
+
+    def _finish(self, trial: TrialRecord, assignment: Assignment) -> None:
+        problem, spec = self.problem, self.problem.spec
+        job = Job(
+            f"trial-{trial.number}",
+            "measure",
+            {"assignment": assignment, "part": "search"},
+            limit_seconds=spec.budget.trial_time,
+        )
+        (result,) = completed(self.executor, [job])
+        if result.failure is not None:
+            self._fail(trial, result.failure, result.seconds, result.worker)
+            return
+        tables = computed(problem.objectives, problem.info, assignment, self.costs, spec.target, problem.target)
+        measurements = [*result.value, *tables]
+        if bad := next((m for m in measurements if not is_finite(m)), None):
+            failure = Failure.of(NotFinite(f"{bad.objective} is {bad.value} under this assignment"))
+            self._fail(trial, failure, result.seconds, result.worker)
+            return
+        excess = violations(spec.constraints, measurements)
+        self.store.finish_trial(trial.id, trial.attempt, measurements, excess, result.seconds, result.worker)
+
+    def _fail(self, trial: TrialRecord, failure: Failure, seconds: float, worker: str) -> None:
+        self.store.fail_trial(
+            trial.id, trial.attempt, failure.error, failure.message, failure.traceback, seconds, worker
+        )
