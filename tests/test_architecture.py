@@ -21,7 +21,7 @@ MAPPED = {"workers": "autoq.workers", "studies": "autoq.studies", "dashboards": 
 
 VOCABULARY = {
     *("errors", "scheme", "layer", "assignment", "measurement", "statistics", "plugins"),
-    *("sparsity", "spec", "spec_errors", "strict_yaml", "cache", "device", "energy"),
+    *("sparsity", "spec", "spec_errors", "spec_units", "strict_yaml", "cache", "device", "energy"),
 }
 NUMBERS = {
     "methods",

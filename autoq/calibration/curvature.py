@@ -122,7 +122,8 @@ def _averages(
     outputs: int,
     shared: dict[tuple[int, ...], dict[str, Tensor]],
 ) -> dict[str, Tensor]:
-    """The statistics of one layer by the number of `outputs`; `shared` remembers the second moments of inputs that several layers read."""
+    """The statistics of one layer, by the number of `outputs`; `shared` remembers the second moments of inputs that
+    several layers read."""
     result: dict[str, Tensor] = {}
     for module in model.modules_of(layer):
         own = gatherer.by_module[module]
