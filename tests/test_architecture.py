@@ -21,7 +21,18 @@ MAPPED = {"workers": "autoq.workers", "studies": "autoq.studies", "dashboards": 
 
 VOCABULARY = {
     *("errors", "scheme", "layer", "assignment", "measurement", "statistics", "plugins"),
-    *("granularity", "sparsity", "spec", "spec_errors", "strict_yaml", "cache", "device", "energy", "trained"),
+    *(
+        "granularity",
+        "sparsity",
+        "spec",
+        "spec_errors",
+        "spec_units",
+        "strict_yaml",
+        "cache",
+        "device",
+        "energy",
+        "trained",
+    ),
 }
 NUMBERS = {
     "methods",

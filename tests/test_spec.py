@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from autoq.errors import SpecError
-from autoq.spec import build_spec, load_spec, parse_bytes, parse_seconds, parse_spec, shipped_specs
+from autoq.spec import build_spec, load_spec, parse_spec, shipped_specs
+from autoq.spec_units import parse_bytes, parse_seconds
 from autoq.strict_yaml import MAX_BYTES
 
 MODEL = "model: {id: some/model}\n"
