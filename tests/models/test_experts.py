@@ -14,7 +14,7 @@ from autoq.errors import SpecError
 from autoq.methods import Grid, Method
 from autoq.methods.rtn import RoundToNearest as Rtn
 from autoq.models import inspect, load
-from autoq.models.experts import split, stacks
+from autoq.models.experts import NAME, split, stacks
 from autoq.models.inspection import architecture, read_config
 from autoq.scheme import Keep, PerChannel, PerGroup, parse_scheme
 from autoq.search.space import build_space
@@ -49,6 +49,62 @@ def original(folder: Path, implementation: str = "eager"):
     spec = ModelSpec(id=str(folder), dtype="float32")
     model_class, _ = architecture(spec, read_config(spec, folder))
     return model_class.from_pretrained(folder, dtype=torch.float32, experts_implementation=implementation).eval()
+
+
+_TINY = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "head_dim": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_DEEPSEEK = {
+    "n_routed_experts": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "linears"),
+    [
+        ("Olmoe", {"num_experts": 4}, 16),
+        ("Phimoe", {"num_local_experts": 4}, 16),
+        ("GraniteMoe", {"num_local_experts": 4}, 16),
+        ("DeepseekV2", _DEEPSEEK, 8),
+        ("DeepseekV3", _DEEPSEEK, 8),
+        ("Glm4Moe", {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}, 8),
+        ("HunYuanMoEV1", {"num_experts": 4, "moe_topk": 2}, 16),
+        ("MiniMaxM2", {"num_local_experts": 4}, 16),
+    ],
+)
+def test_other_families_compute_the_same_when_split(name, settings, linears):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**{**_TINY, **settings})
+    model = getattr(transformers, f"{name}ForCausalLM")._from_config(config, experts_implementation="eager").eval()
+    ids = torch.arange(5, 45).view(2, 20)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        expected = model(input_ids=ids, use_cache=False).logits
+        model.set_experts_implementation(NAME)
+        split(model)
+        assert len(stacks(model)) == linears
+        torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 def quantized(layer, weight):

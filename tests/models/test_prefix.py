@@ -54,7 +54,21 @@ def evaluate(model, states, schemes, place):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "family",
-    ["llama", "llama-tied", "gemma2", "gemma3", "phi3", "mixtral", "gpt2", "gpt-neox", "opt", "bert", "roberta"],
+    [
+        "llama",
+        "llama-tied",
+        "gemma2",
+        "gemma3",
+        "phi3",
+        "mixtral",
+        "qwen3-moe",
+        "gpt-oss",
+        "gpt2",
+        "gpt-neox",
+        "opt",
+        "bert",
+        "roberta",
+    ],
 )
 def test_outputs_are_equal_to_the_last_bit_in_any_order(make, family, dtype):
     model = make(family, dtype)
