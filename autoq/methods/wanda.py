@@ -19,27 +19,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from autoq.errors import SchemeRefused
-from autoq.layer import Layer
 from autoq.methods import Statistics
+from autoq.methods._inputs import InputMethod, needed
 from autoq.methods._pruning import PruningMethod
-from autoq.scheme import Scheme, Sparse
+from autoq.scheme import Sparse
 
 
-class Wanda(PruningMethod):
+class Wanda(PruningMethod, InputMethod):
     """The weights that matter most to each output on the calibration data stay."""
 
-    def refuses(self, layer: Layer, scheme: Scheme) -> str | None:
-        if layer.kind == "embedding" and scheme.method == self.name:
-            return "an embedding has no inputs whose size could be measured"
-        return super().refuses(layer, scheme)
-
-    def uses_statistics(self, scheme: Scheme) -> bool:
-        return True
-
     def input_norms(self, scheme: Sparse, inputs: int, statistics: Statistics | None) -> Tensor:
-        if statistics is None or "input_mean_square" not in statistics:
-            raise SchemeRefused(f"{scheme} is made from statistics of the layer's inputs, and there are none")
-        moments = statistics["input_mean_square"].double()
-        assert moments.shape == (inputs,), (moments.shape, inputs)
-        return moments.sqrt()
+        moments = needed(scheme, statistics, "input_mean_square", (inputs,))
+        return moments.double().sqrt()

@@ -192,7 +192,7 @@ def test_refusals_name_the_rule_and_the_shape(shape, text, rule):
 
 
 def test_wanda_needs_inputs_that_were_seen():
-    assert "no inputs" in WANDA.refuses(Layer("x", "embedding", 8, 8, 2), parse_scheme("wanda24"))
+    assert "looked up" in WANDA.refuses(Layer("x", "embedding", 8, 8, 2), parse_scheme("wanda24"))
     assert MAGNITUDE.refuses(Layer("x", "embedding", 8, 8, 2), parse_scheme("magnitude24")) is None
     with pytest.raises(SchemeRefused, match="there are none"):
         WANDA.quantize(weight(), parse_scheme("wanda24"))
