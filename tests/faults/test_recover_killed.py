@@ -1,0 +1,95 @@
+"""A training that is interrupted and killed for real goes on with the same command, to the same weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # ten processes, each of which imports torch
+
+AUTOQ = [sys.executable, "-c", "from autoq.cli import main; main()"]
+SPEC = """
+name: tiny
+model: {{id: {model}, dtype: float32}}
+data: {{source: {text}, calibration_tokens: 128, search_tokens: 128, report_tokens: 128, window_tokens: 64}}
+target: {{name: generic}}
+space: {{methods: [rtn], bits: [2, 4, 8], group_size: [32]}}
+objectives: [kl_nats_per_token, size_bytes]
+sampler: {{name: random, seeds: 0}}
+budget: {{trials: 5}}
+"""
+RECOVER = ("recover", "tiny", "uniform-int4", "--steps", "300")
+
+
+@pytest.fixture
+def start(tiny_model_dir, tmp_path):
+    """Start a command line on one thread in a folder with a cache of its own."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{i} times {i % 7} makes {i * (i % 7)}, as everybody knows.\n" for i in range(200)))
+    (tmp_path / "spec.yaml").write_text(SPEC.format(model=tiny_model_dir("llama"), text=text))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
+    environment |= {"AUTOQ_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+    def run(*arguments):
+        return subprocess.Popen(
+            [*AUTOQ, *arguments],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return run
+
+
+def stopped_in_training(process, how, going_on=None):
+    """Send `how` a moment after the training began; all that was said on standard error."""
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if line.startswith("training" if going_on is None else going_on):
+            time.sleep(0.6)
+            process.send_signal(how)
+            break
+    rest = process.communicate(timeout=200)[1]
+    return "".join(said) + rest
+
+
+def test_a_training_that_is_stopped_again_and_again_ends_as_if_it_had_not_been(start, tmp_path):
+    searched = start("search", "spec.yaml", "--quiet")
+    assert searched.communicate(timeout=200)[1] == ""
+    shutil.copy(tmp_path / "autoq.db", tmp_path / "whole.db")
+    whole = start(*RECOVER, "--db", "whole.db", "--json", "--quiet")
+    reference = json.loads(whole.communicate(timeout=250)[0])
+
+    process = start(*RECOVER)
+    said = stopped_in_training(process, signal.SIGINT)
+    assert process.returncode == 130, said
+    assert said.endswith("autoq: interrupted; the same command goes on with the training\n")
+    assert "Traceback" not in said
+    (checkpoint,) = (tmp_path / "cache" / "recovery").iterdir()
+
+    process = start(*RECOVER)
+    said = stopped_in_training(process, signal.SIGKILL, "going on from step ")
+    assert process.returncode == -signal.SIGKILL, said
+    assert checkpoint.is_file()
+
+    # Neither left a trial behind, nor the study otherwise than finished.
+    last = start(*RECOVER, "--json")
+    printed, said = last.communicate(timeout=250)
+    assert last.returncode == 0, said
+    assert "going on from step " in said
+    found = json.loads(printed)
+    for key in ("hash", "number", "parent", "origin", "assignment"):
+        assert found[key] == reference[key], key
+    for name, measurement in reference["measurements"].items():
+        assert found["measurements"][name]["value"] == measurement["value"]
+    assert not checkpoint.exists()
