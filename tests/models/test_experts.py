@@ -232,9 +232,12 @@ class TestCalibration:
     def test_every_expert_is_predicted_to_lose_something_finite(self, loaded, seen):
         for layer in loaded.info.layers:
             if layer.stack:
-                weight = loaded.weight(layer.name)
+                weight, own = loaded.weight(layer.name), seen[0][layer.name]
+                dynamic = parse_scheme("rtn-int8-channel-sym-a8dyn")
+                noises = [curvature.dynamic_noise(own, dynamic, per_token) for per_token in (False, True)]
+                assert all(0 < noise < float("inf") for noise in noises)
                 costs = [
-                    curvature.proxy(seen[0][layer.name], weight, dequantized, dynamic_activation=True)
+                    curvature.proxy(own, weight, dequantized, noises[0])
                     for bits in (2, 4, 8)
                     for dequantized in [Rtn().quantize(weight, parse_scheme(f"rtn-int{bits}-channel")).dequantize()]
                 ]
