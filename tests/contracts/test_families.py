@@ -192,7 +192,9 @@ class TestFamily:
         loaded.restore()
 
     def test_activation_functions_see_the_layers_input(self, loaded):
-        layer = next(layer for layer in loaded.info.layers if layer.kind in ("linear", "conv1d"))
+        layers = [layer for layer in loaded.info.layers if layer.kind in ("linear", "conv1d")]
+        # A classifier answers once, and in bfloat16 a first query is too little to be seen in that.
+        layer = layers[-1 if loaded.info.task == "classification" else 0]
         before = loaded.outputs(IDS)
         seen = []
         loaded.swap({}, {layer.name: lambda x: (seen.append(x.shape[-1]), x * 0)[1]})

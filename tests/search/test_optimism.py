@@ -30,6 +30,7 @@ class Store:
                     number=number,
                     baseline=None if number >= 100 else f"uniform-{number}" if number else "unquantized",
                     on_frontier=True,
+                    parent=None,
                     measurements=measurements,
                     values=lambda names, part, m=measurements: tuple(m[name, part].value for name in names),
                 )
