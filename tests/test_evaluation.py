@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 from autoq import plugins, reference
 from autoq.assignment import Assignment
@@ -236,12 +236,12 @@ def test_calibration_is_done_once_per_model_and_data(make, monkeypatch):
 def test_damaged_statistics_are_gathered_again(make):
     evaluator = make()
     path = Path(evaluator.calibrate())
-    whole = load_file(path)
+    whole = load(path.read_bytes())  # not mapped: a mapped file that is cut short ends the process
     content = path.read_bytes()
     path.write_bytes(content[:100])
     assert evaluator.calibrate() == str(path)
     # Not byte by byte: the header's entries have no order of their own.
-    again = load_file(path)
+    again = load(path.read_bytes())
     assert again.keys() == whole.keys()
     assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
 
