@@ -20,7 +20,6 @@ import errno
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -32,6 +31,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from autoq import plugins
+from autoq.cache import write_atomically
 from autoq.errors import AutoQError, SchemeRefused
 from autoq.methods import Method, QuantizedWeight, Statistics
 from autoq.methods._weights import restore
@@ -165,7 +165,7 @@ class Bank:
                 self.disk_full += 1
                 return
             path.parent.mkdir(exist_ok=True)
-            _write_atomically(path, content)
+            write_atomically(path, content)
         except OSError as problem:
             if problem.errno not in _FULL:
                 raise AutoQError(f"the bank cannot write to {str(self._root)!r}: {problem.strerror}") from problem
@@ -236,17 +236,6 @@ def _parse(content: bytes, scheme: Scheme, shape: tuple[int, int]) -> QuantizedW
     if metadata["checksum"] != _checksum(scheme, shape, tensors):
         raise ValueError("the checksum does not match")
     return restore(scheme, shape, tensors)
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _checksum(scheme: Scheme, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> str:

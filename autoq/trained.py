@@ -7,13 +7,11 @@ them. The folder is a copy that may be deleted at any time: what is missing is p
 from __future__ import annotations
 
 import contextlib
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from autoq.assignment import Assignment
-from autoq.cache import cache_dir
+from autoq.cache import cache_dir, write_atomically
 from autoq.errors import AutoQError
 
 Fetch = Callable[[Iterable[str]], Mapping[str, bytes]]
@@ -40,25 +38,14 @@ def place(assignment: Assignment, fetch: Fetch) -> None:
         return
     wanted = missing(assignment)
     try:
+        path_of("").parent.mkdir(parents=True, exist_ok=True)
         for digest, content in (fetch(wanted) if wanted else {}).items():
-            _write(path_of(digest), content)
+            write_atomically(path_of(digest), content)
         for digest in digests:
             path_of(digest).touch()
         _bound(path_of("").parent, {path_of(digest).name for digest in digests})
     except OSError as problem:
         raise AutoQError(f"trained layers cannot be written to the cache: {problem}") from problem
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        Path(partial).replace(path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
 
 
 def _bound(folder: Path, needed: set[str]) -> None:

@@ -172,7 +172,7 @@ def test_a_full_disk_fails_nothing(bank, tmp_path, monkeypatch):
     def full(path, content):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(bank_module, "_write_atomically", full)
+    monkeypatch.setattr(bank_module, "write_atomically", full)
     assert ask(bank, weight()).shape == (64, 128)
     assert (bank.disk_full, bank.made) == (1, 1)
     monkeypatch.undo()
