@@ -77,7 +77,7 @@ class QuantizedModel:
         self._calibrated: dict[tuple[str, Scheme], Callable[[Tensor], Tensor] | None] = {}
 
     def calibrate(self) -> str:
-        """Gather the statistics of the curvature proxy into this node's cache; returns the file.
+        """Gather the statistics of the curvature proxy and of the methods into this node's cache; returns the file.
 
         One forward and one backward pass over the calibration part. A file that is already there for
         the same model and data is used as it is.

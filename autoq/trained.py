@@ -13,9 +13,18 @@ from pathlib import Path
 from autoq.assignment import Assignment
 from autoq.cache import cache_dir, write_atomically
 from autoq.errors import AutoQError
+from autoq.scheme import Codebook, Integer, Scheme
 
 Fetch = Callable[[Iterable[str]], Mapping[str, bytes]]
 LIMIT_BYTES = 10 * 10**9  # of copies that nobody has asked for lately
+
+
+def trainable(scheme: Scheme) -> bool:
+    """Whether layers of this scheme can be trained: integers and codebooks.
+
+    Not where inputs are scaled: there the levels are those of other coordinates than the weight's.
+    """
+    return isinstance(scheme, Codebook) or (isinstance(scheme, Integer) and not scheme.scales_inputs)
 
 
 def path_of(digest: str) -> Path:

@@ -35,7 +35,7 @@ from torch import Tensor
 from autoq.methods import QuantizedWeight
 from autoq.methods._uniform import MIN_SCALE, stored
 from autoq.methods._weights import CodebookWeight, IntegerWeight, row_blocks, to_dtype
-from autoq.scheme import Codebook, Integer, Scheme
+from autoq.scheme import Codebook, Integer
 
 BETAS = (0.9, 0.99)
 EPSILON = 1e-12  # of gradients that are means over tokens, which are small
@@ -84,12 +84,6 @@ class Latent(abc.ABC):
             yield name, parameter
             yield f"{name}.mean", self.moments[name].mean
             yield f"{name}.square", self.moments[name].square
-
-
-def trainable(scheme: Scheme) -> bool:
-    """Whether layers of this scheme can be trained."""
-    # What scales inputs has its levels in other coordinates than the weight.
-    return isinstance(scheme, Codebook) or (isinstance(scheme, Integer) and not scheme.scales_inputs)
 
 
 def latent(quantized: QuantizedWeight, weight: Tensor) -> Latent:

@@ -45,8 +45,9 @@ from autoq.methods._weights import expected_tensors
 from autoq.methods._weights import restore as quantized_weight
 from autoq.objectives import distance_of
 from autoq.quantized_model import QuantizedModel
-from autoq.recovery.latents import Latent, latent, trainable
+from autoq.recovery.latents import Latent, latent
 from autoq.reference import make_reference, row_blocks
+from autoq.trained import trainable
 
 LOOKS = 8  # how many times, evenly, the tokens that decide are looked at
 DECIDING = 4  # at most so many windows decide, and at most one in eight
@@ -100,7 +101,9 @@ class Trainer:
         self.assignment, self.plan = assignment, plan
         self.names = [name for name, scheme in assignment.items() if trainable(scheme)]
         if not self.names:
-            raise BadInput("nothing in the assignment can be trained: integer schemes and codebooks can, others not")
+            raise BadInput(
+                "nothing in the assignment can be trained: integer schemes and codebooks can, awq, smooth and others not"
+            )
         count = sum(self.model.weight(name).numel() for name in self.names)
         own = self.model.weight(self.names[0]).element_size()
         needed = count * (12 + 2 * own + (4 if plan.windows > 1 else 0))

@@ -19,7 +19,6 @@ from autoq import trained
 from autoq.assignment import Assignment
 from autoq.cache import cache_dir
 from autoq.errors import AutoQError, BadInput
-from autoq.scheme import Codebook, Integer
 from autoq.search.additions import Additions, require_finished
 from autoq.search.executors import Executor, Job, LocalExecutor, make_evaluator
 from autoq.search.observer import Observer
@@ -36,7 +35,7 @@ _Layers = dict[str, tuple[str, bytes]]
 @dataclass(frozen=True)
 class Training:
     """How to train: `steps` updates, each by `windows` windows of text, on at most `tokens` (default: all that are in
-    no part of the study). `rate` multiplies the learning rates that were found to be good."""
+    no part of the study). `rate` multiplies the usual learning rates."""
 
     steps: int
     tokens: int | None = None
@@ -82,9 +81,10 @@ def recover_trial(
     study, parent = store.study(study_id), store.trial(study_id, number)
     if parent.state != "complete" or parent.assignment is None:
         raise BadInput(f"trial {number} of {study.name!r} is {parent.state}; only a complete one can be trained")
-    if not any(isinstance(scheme, Integer | Codebook) for scheme in parent.assignment.values()):
+    if not any(map(trained.trainable, parent.assignment.values())):
         raise BadInput(
-            f"trial {number} of {study.name!r} has nothing to train: integer schemes and codebooks can be, others not"
+            f"trial {number} of {study.name!r} has nothing to train: integer schemes and codebooks can be, awq, smooth "
+            "and others not"
         )
     require_finished(study, "added to")
     observer.stage("load", 1)

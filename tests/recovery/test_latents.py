@@ -9,8 +9,9 @@ from autoq.methods._uniform import encode
 from autoq.methods._weights import CodebookWeight, IntegerWeight
 from autoq.methods.kmeans import KMeans
 from autoq.methods.rtn import RoundToNearest
-from autoq.recovery.latents import EPSILON, IntegerLatent, latent, trainable
+from autoq.recovery.latents import EPSILON, IntegerLatent, latent
 from autoq.scheme import parse_scheme
+from autoq.trained import trainable
 
 INTEGER = [
     *("rtn-int3-g4", "rtn-int3-g4-sym", "rtn-int2-channel", "rtn-int8-channel-sym", "rtn-int4-tensor"),
@@ -185,6 +186,12 @@ def test_adam_is_torchs():
     torch.testing.assert_close(each.x, reference.detach())
 
 
-@pytest.mark.parametrize(("text", "expected"), [("keep", False), ("rtn-fp8-channel", False), ("gguf-q4_k", False)])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        *((text, False) for text in ("keep", "rtn-fp8-channel", "gguf-q4_k", "awq-int4-g64", "nf4-g64")),
+        *((text, True) for text in ("rtn-int3-g64", "gptq-int4-g64-sym", "kmeans4-channel", "wkmeans4-channel")),
+    ],
+)
 def test_other_schemes_stay(text, expected):
     assert trainable(parse_scheme(text)) is expected
