@@ -102,7 +102,8 @@ class Trainer:
         self.names = [name for name, scheme in assignment.items() if trainable(scheme)]
         if not self.names:
             raise BadInput(
-                "nothing in the assignment can be trained: integer schemes and codebooks can, awq, smooth and others not"
+                "nothing in the assignment can be trained: integer schemes and codebooks can be, awq, smooth and "
+                "others not"
             )
         count = sum(self.model.weight(name).numel() for name in self.names)
         own = self.model.weight(self.names[0]).element_size()
