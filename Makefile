@@ -57,7 +57,7 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/.created
 	touch $(VENV)/.installed $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.created
-	$(BIN)/python -m pip install --disable-pip-version-check --no-compile $(PIP_FLAGS) -c constraints.txt -e '.[gguf]'
+	$(BIN)/python -m pip install --disable-pip-version-check --no-compile $(PIP_FLAGS) -c constraints.txt -e '.[gguf,serve,client]'
 	touch $@
 
 # Asks for ensurepip too: where a system splits it off, `venv` would only fail halfway.

@@ -86,9 +86,10 @@ IMPORTS: dict[str, set[str]] = {
     "display": {"store", "search.observer", "search.sampler_view"},
     "doctor": {"store"},
     "cli": {"display"},
-    "service": {"store"},
+    "service": {"store", "display"},
+    "client": {"store"},
     "studies": set(),
-    "dashboards": set(),
+    "dashboards": {"store", "display", "search.sampler_view"},
 }
 
 # room -> what its modules may import besides, inside functions only
@@ -102,8 +103,19 @@ LAZY: dict[str, set[str]] = {
     "shipping": {"evaluation", "models"},
     "study": {"search", "display", "dashboards", "shipping", "targets"},
     "doctor": {"targets"},
-    "cli": {"store", "search", "study", "doctor", "dashboards", "service", "objectives", "targets", "shipping"},
-    "service": {"search", "dashboards"},
+    "cli": {
+        "store",
+        "search",
+        "study",
+        "doctor",
+        "dashboards",
+        "service",
+        "client",
+        "objectives",
+        "targets",
+        "shipping",
+    },
+    "service": {"search", "dashboards", "study", "shipping", "targets", "objectives"},
 }
 
 # room -> what its modules may import besides, under `if TYPE_CHECKING:` only
@@ -138,6 +150,11 @@ PACKAGES: dict[str, set[str]] = {
     "pandas": {"study", "dashboards"},
     "plotly": {"study", "dashboards"},
     "fastapi": {"service"},
+    "starlette": {"service"},
+    "uvicorn": {"service"},
+    "prometheus_client": {"service"},
+    "jinja2": {"service"},
+    "httpx": {"client"},
     "hqq": set(),
 }
 
@@ -152,6 +169,8 @@ LEAN = {
     "store",
     "search",
     "service",
+    "client",
+    "dashboards",
     "targets",
     "vocabulary",
 }

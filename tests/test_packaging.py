@@ -261,7 +261,7 @@ def make(checkout: Path, *targets: str, fails: bool = False) -> list[str]:
 def test_a_second_call_installs_nothing(checkout: Path) -> None:
     (call,) = make(checkout, "install")
     assert "-c constraints.txt" in call
-    assert call.endswith("-e .[gguf]")
+    assert call.endswith("-e .[gguf,serve,client]")
     assert make(checkout, "install") == []
     (call,) = make(checkout, "install-dev")
     assert call.endswith("-e .[dev]")

@@ -157,7 +157,8 @@ def load_summaries(connection: sa.Connection) -> list[StudySummary]:
     members = sa.select(f.study_id, sa.func.count()).group_by(f.study_id)
     on_frontier = {row[0]: row[1] for row in connection.execute(members)}
     columns = (s.id, s.name, s.spec, s.objectives, s.state, s.message, s.changes)
-    query = sa.select(*columns, s.created_at, s.started_at, s.finished_at).order_by(s.id)
+    more = (s.created_at, s.started_at, s.finished_at, s.owner, s.priority, s.queued_at)
+    query = sa.select(*columns, *more).order_by(s.id)
     return [
         StudySummary(
             id=row.id,
@@ -173,6 +174,9 @@ def load_summaries(connection: sa.Connection) -> list[StudySummary]:
             created_at=row.created_at,
             started_at=row.started_at,
             finished_at=row.finished_at,
+            owner=row.owner,
+            priority=row.priority,
+            queued_at=row.queued_at,
         )
         for row in connection.execute(query)
     ]

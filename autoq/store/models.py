@@ -15,7 +15,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.types import TypeDecorator
 
-SCHEMA = "0004"  # the newest revision in migrations/versions
+SCHEMA = "0005"  # the newest revision in migrations/versions
 VERSION_TABLE = "autoq_schema"  # not Alembic's default name, which other tools' databases have too
 
 
@@ -83,6 +83,10 @@ studies = sa.Table(
     sa.Column("finished_at", Moment),
     sa.Column("sampler_attrs", Json(finite=False), nullable=False),
     sa.Column("plan", Json),
+    sa.Column("owner", sa.String(64)),  # the user of a server who submitted it; NULL: whoever has the database
+    sa.Column("priority", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("queued_at", Moment),
+    sa.Column("request", sa.String(16)),  # `cancel` or `yield`, once the trials that are out have ended
 )
 
 assignments = sa.Table(
@@ -195,4 +199,87 @@ sensitivities = sa.Table(
     sa.Column("key", sa.String(128), primary_key=True),
     sa.Column("body", Json, nullable=False),
     sa.Column("created_at", Moment, nullable=False),
+)
+
+# One controller runs a study: who holds it until when. `epoch` counts the holders, so that what a former one still
+# sends can be told apart.
+leases = sa.Table(
+    "leases",
+    metadata,
+    sa.Column("study_id", sa.ForeignKey("studies.id", ondelete="CASCADE"), primary_key=True, autoincrement=False),
+    sa.Column("holder", sa.String(128)),
+    sa.Column("epoch", sa.Integer, nullable=False),
+    sa.Column("until", Moment, nullable=False),
+)
+
+# A submission that is sent twice under one key makes one study. The key is its user's own.
+submissions = sa.Table(
+    "submissions",
+    metadata,
+    sa.Column("user", sa.String(64), primary_key=True),
+    sa.Column("key", sa.String(128), primary_key=True),
+    sa.Column("fingerprint", sa.String(64), nullable=False),  # of the body: another one under this key is refused
+    sa.Column("study_id", sa.ForeignKey("studies.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("created_at", Moment, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+# Who may use a server. The token itself is nowhere: its SHA-256 is enough to know it again.
+tokens = sa.Table(
+    "tokens",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("name", sa.String(128), nullable=False),
+    sa.Column("user", sa.String(64), nullable=False),
+    sa.Column("role", sa.String(16), nullable=False),  # viewer, submitter, admin
+    sa.Column("digest", sa.String(64), nullable=False, unique=True),
+    sa.Column("created_at", Moment, nullable=False),
+    sa.Column("expires_at", Moment),
+    sa.Column("revoked_at", Moment),
+    sa.Column("used_at", Moment),
+)
+
+# What evaluates, as its controller last saw it.
+workers = sa.Table(
+    "workers",
+    metadata,
+    sa.Column("id", sa.String(128), primary_key=True),
+    sa.Column("study_id", sa.ForeignKey("studies.id", ondelete="SET NULL")),
+    sa.Column("node", sa.Text, nullable=False),
+    sa.Column("device", sa.Text, nullable=False),
+    sa.Column("memory_bytes", sa.BigInteger),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("trial", sa.Integer),
+    sa.Column("started_at", Moment, nullable=False),
+    sa.Column("seen_at", Moment, nullable=False),
+)
+
+exports = sa.Table(
+    "exports",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("study_id", sa.ForeignKey("studies.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("trial", sa.Integer, nullable=False),
+    sa.Column("target", sa.String(64), nullable=False),
+    sa.Column("user", sa.String(64)),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("message", sa.Text),
+    sa.Column("progress", Json),
+    sa.Column("result", Json),  # the manifest, and what verification found
+    sa.Column("created_at", Moment, nullable=False),
+    sa.Column("started_at", Moment),
+    sa.Column("finished_at", Moment),
+)
+
+# What people note on a trial.
+remarks = sa.Table(
+    "remarks",
+    metadata,
+    sa.Column("study_id", sa.ForeignKey("studies.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("trial", sa.Integer, primary_key=True),
+    sa.Column("note", sa.Text, nullable=False),
+    sa.Column("tags", Json, nullable=False),
+    sa.Column("user", sa.String(64)),
+    sa.Column("changed_at", Moment, nullable=False),
+    sqlite_with_rowid=False,
 )

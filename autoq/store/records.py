@@ -13,7 +13,7 @@ from autoq.measurement import Measurement, Part
 if TYPE_CHECKING:
     from autoq.spec import StudySpec
 
-StudyState = Literal["created", "running", "finished", "interrupted", "failed"]
+StudyState = Literal["created", "queued", "running", "finished", "interrupted", "cancelled", "failed"]
 TrialState = Literal["running", "complete", "stopped", "failed", "duplicate"]
 Origin = Literal["baseline", "seed", "sampler", "refine", "recover"]
 
@@ -39,7 +39,9 @@ class StudyRecord:
     """One study, without its trials.
 
     `spec` is the spec as plain data, `study_spec()` the validated object. `plan` is what `save_plan`
-    stored, or None. `changes` counts the changes of the study and of its trials.
+    stored, or None. `changes` counts the changes of the study and of its trials. `owner` is the user of a server
+    who submitted it, None where whoever has the database made it. `request` is what its controller shall do after
+    the trials that are out: `cancel`, or `yield` to another study; None: go on.
     """
 
     id: int
@@ -54,6 +56,10 @@ class StudyRecord:
     sampler_attrs: Mapping[str, Any]
     plan: Mapping[str, Any] | None
     changes: int
+    owner: str | None = None
+    priority: int = 0
+    queued_at: datetime | None = None
+    request: str | None = None
 
     @property
     def directions(self) -> tuple[str, ...]:
@@ -73,6 +79,8 @@ class StudyRecord:
             "study": self.name,
             "state": self.state,
             "message": self.message,
+            "owner": self.owner,
+            "priority": self.priority,
             "objectives": [objective.to_json() for objective in self.objectives],
             "spec": dict(self.spec),
             "created_at": _iso(self.created_at),
@@ -102,6 +110,9 @@ class StudySummary:
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
+    owner: str | None = None
+    priority: int = 0
+    queued_at: datetime | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The line as JSON."""
@@ -112,6 +123,8 @@ class StudySummary:
             "target": self.target,
             "state": self.state,
             "message": self.message,
+            "owner": self.owner,
+            "priority": self.priority,
             "objectives": [objective.to_json() for objective in self.objectives],
             "trials": {
                 "running": self.running,

@@ -112,7 +112,7 @@ def set_state(connection: sa.Connection, study_id: int, state: StudyState, messa
     values: dict[str, Any] = {"state": state, "message": None if message is None else _text(message)}
     if state == "running":
         values |= {"started_at": sa.func.coalesce(m.studies.c.started_at, _moment()), "finished_at": None}
-    elif state != "created":
+    elif state not in ("created", "queued"):
         values["finished_at"] = _now()
     set_study(connection, study_id, **values)
 
