@@ -13,6 +13,7 @@ import socket
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ray import cloudpickle
@@ -33,6 +34,12 @@ def pack(value: object) -> bytes:
 def unpack(packed: bytes) -> Any:
     """The value that `pack` made bytes of. Both ends are this study's own processes."""
     return pickle.loads(packed)  # noqa: S301
+
+
+def machine() -> str:
+    """What tells this machine, or container, from others: its name and the run of its kernel."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()} {boot.read_text().strip() if boot.is_file() else ''}"
 
 
 def portable(problem: Exception) -> bytes:
@@ -63,20 +70,20 @@ class Worker:
         """`host:pid`, and the process id. Also asked to see whether the worker is alive."""
         return self._name, os.getpid()
 
-    def load(self, recipe: bytes, environment: Mapping[str, str | None], folder: str | None) -> bytes:
+    def load(self, recipe: bytes, home: str, environment: Mapping[str, str | None], folder: str) -> bytes:
         """Build the evaluator from packed (make, spec); gives a packed None, or the packed exception.
 
-        Before that, set the variables in `environment` (None: unset) and go to `folder`, so that paths,
-        caches and threads are what they would be in the process that runs the study.
+        Before that, on the machine `home`, set the variables in `environment` (None: unset) and go to `folder`, so that
+        paths, caches and threads are what they would be in the process that runs the study, which runs there.
         """
         try:
-            for name, value in environment.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
-            tempfile.tempdir = None
-            if folder is not None:
+            if machine() == home:
+                for name, value in environment.items():
+                    if value is None:
+                        os.environ.pop(name, None)
+                    else:
+                        os.environ[name] = value
+                tempfile.tempdir = None
                 os.chdir(folder)
             make, spec = unpack(recipe)
             self._evaluator = make(spec)

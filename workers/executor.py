@@ -3,7 +3,9 @@
 Ray can report an error for a task that ran, and restarting an actor with its constructor's arguments
 is unsafe (https://github.com/ray-project/ray/issues/53727). So an actor lives once. When it dies or
 runs past a time limit its reference is forgotten, which drops whatever it might still answer, its job
-comes back as a failure, and another actor takes its place.
+comes back as a failure, and another actor takes its place. Actors for which the cluster has no room wait
+inside Ray until a node joins, and those of a node that leaves die and are replaced: so workers come and go
+in the middle of a study.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import collections
 import dataclasses
 import os
 import shutil
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +27,7 @@ from autoq.errors import WorkerLost
 from autoq.search.executors import Executor, Failure, Job, Result, TimeLimit, make_evaluator
 from autoq.spec import StudySpec
 
-from .actor import Make, Worker, pack, unpack
+from .actor import Make, Worker, machine, pack, unpack
 from .session import Session
 
 ANSWER_SECONDS = 30.0  # an idle worker that does not answer for so long counts as dead
@@ -54,6 +57,11 @@ class _Member:
             return None
         return self.since + self.job.limit_seconds
 
+    @property
+    def placed(self) -> bool:
+        """Whether Ray has found room for it."""
+        return self.ready or bool(ray.wait([self.identity], timeout=0)[0])
+
     def who(self) -> tuple[str, int | None]:
         """`host:pid` and the process id, as far as the worker has said."""
         done, _ = ray.wait([self.identity], timeout=0)
@@ -65,7 +73,7 @@ class _Member:
 
 
 class RayExecutor(Executor):
-    """Runs jobs on `workers.count` Ray actors with an evaluator each.
+    """Runs jobs on `workers.count` Ray actors with an evaluator each, fewer while the cluster has no room for all.
 
     The constructor starts or joins Ray and starts the actors, which load while the caller goes on;
     it raises what `Session` raises. `make` builds an evaluator from a spec in the worker's process; it
@@ -151,19 +159,17 @@ class RayExecutor(Executor):
             self._members.append(_Member(self._started, actor, identity, loading, scratch))
             self._started += 1
 
-    def _surroundings(self, scratch: Path | None) -> tuple[dict[str, str | None], str | None]:
-        """Environment and working folder of a new worker, see `Worker.load`.
+    def _surroundings(self, scratch: Path | None) -> tuple[str, dict[str, str | None], str]:
+        """This machine, and environment and working folder of a new worker on it; see `Worker.load`.
 
-        On this machine they are this process's, also where Ray set others (OMP_NUM_THREADS) or was
-        started elsewhere; another machine has its own. Temporary files go to `scratch`, which outlives the
-        worker and is removed here: a killed process cannot clean up.
+        They are this process's, also where Ray set others (OMP_NUM_THREADS) or was started elsewhere; another machine
+        has its own. Temporary files go to `scratch`, which outlives the worker and is removed here: a killed process
+        cannot clean up.
         """
-        environment: dict[str, str | None] = {}
-        if self._session.here:
-            environment |= {name: os.environ.get(name) for name in INHERITED}
+        environment = {name: os.environ.get(name) for name in INHERITED}
         if scratch is not None:
             environment["TMPDIR"] = str(scratch)
-        return environment, str(Path.cwd()) if self._session.here else None
+        return machine(), environment, str(Path.cwd())
 
     def _dispatch(self) -> None:
         """Start queued jobs in order, as far as there are idle workers and exclusive jobs allow."""
@@ -171,8 +177,12 @@ class RayExecutor(Executor):
             running = self._running()
             if any(job.exclusive for job in running):
                 return
-            if self._queue[0][0].exclusive and (running or not all(member.ready for member in self._members)):
-                return
+            if self._queue[0][0].exclusive:
+                # In a session that was started here there is room for all of them, so none is placed late.
+                mine = self._session.folder is not None
+                if running or not all(member.ready for member in self._members if mine or member.placed):
+                    return
+                self._withdraw()
             member = next((member for member in self._members if member.ready and member.job is None), None)
             if member is None:
                 return
@@ -182,6 +192,12 @@ class RayExecutor(Executor):
             member.pending = member.actor.run.remote(packed)
             member.since = time.monotonic()
             member.job = job
+
+    def _withdraw(self) -> None:
+        """Give up workers that wait for room: one that found it beside an exclusive job would disturb it."""
+        if any(member.ready for member in self._members):
+            for member in [member for member in self._members if not member.ready]:
+                self._remove(member)
 
     def _answers(self, member: _Member) -> bool:
         """Whether an idle worker lives. One that died since its last job must not cost the next one."""
@@ -246,7 +262,7 @@ class RayExecutor(Executor):
     def _died(self, member: _Member, doing: str, problem: RayError) -> Failure:
         """Write a worker off; the record of why, with its last output where it can be found."""
         name, pid = member.who()
-        output = self._output(pid)
+        output = self._output(pid) if name.rpartition(":")[0] == socket.gethostname() else ""
         fault = next((line for line in output.splitlines() if line.startswith(FAULT)), None)
         if isinstance(problem, OutOfMemoryError):
             cause = "ended by Ray because the node was short of memory"

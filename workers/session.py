@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray._private.services as ray_services
 import ray._private.worker as ray_worker
 
 from autoq import device
@@ -31,6 +32,7 @@ from autoq.spec import WorkersSpec
 
 LOG = logging.getLogger("autoq.workers")
 NAMESPACE = "autoq"
+CLIENT = "ray://"
 # Jobs and results are a few kilobytes; weights come from files, which the page cache shares.
 OBJECT_STORE_BYTES = 100 * 2**20
 CONNECT_SECONDS = 10.0
@@ -65,16 +67,32 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def find_address(address: str) -> str:
+    """The address that `auto` stands for: RAY_ADDRESS, or the cluster that `ray start` last joined this machine to.
+
+    Any other address is itself. Raises `AutoQError` where there is none.
+    """
+    if address != "auto":
+        return address
+    try:
+        found = ray_services.canonicalize_bootstrap_address("auto")
+    except ConnectionError:
+        found = None
+    if not found:
+        raise AutoQError("workers.address: 'auto' found no Ray cluster on this machine; start one: ray start --head")
+    return str(found)
+
+
 def check_address(address: str) -> tuple[str, int]:
-    """Host and port of a running cluster's address, `HOST:PORT`, that it is safe to join.
+    """Host and port of a running cluster's address, `HOST:PORT` or `ray://HOST:PORT`, that it is safe to join.
 
     Raises `SpecError` for another form, and for a host that is not loopback unless RAY_AUTH_MODE is
     `token` and there is a token in RAY_AUTH_TOKEN, or in a file that nobody else can read.
     """
-    host, colon, port = address.rpartition(":")
+    host, colon, port = address.removeprefix(CLIENT).rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     if not colon or not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        form = "HOST:PORT of a running Ray cluster, such as 10.0.0.5:6379"
+        form = "auto, HOST:PORT of a Ray cluster, such as 10.0.0.5:6379, or ray://HOST:PORT of its client server"
         raise SpecError(f"workers.address: must be {form} (got {address!r})")
     if not _is_loopback(host):
         _require_token(address)
@@ -82,7 +100,7 @@ def check_address(address: str) -> tuple[str, int]:
 
 
 def _require_token(address: str) -> None:
-    where = f"workers.address: {address!r} is another machine"
+    where = f"workers.address: {address!r} is reached over the network"
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
         raise SpecError(f"{where}; set RAY_AUTH_MODE=token on the cluster and here")
     if os.environ.get("RAY_AUTH_TOKEN"):
@@ -105,8 +123,9 @@ class Session:
 
     A session that is already on in this process is used and left on. `cpus` is what each worker gets:
     `workers.cpus`, or an equal share of all there is; on one machine, of as many as the study would use
-    without Ray. `here` says that all workers run on this machine. `folder` is the session's temporary
-    folder, or None where the session was not started here.
+    without Ray. `folder` is the session's temporary folder, or None where the session was not started here.
+
+    A cluster at an address may grow and shrink: it need not have room for all workers now, only for one.
 
     Raises `SpecError` for an address that is refused or a session without room for the workers, and
     `AutoQError` where Ray cannot be started or reached.
@@ -114,13 +133,13 @@ class Session:
 
     def __init__(self, workers: WorkersSpec) -> None:
         self.folder: Path | None = None
-        self.here = False
         self._mine = False
         self._environment: dict[str, str | None] = {}
         self._printer: Any = None
-        where = None if workers.address is None else check_address(workers.address)
+        address = None if workers.address is None else find_address(workers.address)
+        where = None if address is None else check_address(address)
         try:
-            self._open(workers, where)
+            self._open(workers, address, where)
             self.cpus = self._share(workers)
         except BaseException:
             self.close()
@@ -128,27 +147,25 @@ class Session:
 
     @property
     def logs(self) -> Path | None:
-        """The folder of the workers' own output, where this machine has it."""
+        """The folder of the output of the workers on this machine; None for one that is not of the cluster."""
         node = ray_worker._global_node
-        return Path(node.get_logs_dir_path()) if self.here and node is not None else None
+        return None if node is None else Path(node.get_logs_dir_path())
 
-    def _open(self, workers: WorkersSpec, where: tuple[str, int] | None) -> None:
+    def _open(self, workers: WorkersSpec, address: str | None, where: tuple[str, int] | None) -> None:
         if ray.is_initialized():
             here = ray.get_runtime_context().gcs_address
-            if workers.address not in (None, here):
-                raise SpecError(
-                    f"workers.address: this process is connected to {here!r} already, not {workers.address!r}"
-                )
+            if address not in (None, here):
+                raise SpecError(f"workers.address: this process is connected to {here!r} already, not {address!r}")
             return
         self._environment = {name: os.environ.get(name) for name in VARIABLES}
         if where is None:
             options = self._local(workers)
         else:
-            options = {"address": workers.address}
+            options = {"address": address}
             try:  # Ray itself would try for half a minute
                 socket.create_connection(where, timeout=CONNECT_SECONDS).close()
             except OSError as problem:
-                raise AutoQError(f"workers.address: nothing answers at {workers.address!r}: {problem}") from None
+                raise AutoQError(f"workers.address: nothing answers at {address!r}: {problem}") from None
         handler = signal.getsignal(signal.SIGTERM)
         self._mine = True
         try:
@@ -182,10 +199,10 @@ class Session:
 
     def _share(self, workers: WorkersSpec) -> int:
         """CPUs of each worker, when all of them fit on the session's nodes."""
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        self.here = len(nodes) == 1  # a driver always runs on one of the nodes
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        nodes = [node["Resources"] for node in alive]
         total = int(sum(node.get("CPU", 0) for node in nodes))
-        if self.here:
+        if [node["NodeManagerHostname"] for node in alive] == [socket.gethostname()]:
             total = min(total, device.threads())
         cpus = workers.cpus or max(1, total // workers.count)
 
@@ -193,7 +210,7 @@ class Session:
             by_cpu = int(node.get("CPU", 0) // cpus)
             return min(by_cpu, int(node.get("GPU", 0) / workers.gpus)) if workers.gpus else by_cpu
 
-        if sum(map(room, nodes)) < workers.count:
+        if sum(map(room, nodes)) < (workers.count if workers.address is None else 1):
             has = " + ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
             raise SpecError(
                 f"workers: {workers.count} workers of {cpus} CPUs and {workers.gpus:g} GPUs do not fit;"

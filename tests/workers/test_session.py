@@ -12,7 +12,8 @@ import ray
 from autoq import device
 from autoq.errors import AutoQError, SpecError
 from autoq.spec import WorkersSpec
-from autoq.workers.session import Session, _has_token, check_address
+from autoq.workers import session as session_module
+from autoq.workers.session import Session, _has_token, check_address, find_address
 
 REMOTE = "10.0.0.5:6379"
 
@@ -32,15 +33,30 @@ def test_loopback_needs_no_token(address: str, parts: tuple[str, int]) -> None:
     assert check_address(address) == parts
 
 
-@pytest.mark.parametrize("address", ["", "auto", "local", "10.0.0.5", "10.0.0.5:", ":6379", "h:0", "h:65536", "h:1e3"])
+@pytest.mark.parametrize(
+    "address", ["", "local", "10.0.0.5", "10.0.0.5:", ":6379", "h:0", "h:65536", "h:1e3", "ray://h", "http://h:1"]
+)
 def test_other_forms_are_refused(address: str) -> None:
-    with pytest.raises(SpecError, match=r"^workers\.address: must be HOST:PORT .* \(got "):
+    with pytest.raises(SpecError, match=r"^workers\.address: must be auto, HOST:PORT .* \(got "):
         check_address(address)
 
 
-def test_so_is_the_ray_client() -> None:
-    with pytest.raises(SpecError, match="must be HOST:PORT"):
+def test_the_client_server_is_an_address_like_another() -> None:
+    assert check_address("ray://127.0.0.1:10001") == ("127.0.0.1", 10001)
+    with pytest.raises(SpecError, match="RAY_AUTH_MODE=token"):
         check_address("ray://10.0.0.5:10001")
+
+
+def test_auto_is_the_cluster_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", REMOTE)
+    assert find_address("auto") == REMOTE
+    assert find_address("127.0.0.1:1") == "127.0.0.1:1"
+    with pytest.raises(SpecError, match=r"^workers\.address: '10\.0\.0\.5:6379' is reached over the network"):
+        Session(WorkersSpec(executor="ray", address="auto"))
+    monkeypatch.delenv("RAY_ADDRESS")
+    monkeypatch.setattr(session_module.ray_services, "canonicalize_bootstrap_address", lambda _: None)
+    with pytest.raises(AutoQError, match=r"'auto' found no Ray cluster on this machine; start one: ray start --head"):
+        find_address("auto")
 
 
 @pytest.mark.parametrize("address", [REMOTE, "head.example:6379", "0.0.0.0:6379", "[fe80::1]:6379", "127.0.0.1.org:1"])
