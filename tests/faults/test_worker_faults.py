@@ -249,7 +249,7 @@ class KillOnce(Observer):
     def __init__(self, folder: Path) -> None:
         self.notes: list[str] = []
         self.ended: list[int] = []
-        self.killer = threading.Thread(target=lambda: os.kill(wait_for(folder / "pid", 120), signal.SIGKILL))
+        self.killer = threading.Thread(target=lambda: os.kill(wait_for(folder / "pid", 280), signal.SIGKILL))
         self.killer.start()
 
     def trial(self, trial: TrialRecord, done: int, budget: int) -> None:
