@@ -110,3 +110,7 @@ class StudyBusy(AutoQError):
 
 class LeaseLost(AutoQError):
     """Another process runs the study now; this one stops and writes nothing more."""
+
+
+class Stopped(AutoQError):
+    """The study was asked to stop."""
