@@ -37,6 +37,14 @@ class BadInput(AutoQError):
     exit_code = 2
 
 
+def restore(name: str, message: str) -> AutoQError:
+    """The error of the class of that name, which another process met; an `AutoQError` where there is none."""
+    kind = globals().get(name)
+    if isinstance(kind, type) and issubclass(kind, AutoQError):
+        return _restored(kind, message)
+    return AutoQError(f"{name}: {message}")
+
+
 class UnknownName(BadInput):
     """A name that is not among the choices."""
 
@@ -86,3 +94,23 @@ class ExportBroken(AutoQError):
 
 class WorkerLost(AutoQError):
     """A worker died while it evaluated an assignment."""
+
+
+class Conflict(BadInput):
+    """What is asked for does not go with what is there."""
+
+
+class LimitReached(AutoQError):
+    """There is as much as is allowed already."""
+
+
+class StudyBusy(AutoQError):
+    """Another process runs the study."""
+
+
+class LeaseLost(AutoQError):
+    """Another process runs the study now; this one stops and writes nothing more."""
+
+
+class Stopped(AutoQError):
+    """The study was asked to stop."""

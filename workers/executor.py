@@ -18,13 +18,13 @@ import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from autoq.errors import WorkerLost
-from autoq.search.executors import Executor, Failure, Job, Result, TimeLimit, make_evaluator
+from autoq.search.executors import Executor, Failure, Job, Result, TimeLimit, WorkerView, make_evaluator
 from autoq.spec import StudySpec
 
 from .actor import Make, Worker, machine, pack, unpack
@@ -126,6 +126,15 @@ class RayExecutor(Executor):
                     return result
             elif until is not None and time.monotonic() >= until:
                 return None
+
+    def workers(self) -> list[WorkerView]:
+        """The actors, by the names that they have given."""
+        found = []
+        for member in list(self._members):
+            job, (name, pid) = member.job, member.who()
+            state: Literal["loading", "idle", "busy"] = "busy" if job else "idle" if member.ready else "loading"
+            found.append(WorkerView(name, state, job.key if job else None, pid if self._session.here else None))
+        return found
 
     def close(self) -> None:
         """End the workers, and Ray if it was started here."""

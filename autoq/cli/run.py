@@ -80,7 +80,10 @@ def _run(store: Store, study_id: int, db: str, quiet: bool, as_json: bool) -> No
         where = "" if db == DEFAULT_DB else f" --db {store.url}"
         sys.stderr.write(f"autoq: interrupted; go on with: autoq resume {study.name}{where}\n")
         raise typer.Exit(INTERRUPTED) from None
-    print_frontier(store, store.study(study_id), as_json)
+    left = store.study(study_id)
+    if left.state != "finished":
+        sys.stderr.write(f"study {left.name} was asked to stop and is {left.state}\n")
+    print_frontier(store, left, as_json)
 
 
 @app.command(
@@ -162,6 +165,6 @@ def resume(
             sys.stderr.write(f"study {record.name} is finished\n")
             print_frontier(store, record, as_json)
             return
-        if record.state == "running":
-            sys.stderr.write(f"study {record.name} did not end properly, or another process still runs it\n")
+        if record.state == "running" and ((lease := store.queue.lease(record.id)) is None or not lease.live):
+            sys.stderr.write(f"study {record.name} did not end properly\n")
         _run(store, record.id, db, quiet, as_json)

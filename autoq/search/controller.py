@@ -17,10 +17,11 @@ from typing import Any
 
 from autoq import plugins, trained
 from autoq.assignment import Assignment
-from autoq.errors import AutoQError, BadInput, NotFinite
+from autoq.errors import AutoQError, LeaseLost, NotFinite
 from autoq.measurement import Measurement
 from autoq.objectives import TokenObjective, computed
 from autoq.search.executors import MAX_ATTEMPTS, Executor, Failure, Job, Result, make_executor
+from autoq.search.holding import LOOK_SECONDS, Hold, StopRequested, Watching, holding
 from autoq.search.observer import Observer
 from autoq.search.optuna_study import AskTell, Row, State
 from autoq.search.priors import make_prior
@@ -29,15 +30,17 @@ from autoq.search.samplers import SLOPES, Sampler
 from autoq.search.setup import Problem, Proposal, create_study, make_plan, pose
 from autoq.search.stages import run_job
 from autoq.search.stopping import Finished, choose, expected, was_stopped
-from autoq.spec import Bound, StudySpec, build_spec
+from autoq.spec import Bound, StudySpec
 from autoq.statistics import Rival
 from autoq.store import Store, StudyRecord, TrialRecord
+from autoq.store.queue import CLOCK, CRASHES
 from autoq.store.records import Origin
 from autoq.targets import CostTable
 
 __all__ = ["create_study", "raise_budget", "run_study"]
 
 MAX_KILLED = 3  # dispatches that ended with the whole process; more than chance, less than patience
+CANCEL_SECONDS = 60.0  # for which a cancelled study waits for the trials that are out
 MAX_REPEATS = 200  # consecutive duplicates after which a sampler is taken to have nothing new
 
 
@@ -46,52 +49,64 @@ def run_study(
     study_id: int,
     observer: Observer | None = None,
     make: Callable[[StudySpec], Executor] = make_executor,
+    hold: Hold | None = None,
 ) -> StudyRecord:
     """Run a study to the end of its budget, or go on with one that was interrupted.
 
     Every trial is stored before the observer hears of it. On Ctrl-C the study is left `interrupted`
     and `KeyboardInterrupt` goes on; on an error it is left `failed` with the reason and `AutoQError`
-    goes on. Either way nothing that finished is lost and the study can be resumed.
+    goes on. A study that is asked to is left `cancelled`, or `queued` where another one is to run first, once the
+    trials that are out have ended. In any case nothing that finished is lost and the study can be resumed.
+
+    Raises `StudyBusy` where another process runs it, and `LeaseLost` where one has taken it over, which then finds
+    everything as it was stored.
     """
     observer = observer or Observer()
-    study = store.study(study_id)
-    try:
-        store.set_state(study_id, "running")
-        spec = study.study_spec()
-        observer.stage("load", 1)  # importing and starting workers may take longer than all that follows
-        problem = pose(spec)
-        with make(spec) as executor:
-            _Run(store, study, problem, executor, observer).run()
-        store.set_state(study_id, "finished")
-    except KeyboardInterrupt:
-        store.set_state(study_id, "interrupted", "interrupted by the user")
-        raise
-    except AutoQError as problem_met:
-        _leave_failed(store, study_id, str(problem_met))
-        raise
-    except Exception as bug:
-        _leave_failed(store, study_id, f"{type(bug).__name__}: {bug}")
-        raise
-    return store.study(study_id)
+    with holding(store, study_id, hold) as hold:
+        store = hold.store
+        study = store.study(study_id)
+        try:
+            store.set_state(study_id, "running")
+            watching = Watching(observer, hold)
+            spec = study.study_spec()
+            watching.stage("load", 1)  # importing and starting workers may take longer than all that follows
+            problem = pose(spec)
+            with make(spec) as executor:
+                hold.executor = executor
+                _Run(store, study, problem, executor, watching, hold).run()
+            store.queue.settle(study_id, "finished")
+        except StopRequested as stop:
+            store.queue.settle(study_id, hold.state_after(stop, "cancelled"))
+        except KeyboardInterrupt as interrupt:
+            state = hold.state_after(interrupt, "interrupted")
+            store.queue.settle(study_id, state, "interrupted by the user" if state == "interrupted" else None)
+            raise
+        except LeaseLost:
+            raise
+        except AutoQError as problem_met:
+            _leave_failed(store, study_id, str(problem_met))
+            raise
+        except Exception as bug:
+            _leave_failed(store, study_id, f"{type(bug).__name__}: {bug}")
+            raise
+        finally:
+            hold.executor = None
+        return store.study(study_id)
 
 
 def raise_budget(store: Store, study_id: int, trials: int) -> None:
     """Let a study have `trials` trials, more than it has had, so that `run_study` goes on with it.
 
-    Raises `BadInput` for fewer, `SpecError` for what is no budget; then nothing has changed.
+    A new budget has all of its wall time before it. Raises `BadInput` for fewer, `SpecError` for what is no budget;
+    then nothing has changed.
     """
-    study = store.study(study_id)
-    had = sum(t.parent is None for t in store.trials(study_id, states=["complete", "stopped", "failed"]))
-    if trials <= had:
-        raise BadInput(f"trials must be more than the {had} that study {study.name!r} has had (got {trials})")
-    budget = {**study.spec["budget"], "trials": trials}
-    store.set_spec(study_id, build_spec({**study.spec, "budget": budget}))
+    store.queue.raise_budget(study_id, trials)
 
 
 def _leave_failed(store: Store, study_id: int, reason: str) -> None:
     """Note the reason, unless the database itself is what failed."""
     try:
-        store.set_state(study_id, "failed", reason)
+        store.queue.settle(study_id, "failed", reason)
     except AutoQError:
         return
 
@@ -124,11 +139,19 @@ class _Run:
     """One run of `run_study`: the state of the loop."""
 
     def __init__(
-        self, store: Store, study: StudyRecord, problem: Problem, executor: Executor, observer: Observer
+        self,
+        store: Store,
+        study: StudyRecord,
+        problem: Problem,
+        executor: Executor,
+        observer: Observer,
+        hold: Hold,
     ) -> None:
         self.store, self.study, self.problem = store, study, problem
-        self.executor, self.observer = executor, observer
+        self.executor, self.observer, self.hold = executor, observer, hold
         self.spec: StudySpec = problem.spec
+        # Of the budget's wall time only what the study ran counts, over all of its runs.
+        self.ran = float((store.table(study.id, CLOCK) or {}).get("seconds", 0.0))
         self.started = time.monotonic()
         self.plan: list[Proposal] = []
         self.costs: CostTable | None = None
@@ -165,8 +188,11 @@ class _Run:
         )
         device = f"{facts['device']}, {facts['threads']} threads"
         self.plan, self.costs = make_plan(self.problem, self.store, self.study.id, self.executor, self.observer, device)
-        self._restore()
-        self._search()
+        try:
+            self._restore()
+            self._search()
+        finally:
+            self._keep_time()
         self._refuse_nothing()
         report(self.problem, self.store, self.study.id, self.executor, self.observer)
 
@@ -223,9 +249,10 @@ class _Run:
         """Dispatch a trial again that was running when the study ended, unless it is what ended it.
 
         A candidate that takes this whole process down leaves no failure behind, only a study that is
-        still `running`. It would do so at every resume.
+        still `running`, or that a queue has noted the crash of. It would do so at every resume.
         """
-        if self.study.state == "running" and trial.attempt >= MAX_KILLED:
+        crashed = self.study.state == "running" or self.store.table(self.study.id, CRASHES) is not None
+        if crashed and trial.attempt >= MAX_KILLED:
             reason = f"quarantined: the study's process ended {trial.attempt} times while it ran"
             self.store.fail_trial(trial.id, trial.attempt, "WorkerLost", reason, "", 0.0, "")
             self.observer.note(f"trial {trial.number}: {reason}")
@@ -252,13 +279,34 @@ class _Run:
                     exhausted = True
                     self.observer.note(f"the sampler proposed nothing new {MAX_REPEATS} times in a row; stopping")
             if not self.flying:
+                self.hold.watch()
                 if not exhausted and self.done < self.spec.budget.trials:
                     self.observer.note(f"the wall time is over after {self.done} of {self.spec.budget.trials} trials")
                 return
-            result = self.executor.next()
-            if result is None:
+            self._receive(self._next())
+
+    def _next(self) -> Result:
+        """The next trial's result. A study that is cancelled waits for it only so long."""
+        until = None
+        while True:
+            asked_at = time.monotonic()
+            result = self.executor.next(LOOK_SECONDS)
+            if result is not None:
+                return result
+            if time.monotonic() - asked_at < LOOK_SECONDS / 2:
                 raise AutoQError("the workers stopped while trials were running")
-            self._receive(result)
+            if self.hold.asked() == "cancel":
+                until = until or time.monotonic() + CANCEL_SECONDS
+                if time.monotonic() > until:
+                    raise StopRequested("cancel")
+
+    def _keep_time(self) -> None:
+        """Store for how long the study has run, where that is limited."""
+        if self.spec.budget.wall_time is not None:
+            self.store.put_table(self.study.id, CLOCK, {"seconds": self._elapsed()})
+
+    def _elapsed(self) -> float:
+        return self.ran + time.monotonic() - self.started
 
     def _refuse_nothing(self) -> None:
         """A study in which every trial failed has failed, for what is most likely one reason."""
@@ -271,7 +319,9 @@ class _Run:
         budget = self.spec.budget
         if self.done + len(self.flying) >= budget.trials:
             return False
-        if budget.wall_time is not None and time.monotonic() - self.started >= budget.wall_time:
+        if budget.wall_time is not None and self._elapsed() >= budget.wall_time:
+            return False
+        if self.hold.asked() is not None:
             return False
         self._tell()
         return not self._waits()
@@ -399,6 +449,7 @@ class _Run:
         self.done += trial.parent is None
         stored = self.store.trial(self.study.id, trial.number)
         self.outcomes[trial.number] = self._outcome(stored)
+        self._keep_time()
         self.observer.trial(stored, self.done, self.spec.budget.trials)
 
     def _complete(self, quality: Sequence[Measurement], assignment: Assignment) -> list[Measurement]:

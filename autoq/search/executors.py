@@ -10,13 +10,15 @@ import abc
 import collections
 import contextlib
 import dataclasses
+import os
 import signal
+import socket
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from autoq.errors import AutoQError
 from autoq.spec import StudySpec
@@ -83,6 +85,17 @@ class Result:
     worker: str = ""
 
 
+@dataclass(frozen=True)
+class WorkerView:
+    """A worker as its executor sees it: `host:pid`, `loading`, `idle` or `busy`, the key of its job, and its process
+    id where that is one of this machine's."""
+
+    name: str
+    state: Literal["loading", "idle", "busy"]
+    key: str | None = None
+    process: int | None = None
+
+
 class Executor(abc.ABC):
     """Runs jobs on evaluators of one study. Use as a context manager; leaving it ends all workers."""
 
@@ -104,6 +117,10 @@ class Executor(abc.ABC):
     @abc.abstractmethod
     def close(self) -> None:
         """End all workers at once; unfinished jobs are lost. Can be called again."""
+
+    def workers(self) -> list[WorkerView]:
+        """What there is of workers at this moment. May be called from another thread."""
+        return []
 
     def __enter__(self) -> Executor:
         return self
@@ -191,6 +208,7 @@ class LocalExecutor(Executor):
         self._make = make
         self._evaluator: Evaluator | None = None
         self._queue: collections.deque[Job] = collections.deque()
+        self._running: Job | None = None
         self._closed = False
 
     def submit(self, job: Job) -> None:
@@ -205,7 +223,7 @@ class LocalExecutor(Executor):
         if self._evaluator is None:
             # Not an error of the job: a model that cannot be loaded ends the study.
             self._evaluator = self._make(self._spec)
-        job = self._queue.popleft()
+        job = self._running = self._queue.popleft()
         start = time.perf_counter()
         try:
             with _alarm(job.limit_seconds):
@@ -215,6 +233,15 @@ class LocalExecutor(Executor):
             problem = TimeLimit.of(job)
             problem.__cause__ = alarm  # its traceback tells where the job was
             return Result(job, None, Failure.of(problem), time.perf_counter() - start, "local")
+        finally:
+            self._running = None
+
+    def workers(self) -> list[WorkerView]:
+        """This process."""
+        job = self._running
+        name = f"{socket.gethostname()}:{os.getpid()}"
+        state: Literal["loading", "idle", "busy"] = "busy" if job else "loading" if self._evaluator is None else "idle"
+        return [WorkerView(name, state, job.key if job else None, os.getpid())]
 
     def close(self) -> None:
         """Forget queued jobs and the evaluator."""

@@ -12,48 +12,27 @@ interrupted training leaves a checkpoint in the cache, from which the same call 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from autoq import trained
 from autoq.assignment import Assignment
 from autoq.cache import cache_dir
-from autoq.errors import AutoQError, BadInput
+from autoq.errors import AutoQError, BadInput, LeaseLost, Stopped
 from autoq.search.additions import Additions, require_finished
 from autoq.search.executors import Executor, Job, LocalExecutor, make_evaluator
+from autoq.search.holding import Hold, StopRequested, Watching, holding
 from autoq.search.observer import Observer
 from autoq.search.reporting import report
 from autoq.search.setup import pose
 from autoq.search.stages import run_job
+from autoq.search.training import Training
 from autoq.spec import StudySpec, WorkersSpec
-from autoq.store import Descent, Store, TrialRecord
+from autoq.store import Descent, Store, StudyRecord, TrialRecord
 
-MAX_STEPS = 10**6
+__all__ = ["Training", "recover_trial"]
+
 _Layers = dict[str, tuple[str, bytes]]
-
-
-@dataclass(frozen=True)
-class Training:
-    """How to train: `steps` updates, each by `windows` windows of text, on at most `tokens` (default: all that are in
-    no part of the study). `rate` multiplies the usual learning rates."""
-
-    steps: int
-    tokens: int | None = None
-    windows: int = 1
-    rate: float = 1.0
-    seed: int = 0
-
-    def check(self) -> None:
-        """Raises `BadInput` for what nothing can be trained by."""
-        for name in ("steps", "windows"):
-            if not 1 <= getattr(self, name) <= MAX_STEPS:
-                raise BadInput(f"{name} must be from 1 to {MAX_STEPS} (got {getattr(self, name)})")
-        if self.tokens is not None and self.tokens < 1:
-            raise BadInput(f"tokens must be at least 1 (got {self.tokens})")
-        if not 0 < self.rate < 1000:
-            raise BadInput(f"rate must be above 0 and below 1000 (got {self.rate:g})")
-        if not 0 <= self.seed < 2**32:
-            raise BadInput(f"seed must be from 0 to {2**32 - 1} (got {self.seed})")
 
 
 def here(spec: StudySpec) -> Executor:
@@ -68,13 +47,15 @@ def recover_trial(
     training: Training,
     observer: Observer | None = None,
     make: Callable[[StudySpec], Executor] = here,
+    hold: Hold | None = None,
 ) -> TrialRecord:
     """Train trial `number` and store the result as a new trial with both parts measured; the new trial.
 
     Where the very same was trained before, that trial. Raises `NotFound` for a trial that is not there, `BadInput` for
     one that is not complete or holds nothing to train, for a study that is not finished and a training that cannot be,
-    and `AutoQError` where no moment of the training is better than its start. The study is left as it was but for the
-    trial, whatever happens.
+    `StudyBusy`, `Stopped` where the study was asked to stop before, and `AutoQError` where no moment of the training is
+    better than its start. The study is left as it was but for the trial, whatever happens. A queue's process has it in
+    `hold`.
     """
     observer = observer or Observer()
     training.check()
@@ -86,36 +67,78 @@ def recover_trial(
             f"trial {number} of {study.name!r} has nothing to train: integer schemes and codebooks can be, awq, smooth "
             "and others not"
         )
-    require_finished(study, "added to")
-    observer.stage("load", 1)
-    spec = study.study_spec()
-    spec = spec.model_copy(update={"workers": WorkersSpec(cpus=spec.workers.cpus, gpus=spec.workers.gpus)})
-    problem = pose(spec)
-    if not problem.qualities:
-        raise BadInput(f"study {study.name!r} measures no quality; there is nothing to recover")
-    with make(spec) as executor:
-        # While it trains the study stays finished: a process that is killed leaves nothing to be put right.
-        trained.place(parent.assignment, store.trained_layers)
-        run_job(executor, Job("describe", "describe"))
-        observer.advance()
-        layers, facts = _train(executor, parent, training, observer)
-        assignment = Assignment(parent.assignment, {**parent.assignment.trained, **_digests(layers)})
-        if (same := store.find(study_id, assignment.hash)) is not None:
-            observer.note(f"this is trial {same.number}, which was trained likewise before")
-            return store.trial(study_id, same.number)
-        contents = dict(layers.values())
-        trained.place(assignment, lambda digests: {digest: contents[digest] for digest in digests})
-        require_finished(store.study(study_id), "added to")
-        store.set_state(study_id, "running")
+    require_finished(study, "added to", hold is not None)
+    with holding(store, study_id, hold) as hold:
+        recovery = _Recovery(hold, study, parent, training, Watching(observer, hold))
         try:
-            additions = Additions(store, study, problem, executor)
-            trial = additions.measure(assignment, "recover", Descent(number, facts, contents))
+            found = recovery.run(make)
+        except StopRequested as stop:
+            hold.store.queue.settle(study_id, hold.state_after(stop, "finished"))
+            raise Stopped(f"study {study.name!r} was asked to stop before trial {number} was trained") from stop
+        except LeaseLost:
+            raise
+        except BaseException as problem:
+            hold.store.queue.settle(study_id, hold.state_after(problem, "finished"))
+            raise
+        finally:
+            hold.executor = None
+        hold.store.queue.settle(study_id, "finished")
+        return hold.store.trial(study_id, found)
+
+
+class _Recovery:
+    """The training of one trial."""
+
+    def __init__(
+        self, hold: Hold, study: StudyRecord, parent: TrialRecord, training: Training, observer: Observer
+    ) -> None:
+        self.hold, self.store, self.study, self.parent = hold, hold.store, study, parent
+        self.training, self.observer = training, observer
+
+    def run(self, make: Callable[[StudySpec], Executor]) -> int:
+        """Train, measure and report; the number of the trial that came of it."""
+        parent, study_id = self.parent, self.study.id
+        assert parent.assignment is not None
+        self.observer.stage("load", 1)
+        spec = self.study.study_spec()
+        spec = spec.model_copy(update={"workers": WorkersSpec(cpus=spec.workers.cpus, gpus=spec.workers.gpus)})
+        problem = pose(spec)
+        if not problem.qualities:
+            raise BadInput(f"study {self.study.name!r} measures no quality; there is nothing to recover")
+        with make(spec) as executor:
+            self.hold.executor = executor
+            # While it trains a study on the command line stays finished: a process that is killed leaves nothing to
+            # be put right. A queue's is seen to run, and puts right what a former process left.
+            if self.hold.queued:
+                self.store.set_state(study_id, "running")
+            trained.place(parent.assignment, self.store.trained_layers)
+            facts = run_job(executor, Job("describe", "describe")).value
+            self.hold.device = str(facts.get("device", ""))
+            self.observer.advance()
+            additions = Additions(self.hold, self.study, problem, executor)
+            if (left := self._left_running()) is not None:
+                trial = additions.again(left)
+            else:
+                layers, told = _train(executor, parent, self.training, self.observer)
+                assignment = Assignment(parent.assignment, {**parent.assignment.trained, **_digests(layers)})
+                if (same := self.store.find(study_id, assignment.hash)) is not None:
+                    self.observer.note(f"this is trial {same.number}, which was trained likewise before")
+                    return same.number
+                contents = dict(layers.values())
+                trained.place(assignment, lambda digests: {digest: contents[digest] for digest in digests})
+                self.store.set_state(study_id, "running")
+                trial = additions.measure(assignment, "recover", Descent(parent.number, told, contents))
             if trial.error is not None:
                 raise AutoQError(f"trial {trial.number}, which was trained, failed: {trial.error.message}")
-            report(problem, store, study_id, executor, observer, also=[trial.number])
-        finally:
-            store.set_state(study_id, "finished")
-    return store.trial(study_id, trial.number)
+            report(problem, self.store, study_id, executor, self.observer, also=[trial.number])
+        return trial.number
+
+    def _left_running(self) -> TrialRecord | None:
+        """What a queue's former process was measuring when it ended."""
+        if not self.hold.queued:
+            return None
+        running = self.store.running_trials(self.study.id)
+        return next((trial for trial in running if trial.parent == self.parent.number), None)
 
 
 def _train(executor: Executor, parent: TrialRecord, training: Training, observer: Observer) -> tuple[_Layers, Any]:

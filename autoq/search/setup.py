@@ -1,8 +1,8 @@
 """What a study needs before its first trial: validation, tables, and the fixed first proposals.
 
-`create_study` checks a spec against the model's skeleton and the target, before any weight is loaded
-and before anything is written. `make_plan` has the workers gather sensitivities and latency costs and
-turns them into the plan: baselines, recipes and seeds. Both tables and the plan are stored, so that a resumed
+`prepare` checks a spec against the model's skeleton and the target, before any weight is loaded; what it gives back
+is all that `create_study`, or a server's queue, writes. `make_plan` has the workers gather sensitivities and latency
+costs and turns them into the plan: baselines, recipes and seeds. Both tables and the plan are stored, so that a resumed
 study goes on with the same numbers.
 """
 
@@ -37,7 +37,7 @@ from autoq.search.sensitivity import gather
 from autoq.search.space import SearchSpace, build_space, refusal
 from autoq.search.stages import run_job
 from autoq.spec import StudySpec, split_objective
-from autoq.store import Store, StudyRecord
+from autoq.store import Prepared, Store, StudyRecord
 from autoq.targets import CostTable, Target, load_target, missing_packages
 from autoq.tasks import TaskKind, source_of
 
@@ -163,8 +163,11 @@ def _refuse_out_of_reach(problem: Problem) -> None:
         raise SpecError(f"{where}.min: {bound.min:.0f} bytes are {space} {low:.0f} to {high:.0f}")
 
 
-def create_study(store: Store, spec: StudySpec) -> StudyRecord:
-    """Validate a spec and write a new study. Raises `BadInput` and then has written nothing."""
+def prepare(spec: StudySpec) -> Prepared:
+    """Check a spec against model, target and data, and read what a study of it is made with. Writes nothing.
+
+    Raises `BadInput` with one line for whatever does not fit.
+    """
     problem = pose(spec)
     if problem.reported:
         from autoq.calibration.text import load_text
@@ -176,12 +179,33 @@ def create_study(store: Store, spec: StudySpec) -> StudyRecord:
             kind = plugins.load("tasks.kinds", objective.answers, TaskKind)
             kind.read(source_of(name, kind, spec), problem.info)
     proposals = _read_recipes(problem)
-    facts = [(name, problem.objectives[name].unit, problem.objectives[name].direction) for name in spec.objectives]
-    study = store.create_study(spec, facts)
-    _save_recipes(store, study.id, proposals)
     # Readers of the store know no model: this is what a difference of two trials is priced by.
-    store.put_table(study.id, "layers", {layer.name: asdict(layer) for layer in problem.info.layers})
-    return study
+    tables: dict[str, Any] = {"layers": {layer.name: asdict(layer) for layer in problem.info.layers}}
+    if proposals:
+        tables["recipes"] = [proposal.to_json() for proposal in proposals]
+    objectives = [(name, problem.objectives[name].unit, problem.objectives[name].direction) for name in spec.objectives]
+    return Prepared(objectives, tables, _facts(problem))
+
+
+def _facts(problem: Problem) -> dict[str, Any]:
+    variables = problem.space.variables
+    counts = [len(variable.choices) for variable in variables]
+    return {
+        "model": problem.spec.model.id,
+        "target": problem.spec.target.name,
+        "layers": len(problem.info.layers),
+        "searched": sum(len(variable.layers) for variable in variables),
+        "variables": len(variables),
+        "choices": max(counts, default=0),
+        "smallest_bytes": _size(problem, [0] * len(counts)),
+        "largest_bytes": _size(problem, [count - 1 for count in counts]),
+    }
+
+
+def create_study(store: Store, spec: StudySpec) -> StudyRecord:
+    """Validate a spec and write a new study. Raises `BadInput` and then has written nothing."""
+    prepared = prepare(spec)
+    return store.create_study(spec, prepared.objectives, prepared.tables)
 
 
 def make_plan(
@@ -257,20 +281,15 @@ def _read_recipes(problem: Problem) -> list[Proposal]:
     return list(found.values())
 
 
-def _save_recipes(store: Store, study_id: int, proposals: Sequence[Proposal]) -> None:
-    if proposals:
-        store.put_table(study_id, "recipes", [proposal.to_json() for proposal in proposals])
-
-
 def _recipes(problem: Problem, store: Store, study_id: int) -> list[Proposal]:
     """The recipes as they were when the study was created: their files may be gone or changed by now."""
     if not problem.spec.recipes:
         return []
     if (stored := store.table(study_id, "recipes")) is not None:
         return [Proposal.from_json(entry) for entry in stored]
-    # The process that created the study ended between two writes.
+    # An older version wrote them after the study, and its process ended in between.
     proposals = _read_recipes(problem)
-    _save_recipes(store, study_id, proposals)
+    store.put_table(study_id, "recipes", [proposal.to_json() for proposal in proposals])
     return proposals
 
 

@@ -7,6 +7,8 @@
 Only a study's controller writes its trials; everyone else reads.
 """
 
+from autoq.store.queue import Queue
+from autoq.store.queue_records import ExportRecord, LeaseRecord, Prepared, WorkerRecord
 from autoq.store.records import (
     Descent,
     Origin,
@@ -22,7 +24,11 @@ from autoq.store.store import Store
 
 __all__ = [
     "Descent",
+    "ExportRecord",
+    "LeaseRecord",
     "Origin",
+    "Prepared",
+    "Queue",
     "Store",
     "StudyObjective",
     "StudyRecord",
@@ -31,4 +37,5 @@ __all__ = [
     "TrialError",
     "TrialRecord",
     "TrialState",
+    "WorkerRecord",
 ]

@@ -14,7 +14,7 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy import exc
@@ -43,17 +43,43 @@ _POSTGRESQL_REASONS = {
 }
 
 
-class Database:
-    """An open database. `name` is its URL without the password, or the path of its SQLite file."""
+class Fence(NamedTuple):
+    """The lease of a study under which a connection writes: the study, and the count of its holders."""
 
-    def __init__(self, url: sa.URL, engine: sa.Engine) -> None:
+    study_id: int
+    epoch: int
+
+
+def fence_of(connection: sa.Connection) -> Fence | None:
+    """The lease that what this connection writes on its study needs; None: it needs none."""
+    fence: Fence | None = connection.get_execution_options().get("autoq_fence")
+    return fence
+
+
+class Database:
+    """An open database. `name` is its URL without the password, or the path of its SQLite file.
+
+    `fence` is the lease without which nothing is written on its study.
+    """
+
+    def __init__(self, url: sa.URL, engine: sa.Engine, fence: Fence | None = None) -> None:
         self.name = _name(url)
+        self._url = url
         self._password = url.password
         self._engine = engine
-        self._writer = engine.execution_options(autoq_writes=True)
+        self._writer = engine.execution_options(autoq_writes=True, autoq_fence=fence)
         # A listing takes several statements and must see one state of the database.
         snapshot = {"isolation_level": "REPEATABLE READ"} if engine.dialect.name == "postgresql" else {}
         self._reader = engine.execution_options(**snapshot)
+
+    @property
+    def address(self) -> str:
+        """What opens this database again in another process. With the password: not to be shown."""
+        return self._url.render_as_string(hide_password=False)
+
+    def fenced(self, fence: Fence) -> Database:
+        """The same database, on the same connections, for the holder of a lease."""
+        return Database(self._url, self._engine, fence)
 
     def close(self) -> None:
         """Close all connections."""

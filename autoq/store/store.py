@@ -23,8 +23,9 @@ from autoq.errors import NotFound
 from autoq.measurement import Measurement, Part
 from autoq.store import dominance, writing
 from autoq.store import models as m
-from autoq.store.database import Database, open_database
+from autoq.store.database import Database, Fence, open_database
 from autoq.store.loading import load_study, load_summaries, load_trials, load_values, unpack
+from autoq.store.queue import Queue
 from autoq.store.records import Descent, Origin, StudyRecord, StudyState, StudySummary, TrialRecord, TrialState
 
 if TYPE_CHECKING:
@@ -57,6 +58,21 @@ class Store:
         """What `open` was given, fit to be shown: a path, or a URL with its password masked."""
         return self._database.name
 
+    @property
+    def address(self) -> str:
+        """What opens this database in another process. It holds the password: it is not to be shown."""
+        return self._database.address
+
+    @property
+    def queue(self) -> Queue:
+        """Submissions, leases, workers and exports."""
+        return Queue(self._database)
+
+    def under(self, study_id: int, epoch: int) -> Store:
+        """This store for the holder of a lease: its writes on the study raise `LeaseLost`, and change nothing, once
+        another one has the lease. Shares the connections."""
+        return Store(self._database.fenced(Fence(study_id, epoch)))
+
     def close(self) -> None:
         """Close all connections."""
         self._database.close()
@@ -69,13 +85,15 @@ class Store:
 
     # Studies
 
-    def create_study(self, spec: StudySpec, objectives: Sequence[tuple[str, str, str]]) -> StudyRecord:
-        """A new study in state `created`. If its name is taken it becomes `name-2`, `name-3`, …
+    def create_study(
+        self, spec: StudySpec, objectives: Sequence[Sequence[str]], tables: Mapping[str, Any] | None = None
+    ) -> StudyRecord:
+        """A new study in state `created`, with its `tables`. If its name is taken it becomes `name-2`, `name-3`, …
 
         `objectives` are (name, unit, `minimize` or `maximize`), in the order of the frontier's values.
         """
         with self._database.writing() as connection:
-            study_id = writing.insert_study(connection, spec.name, spec.model_dump(mode="json"), objectives)
+            study_id = writing.insert_study(connection, spec.name, spec.model_dump(mode="json"), objectives, tables)
             return _required_study(connection, study_id)
 
     def study(self, name_or_id: str | int) -> StudyRecord:
@@ -124,9 +142,7 @@ class Store:
         assert body is not None, name
         with self._database.writing() as connection:
             writing.lock(connection, study_id)
-            t = m.tables
-            connection.execute(sa.delete(t).where(t.c.study_id == study_id, t.c.name == name))
-            connection.execute(sa.insert(t).values(study_id=study_id, name=name, body=body))
+            writing.put_table(connection, study_id, name, body)
 
     def table(self, study_id: int, name: str) -> Any:
         """The named table of the study as `put_table` got it, None if there is none."""

@@ -11,10 +11,11 @@ import sqlalchemy as sa
 from sqlalchemy import exc
 
 from autoq.assignment import Assignment
-from autoq.errors import NotFinite, NotFound, StoreError
+from autoq.errors import LeaseLost, NotFinite, NotFound, StoreError
 from autoq.measurement import Measurement
 from autoq.store import dominance
 from autoq.store import models as m
+from autoq.store.database import fence_of
 from autoq.store.loading import pack, pack_values
 from autoq.store.records import Descent, StudyState
 
@@ -31,11 +32,19 @@ class _Locked(NamedTuple):
 
 
 def lock(connection: sa.Connection, study_id: int) -> _Locked:
-    """Count one change on a study, which holds its row until the transaction ends. Raises `NotFound`."""
+    """Count one change on a study, which holds its row until the transaction ends.
+
+    Raises `NotFound`, and `LeaseLost` on a fenced connection whose lease on the study somebody else took over.
+    """
     s = m.studies
     counted = sa.update(s).where(s.c.id == study_id).values(changes=s.c.changes + 1)
     if connection.execute(counted).rowcount == 0:
         raise NotFound(f"no study with id {study_id}")
+    # Whoever takes a lease holds the study's row too, so what is read here stays true until the commit.
+    if (fence := fence_of(connection)) is not None and fence.study_id == study_id:
+        epoch = connection.execute(sa.select(m.leases.c.epoch).where(m.leases.c.study_id == study_id)).scalar()
+        if epoch != fence.epoch:
+            raise LeaseLost
     query = sa.select(s.c.id, s.c.name, s.c.objectives, s.c.changes).where(s.c.id == study_id)
     return _Locked(*connection.execute(query).one())
 
@@ -68,9 +77,17 @@ def check_finite(measurements: Sequence[Measurement], violations: Mapping[str, f
 
 
 def insert_study(
-    connection: sa.Connection, wanted: str, spec: Mapping[str, Any], objectives: Sequence[tuple[str, str, str]]
+    connection: sa.Connection,
+    wanted: str,
+    spec: Mapping[str, Any],
+    objectives: Sequence[Sequence[str]],
+    tables: Mapping[str, Any] | None = None,
+    **columns: Any,
 ) -> int:
-    """A new study under the first free of wanted, wanted-2, wanted-3, …; its id."""
+    """A new study under the first free of wanted, wanted-2, wanted-3, …, with its tables; its id.
+
+    `columns` are set beside what every new study has.
+    """
     assert objectives, "a study has at least one objective"
     assert all(direction in ("minimize", "maximize") for _, _, direction in objectives), objectives
     s = m.studies
@@ -82,6 +99,7 @@ def insert_study(
         "changes": 1,
         "created_at": _now(),
         "sampler_attrs": {},
+        **columns,
     }
     count = 1
     while True:
@@ -97,7 +115,18 @@ def insert_study(
             taken.add(name)
             continue
         assert done.inserted_primary_key is not None
-        return int(done.inserted_primary_key[0])
+        study_id = int(done.inserted_primary_key[0])
+        for table, body in (tables or {}).items():
+            put_table(connection, study_id, table, body)
+        return study_id
+
+
+def put_table(connection: sa.Connection, study_id: int, name: str, body: Any) -> None:
+    """Store or replace a named table of a study that `lock` holds, or remove it: None."""
+    t = m.tables
+    connection.execute(sa.delete(t).where(t.c.study_id == study_id, t.c.name == name))
+    if body is not None:
+        connection.execute(sa.insert(t).values(study_id=study_id, name=name, body=body))
 
 
 def set_study(connection: sa.Connection, study_id: int, **values: Any) -> None:

@@ -1,0 +1,204 @@
+"""Holding a study: one process runs it, says that it lives, and hears what is asked of it.
+
+    with holding(store, study_id) as hold:
+        hold.store.set_state(study_id, "running")
+
+A thread renews the lease and writes what the workers do. Whoever lost the lease (its machine slept, its database could
+not be reached) cannot write through `hold.store` any more, and stops at the next look. What is asked of a study,
+`cancel` or `yield` to another one, is looked up between trials and whenever a stage has made progress.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from autoq.errors import AutoQError, LeaseLost, StudyBusy
+from autoq.search.executors import Executor
+from autoq.search.observer import Observer
+from autoq.store import Store, StudyState, TrialRecord, WorkerRecord, holders
+from autoq.store.queue_records import RequestKind
+
+LEASE_SECONDS = 15.0  # what a study waits after its process was lost together with its machine
+BEAT_SECONDS = 4.0
+LOOK_SECONDS = 0.5  # between two looks at what is asked
+_TRIAL = re.compile(r"trial-(\d+)")
+
+
+class StopRequested(BaseException):
+    """The study is to stop: `cancel`, or `yield` to another one.
+
+    No `Exception`: nothing that a job or a stage handles.
+    """
+
+    def __init__(self, kind: RequestKind) -> None:
+        super().__init__(kind)
+        self.kind = kind
+
+
+class Hold:
+    """A study that this process runs. `store` writes under its lease. `queued` says that it runs for a queue, to which
+    the study goes back when this process is told to end; `executor` is what its heartbeats tell of."""
+
+    def __init__(self, store: Store, study_id: int, epoch: int, queued: bool) -> None:
+        self.store = store.under(study_id, epoch)
+        self.study_id, self.epoch, self.queued = study_id, epoch, queued
+        self.executor: Executor | None = None
+        self.device = ""
+        self._seen: set[str] = set()
+        self._asked: RequestKind | None = None
+        self._looked = -LOOK_SECONDS
+        self._lost = threading.Event()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name=f"lease-{study_id}", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raises `LeaseLost` once the study is another process's."""
+        if self._lost.is_set():
+            raise LeaseLost
+
+    def asked(self) -> RequestKind | None:
+        """What is asked of the study, as it was half a second ago at most."""
+        self.check()
+        if time.monotonic() - self._looked >= LOOK_SECONDS:
+            self._asked = self.store.queue.request(self.study_id)
+            self._looked = time.monotonic()
+        return self._asked
+
+    def watch(self) -> None:
+        """Raises `StopRequested` if the study is to stop, `LeaseLost` if it is another process's."""
+        if (kind := self.asked()) is not None:
+            raise StopRequested(kind)
+
+    def state_after(self, problem: BaseException, otherwise: StudyState) -> StudyState:
+        """Where a study stands that `problem` ended: `otherwise`, but for what was asked, and an interrupt of a queue's
+        process, after which the study waits again."""
+        cancelled: StudyState = "finished" if otherwise == "finished" else "cancelled"
+        if isinstance(problem, StopRequested):
+            return cancelled if problem.kind == "cancel" else "queued"
+        if isinstance(problem, KeyboardInterrupt) and self.queued:
+            return cancelled if self.store.queue.request(self.study_id) == "cancel" else "queued"
+        return otherwise
+
+    def close(self) -> None:
+        """Let go of the study."""
+        self._ended.set()
+        self._thread.join()
+        with contextlib.suppress(AutoQError):  # an unreachable database lets go by itself
+            self.store.queue.forget_workers(sorted(self._seen))
+            self.store.queue.release(self.study_id, self.epoch)
+
+    def _beat(self) -> None:
+        renewed = time.monotonic()
+        while True:
+            try:
+                if not self.store.queue.renew(self.study_id, self.epoch, LEASE_SECONDS):
+                    self._lost.set()
+                    return
+                renewed = time.monotonic()
+                self._tell()
+            except AutoQError:
+                # The database cannot be used now. The main thread meets that when it writes.
+                if time.monotonic() - renewed > LEASE_SECONDS:
+                    self._lost.set()
+                    return
+            if self._ended.wait(BEAT_SECONDS):
+                return
+
+    def _tell(self) -> None:
+        executor = self.executor
+        if executor is None:
+            return
+        found = []
+        for view in executor.workers():
+            trial = _TRIAL.fullmatch(view.key or "")
+            found.append(
+                WorkerRecord(
+                    id=view.name,
+                    node=view.name.rpartition(":")[0] or view.name,
+                    device=self.device,
+                    state=view.state,
+                    study_id=self.study_id,
+                    trial=int(trial[1]) if trial else None,
+                    memory_bytes=_memory(view.process),
+                )
+            )
+        ids = {worker.id for worker in found}
+        if gone := self._seen - ids:
+            self.store.queue.forget_workers(sorted(gone))
+        self._seen = ids
+        self.store.queue.beat(found)
+
+
+def _memory(process: int | None) -> int | None:
+    """The resident bytes of a process of this machine, None where it cannot be seen."""
+    if process is None:
+        return None
+    import psutil
+
+    try:
+        return int(psutil.Process(process).memory_info().rss)
+    except psutil.Error:
+        return None
+
+
+@contextlib.contextmanager
+def holding(store: Store, study_id: int, hold: Hold | None = None, queued: bool = False) -> Iterator[Hold]:
+    """The study, held until the end of the body; `hold` itself where the caller has it already.
+
+    Raises `StudyBusy` where another process runs it. Whatever was asked of a former run is forgotten, unless this is
+    a queue's.
+    """
+    if hold is not None:
+        yield hold
+        return
+    epoch = store.queue.acquire(study_id, holders.holder(), LEASE_SECONDS)
+    if epoch is None:
+        lease = store.queue.lease(study_id)
+        who = holders.shown(lease.holder) if lease is not None and lease.holder is not None else "another process"
+        raise StudyBusy(f"study {store.study(study_id).name!r} is being run by {who}")
+    hold = Hold(store, study_id, epoch, queued)
+    try:
+        if not queued and store.queue.request(study_id) is not None:
+            hold.store.queue.ask(study_id, None)
+        yield hold
+    finally:
+        hold.close()
+
+
+class Watching(Observer):
+    """Tells another observer, and has the study stop at the next progress of a stage if that is asked."""
+
+    def __init__(self, told: Observer, hold: Hold) -> None:
+        self._told, self._hold = told, hold
+
+    def study(self, name: str, facts: Mapping[str, Any]) -> None:
+        self._hold.device = str(facts.get("device", ""))
+        self._told.study(name, facts)
+
+    def stage(self, name: str, total: int | None) -> None:
+        self._told.stage(name, total)
+        self._hold.watch()
+
+    def advance(self, steps: int = 1) -> None:
+        self._told.advance(steps)
+        self._hold.watch()
+
+    def trial(self, trial: TrialRecord, done: int, budget: int) -> None:
+        # Others may be out, and are waited for.
+        self._told.trial(trial, done, budget)
+
+    def reported(self, trial: TrialRecord) -> None:
+        self._told.reported(trial)
+
+    def trained(self, step: int, steps: int, loss: float, seconds_left: float) -> None:
+        self._told.trained(step, steps, loss, seconds_left)
+        self._hold.watch()
+
+    def note(self, text: str) -> None:
+        self._told.note(text)

@@ -1,0 +1,363 @@
+"""The queue: studies that are submitted, who runs which, and what evaluates.
+
+A submission is one transaction: the study's row, its tables, and the key under which it was sent. Submissions of one
+user wait for each other, so a key that is sent by two hundred connections at once makes one study, and a limit on a
+user's studies is never overstepped.
+
+A lease says who runs a study. It is taken for some seconds and renewed; when it has ended, or its holder is a process
+of this machine that is gone, another one takes it, and `epoch` counts on. What a former holder still writes is refused
+by its epoch, in the transaction that would have written (`Store.under`). Times are the database's own, where it has
+a clock: machines that share a database need not agree on the time.
+
+    created ─┐                ┌──────── yield ────────┐
+             ▼                ▼                       │
+    submit ─► queued ── a runner takes the lease ─► running ─► finished | failed | interrupted | cancelled
+                ▲                                                 │
+                └────────────── resume, refine, recover ──────────┘
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+from zlib import crc32
+
+import sqlalchemy as sa
+
+from autoq.errors import BadInput, Conflict, LimitReached, NotFound
+from autoq.store import holders, writing
+from autoq.store import models as m
+from autoq.store.loading import load_study
+from autoq.store.queue_exports import ExportQueue
+from autoq.store.queue_records import LeaseRecord, Prepared, RequestKind, WorkerRecord
+from autoq.store.records import StudyRecord, StudyState
+
+if TYPE_CHECKING:
+    from autoq.spec import StudySpec
+
+STALE_SECONDS = 60.0  # a worker that was not seen for so long is gone
+JOB, CLOCK, CRASHES, LOG = "job", "clock", "crashes", "log"  # tables of a study that the queue keeps
+RUN: Mapping[str, Any] = {"kind": "run"}
+_SUBMITTING = 0x61717371  # "aqsq", of PostgreSQL's advisory locks
+_WAITS = ("queued", "running")
+_LENGTH = {"user": 64, "key": 128}
+
+
+class Queue(ExportQueue):
+    """The queue of one database. Every method is one short transaction; see `Store` for what they raise."""
+
+    # Submissions
+
+    def submit(
+        self,
+        user: str | None,
+        key: str | None,
+        fingerprint: str,
+        spec: StudySpec,
+        prepared: Prepared,
+        priority: int = 0,
+        limit: int | None = None,
+    ) -> tuple[StudyRecord, bool]:
+        """A new study in state `queued`, and True; or the one that `user` has submitted under `key`, and False.
+
+        `fingerprint` tells one body from another: the same key with another one raises `Conflict`. `limit` is how
+        many studies a user may have that are queued or running; beyond it `LimitReached` is raised. Without a key
+        every call makes a study.
+        """
+        for name, text in (("user", user), ("key", key)):
+            if text is not None and not 0 < len(text) <= _LENGTH[name]:
+                raise BadInput(f"{name} must have 1 to {_LENGTH[name]} characters (got {len(text)})")
+        t = m.submissions
+        with self._database.writing() as connection:
+            _wait_for_user(connection, user)
+            if key is not None:
+                query = sa.select(t.c.study_id, t.c.fingerprint).where(t.c.user == (user or ""), t.c.key == key)
+                if (former := connection.execute(query).one_or_none()) is not None:
+                    if former.fingerprint != fingerprint:
+                        raise Conflict(f"the idempotency key {key!r} was used for another study; choose a new one")
+                    return _study(connection, former.study_id), False
+            _check_limit(connection, user, limit)
+            study_id = writing.insert_study(
+                connection,
+                spec.name,
+                spec.model_dump(mode="json"),
+                prepared.objectives,
+                {**prepared.tables, JOB: dict(RUN)},
+                state="queued",
+                owner=user,
+                priority=priority,
+                queued_at=_now(connection),
+            )
+            if key is not None:
+                row = {"user": user or "", "key": key, "fingerprint": fingerprint, "study_id": study_id}
+                connection.execute(sa.insert(t).values(**row, created_at=_now(connection)))
+            return _study(connection, study_id), True
+
+    def submitted(self, user: str | None, key: str, fingerprint: str) -> StudyRecord | None:
+        """The study that `user` has submitted under `key`, so that a repeated submission need not be prepared again;
+        None if there is none. Raises `Conflict` as `submit` does."""
+        t = m.submissions.c
+        with self._database.reading() as connection:
+            query = sa.select(t.study_id, t.fingerprint).where(t.user == (user or ""), t.key == key)
+            former = connection.execute(query).one_or_none()
+            if former is None:
+                return None
+            if former.fingerprint != fingerprint:
+                raise Conflict(f"the idempotency key {key!r} was used for another study; choose a new one")
+            return _study(connection, former.study_id)
+
+    def enqueue(
+        self, study_id: int, trials: int | None = None, job: Mapping[str, Any] = RUN, limit: int | None = None
+    ) -> StudyRecord:
+        """Queue a study that is there: to go on to the end of its budget, which `trials` raises, or for another `job`.
+
+        A finished study has nothing to go on with but more trials, and a job that adds trials (refine, recover) is
+        for finished ones alone: `Conflict` otherwise, as for what is queued or running. Raises `BadInput` for no
+        more trials than it has had, and `LimitReached`.
+        """
+        adds = job["kind"] != "run"
+        with self._database.writing() as connection:
+            study = _study(connection, study_id)
+            _wait_for_user(connection, study.owner)
+            writing.lock(connection, study_id)
+            study = _study(connection, study_id)
+            if study.state in _WAITS:
+                raise Conflict(f"study {study.name!r} is {study.state} already")
+            if adds and study.state != "finished":
+                raise Conflict(f"study {study.name!r} is {study.state} and cannot be added to; resume it first")
+            if not adds and trials is None and study.state == "finished":
+                raise Conflict(f"study {study.name!r} is finished; give it more trials to go on")
+            _check_limit(connection, study.owner, limit)
+            if trials is not None:
+                _raise_budget(connection, study, trials)
+            writing.put_table(connection, study_id, JOB, dict(job))
+            writing.put_table(connection, study_id, CRASHES, None)
+            values = {"state": "queued", "message": None, "queued_at": _now(connection), "request": None}
+            writing.set_study(connection, study_id, finished_at=study.finished_at if adds else None, **values)
+            return _study(connection, study_id)
+
+    def raise_budget(self, study_id: int, trials: int) -> None:
+        """Let a study have `trials` trials. Raises `BadInput` for no more than it has had."""
+        with self._database.writing() as connection:
+            writing.lock(connection, study_id)
+            _raise_budget(connection, _study(connection, study_id), trials)
+
+    def cancel(self, study_id: int) -> StudyRecord:
+        """End a study that is queued at once, and one that is running after the trials that are out.
+
+        A study that waits for more than its budget (to be refined) is finished again. Raises `Conflict` for one that
+        is neither queued nor running.
+        """
+        with self._database.writing() as connection:
+            writing.lock(connection, study_id)
+            study = _study(connection, study_id)
+            if study.state not in _WAITS:
+                raise Conflict(f"study {study.name!r} is {study.state} and cannot be cancelled")
+            lease = self._lease(connection, study_id)
+            # The request stands in any case: a runner may be about to take up what is queued.
+            writing.set_study(connection, study_id, request="cancel")
+            if study.state == "queued" or lease is None or not lease.live:
+                job = _table(connection, study_id, JOB) or RUN
+                ended: StudyState = "cancelled" if job["kind"] == "run" else "finished"
+                writing.set_study(connection, study_id, state=ended, message=None, finished_at=_now(connection))
+            return _study(connection, study_id)
+
+    def ask(self, study_id: int, request: RequestKind | None) -> None:
+        """Ask the one who runs a study to `yield` or to `cancel`, or take that back. A cancellation stays one."""
+        s = m.studies
+        with self._database.writing() as connection:
+            writing.lock(connection, study_id)
+            still = sa.update(s).where(s.c.id == study_id)
+            if request == "yield":
+                still = still.where(s.c.request.is_(None), s.c.state == "running")
+            connection.execute(still.values(request=request))
+
+    def request(self, study_id: int) -> RequestKind | None:
+        """What is asked of the one who runs the study."""
+        with self._database.reading() as connection:
+            found: RequestKind | None = connection.execute(
+                sa.select(m.studies.c.request).where(m.studies.c.id == study_id)
+            ).scalar()
+            return found
+
+    def settle(self, study_id: int, state: StudyState, message: str | None = None) -> None:
+        """Record where a study stands after a run; what was asked for is done. A study that is queued again keeps its
+        place in the order of submission."""
+        with self._database.writing() as connection:
+            writing.set_state(connection, study_id, state, message)
+            writing.set_study(connection, study_id, request=None)
+
+    # What waits and what runs
+
+    def queued(self) -> list[StudyRecord]:
+        """The studies that wait, by priority, then as they were queued."""
+        s = m.studies.c
+        with self._database.reading() as connection:
+            ids = connection.execute(
+                sa.select(s.id).where(s.state == "queued").order_by(s.priority.desc(), s.queued_at, s.id)
+            ).scalars()
+            return [_study(connection, study_id) for study_id in list(ids)]
+
+    def running(self) -> list[tuple[StudyRecord, LeaseRecord | None]]:
+        """The studies in state `running` that came through the queue, each with its lease."""
+        s = m.studies.c
+        with self._database.reading() as connection:
+            ids = connection.execute(
+                sa.select(s.id).where(s.state == "running", s.queued_at.is_not(None)).order_by(s.id)
+            ).scalars()
+            return [(_study(connection, i), self._lease(connection, i)) for i in list(ids)]
+
+    def lengths(self) -> dict[str, int]:
+        """How many studies and exports are queued, and how many run."""
+        with self._database.reading() as connection:
+            found: dict[str, int] = {}
+            for name, table in (("studies", m.studies), ("exports", m.exports)):
+                query = sa.select(table.c.state, sa.func.count()).where(table.c.state.in_(_WAITS))
+                counts = {row[0]: row[1] for row in connection.execute(query.group_by(table.c.state))}
+                found |= {f"{name}_{state}": counts.get(state, 0) for state in _WAITS}
+            return found
+
+    # Leases
+
+    def acquire(self, study_id: int, holder: str, seconds: float) -> int | None:
+        """Take the lease of a study for so many seconds; its epoch, or None while another holder has it.
+
+        It is free where nobody holds it, where it has ended, and where its holder is a process of this machine that
+        is gone. Raises `NotFound`.
+        """
+        t = m.leases
+        with self._database.writing() as connection:
+            _hold_row(connection, study_id)
+            lease = self._lease(connection, study_id)
+            if lease is not None and lease.live:
+                return None
+            until = _now(connection) + timedelta(seconds=seconds)
+            if lease is None:
+                connection.execute(sa.insert(t).values(study_id=study_id, holder=holder, epoch=1, until=until))
+                return 1
+            taken = sa.update(t).where(t.c.study_id == study_id)
+            connection.execute(taken.values(holder=holder, epoch=lease.epoch + 1, until=until))
+            return lease.epoch + 1
+
+    def renew(self, study_id: int, epoch: int, seconds: float) -> bool:
+        """Hold the lease for so many seconds from now; False where another one has taken it, or it was let go."""
+        t = m.leases
+        with self._database.writing() as connection:
+            mine = sa.update(t).where(t.c.study_id == study_id, t.c.epoch == epoch, t.c.holder.is_not(None))
+            return connection.execute(mine.values(until=_now(connection) + timedelta(seconds=seconds))).rowcount == 1
+
+    def release(self, study_id: int, epoch: int) -> None:
+        """Let go of the lease, unless another one has taken it."""
+        t = m.leases
+        with self._database.writing() as connection:
+            mine = sa.update(t).where(t.c.study_id == study_id, t.c.epoch == epoch)
+            connection.execute(mine.values(holder=None, until=_now(connection)))
+
+    def lease(self, study_id: int) -> LeaseRecord | None:
+        """The study's lease, None where it was never run under one."""
+        with self._database.reading() as connection:
+            return self._lease(connection, study_id)
+
+    def _lease(self, connection: sa.Connection, study_id: int) -> LeaseRecord | None:
+        row = connection.execute(sa.select(m.leases).where(m.leases.c.study_id == study_id)).one_or_none()
+        if row is None:
+            return None
+        live = row.holder is not None and row.until > _now(connection) and not holders.is_dead(row.holder)
+        return LeaseRecord(row.study_id, row.holder, row.epoch, row.until, live)
+
+    # Workers
+
+    def beat(self, workers: Sequence[WorkerRecord]) -> None:
+        """Say that these workers live. Forgets those that have not been seen for `STALE_SECONDS`."""
+        t = m.workers
+        with self._database.writing() as connection:
+            now = _now(connection)
+            connection.execute(sa.delete(t).where(t.c.seen_at < now - timedelta(seconds=STALE_SECONDS)))
+            for worker in workers:
+                values = {
+                    "study_id": worker.study_id,
+                    "node": worker.node,
+                    "device": worker.device,
+                    "memory_bytes": worker.memory_bytes,
+                    "state": worker.state,
+                    "trial": worker.trial,
+                    "seen_at": now,
+                }
+                if not connection.execute(sa.update(t).where(t.c.id == worker.id).values(**values)).rowcount:
+                    connection.execute(sa.insert(t).values(id=worker.id, started_at=now, **values))
+
+    def forget_workers(self, ids: Sequence[str]) -> None:
+        """These workers have ended."""
+        with self._database.writing() as connection:
+            connection.execute(sa.delete(m.workers).where(m.workers.c.id.in_(ids)))
+
+    def workers(self) -> list[WorkerRecord]:
+        """The workers that were seen within `STALE_SECONDS`, by name."""
+        t, s = m.workers.c, m.studies.c
+        with self._database.reading() as connection:
+            fresh = t.seen_at >= _now(connection) - timedelta(seconds=STALE_SECONDS)
+            query = sa.select(m.workers, s.name.label("study")).join(m.studies, s.id == t.study_id, isouter=True)
+            rows = connection.execute(query.where(fresh).order_by(t.id))
+            return [WorkerRecord(**row._mapping) for row in rows]
+
+
+def _now(connection: sa.Connection) -> datetime:
+    """The database's time; SQLite's is this machine's."""
+    if connection.dialect.name == "postgresql":
+        found: datetime = connection.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
+        return found.astimezone(UTC)
+    return datetime.now(UTC)
+
+
+def _wait_for_user(connection: sa.Connection, user: str | None) -> None:
+    """Let one submission of a user happen at a time. On SQLite there is one writer at a time in any case."""
+    if connection.dialect.name == "postgresql":
+        key = (_SUBMITTING << 32) + crc32((user or "").encode())
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.cast(key, sa.BigInteger))))
+
+
+def _check_limit(connection: sa.Connection, user: str | None, limit: int | None) -> None:
+    if limit is None:
+        return
+    s = m.studies.c
+    own = s.owner.is_(None) if user is None else s.owner == user
+    count = sa.select(sa.func.count()).select_from(m.studies).where(own, s.state.in_(_WAITS), s.queued_at.is_not(None))
+    if (has := connection.execute(count).scalar_one()) >= limit:
+        raise LimitReached(
+            f"{user or 'this server'} has {has} studies queued or running; {limit} are allowed at a time"
+        )
+
+
+def _hold_row(connection: sa.Connection, study_id: int) -> None:
+    """Hold the study's row until the transaction ends, without counting a change."""
+    held = connection.execute(sa.select(m.studies.c.id).where(m.studies.c.id == study_id).with_for_update()).scalar()
+    if held is None:
+        raise NotFound(f"no study with id {study_id}")
+
+
+def _study(connection: sa.Connection, study_id: int) -> StudyRecord:
+    found = load_study(connection, m.studies.c.id == study_id)
+    if found is None:
+        raise NotFound(f"no study with id {study_id}")
+    return found
+
+
+def _table(connection: sa.Connection, study_id: int, name: str) -> Any:
+    t = m.tables.c
+    return connection.execute(sa.select(t.body).where(t.study_id == study_id, t.name == name)).scalar()
+
+
+def _raise_budget(connection: sa.Connection, study: StudyRecord, trials: int) -> None:
+    from autoq.spec import build_spec
+
+    t = m.trials.c
+    ended = t.state.in_(("complete", "stopped", "failed"))
+    count = sa.select(sa.func.count()).select_from(m.trials)
+    had = connection.execute(count.where(t.study_id == study.id, ended, t.parent.is_(None))).scalar_one()
+    if trials <= had:
+        raise BadInput(f"trials must be more than the {had} that study {study.name!r} has had (got {trials})")
+    spec = build_spec({**study.spec, "budget": {**study.spec["budget"], "trials": trials}})
+    writing.set_study(connection, study.id, spec=spec.model_dump(mode="json"))
+    # A new budget has all of its time before it.
+    writing.put_table(connection, study.id, CLOCK, None)
