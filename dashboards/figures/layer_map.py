@@ -1,0 +1,155 @@
+"""Blocks × modules of one trial: how many bits each layer has, or which scheme.
+
+Every cell says its bits in words too. Experts of a block are one cell: with one scheme its bits, with several their
+range. Tied weights, pruned ones and quantized activations are marked.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from autoq.display import numbers
+from autoq.layer import Layer
+from autoq.scheme import Scheme, Sparse, code_bits, kernel_activation
+
+from .. import drawing
+from ..grid import Grid, Spot, steps
+from ..picks import picks
+from . import Cell, Column, Facts, Figure, Table
+from .options import Choice, Option, TrialName
+
+OPTIONS: Mapping[str, Option] = {"trial": TrialName(), "by": Choice(("bits", "scheme"))}
+_COLUMNS = (
+    Column("layer"), Column("block"), Column("module"), Column("layers"), Column("scheme"), Column("code", "bits"),
+    Column("size", "bytes"), Column("stored", "bits/weight"), Column("marks"),
+)  # fmt: skip
+TIED, TRAINED = "⚭", "✦"
+
+
+def build(facts: Facts, trial: int | None = None, by: str = "bits") -> Figure:
+    """The map of a trial; unless told otherwise of the knee of the frontier."""
+    if trial is None:
+        found = picks(facts)
+        trial = next((number for name, number in found.items() if name == "knee"), None)
+    if trial is None:
+        message = "no trial is complete yet"
+        return Figure(drawing.empty(message), Table(_COLUMNS, ()), f"{facts.study.name}: layers", f"{message}.")
+    record = facts.trial(trial)
+    assignment = record.assignment
+    assert assignment is not None
+    layers = facts.layers
+    grid = Grid.of(assignment, layers)
+    label = facts.trials.label(trial)
+    title = f"{facts.study.name}: layers of {label}"
+    cells = [_Cell(spot, assignment, layers, assignment.trained) for spot in grid.spots]
+    rows: list[tuple[Cell, ...]] = [cell.row() for cell in cells]
+    values, scale = _by_bits(cells) if by == "bits" else _by_scheme(cells)
+    scale["colorbar"] |= {"title": {"text": "bits per code" if by == "bits" else "scheme", "side": "right"}}
+    texts = {i: cell.text if by == "bits" else cell.scheme_text for i, cell in enumerate(cells)}
+    hovers = {i: cell.hover for i, cell in enumerate(cells)}
+    trace = grid.heatmap(values, texts, hovers, **scale)
+    layout = grid.layout(meta={"trial": trial, "by": by})
+    return Figure({"data": [trace], "layout": layout}, Table(_COLUMNS, tuple(rows)), title, _note(cells, by))
+
+
+class _Cell:
+    """What is said of one cell of the grid."""
+
+    def __init__(
+        self, spot: Spot, schemes: Mapping[str, Scheme], layers: Mapping[str, Layer], trained: Mapping[str, str]
+    ) -> None:
+        self.spot = spot
+        self.schemes = Counter(str(schemes[name]) for name in spot.names)
+        own = [schemes[name] for name in spot.names]
+        known = [layers[name] for name in spot.names if name in layers]
+        dtype_bits = 8 * known[0].dtype_bytes if known else 16
+        self.bits = [code_bits(scheme, dtype_bits) for scheme in own]
+        self.nbytes = None
+        self.stored = None
+        if len(known) == len(spot.names):
+            self.nbytes = sum(layers[name].nbytes(schemes[name]) for name in spot.names)
+            self.stored = 8 * self.nbytes / sum(layer.parameters for layer in known)
+        self.tied = tuple(name for layer in known for name in layer.tied)
+        self.marks = []
+        if any(kernel_activation(scheme) is not None for scheme in own):
+            self.marks.append("a8")
+        patterns = sorted({str(scheme.pattern) for scheme in own if isinstance(scheme, Sparse)})
+        self.marks += [f"{p[0]}:{p[1]}" if p == "24" else f"−{p}%" for p in patterns]
+        self.marks += [TIED] if self.tied else []
+        self.marks += [TRAINED] if any(name in trained for name in spot.names) else []
+
+    @property
+    def mean_bits(self) -> float:
+        return sum(self.bits) / len(self.bits)
+
+    @property
+    def text(self) -> str:
+        low, high = min(self.bits), max(self.bits)
+        return " ".join([str(low) if low == high else f"{low}–{high}", *self.marks])
+
+    @property
+    def scheme_text(self) -> str:
+        first, _ = self.schemes.most_common(1)[0]
+        shown = first if len(self.schemes) == 1 else f"{first} +{len(self.schemes) - 1}"
+        marks = [mark for mark in self.marks if mark in (TIED, TRAINED)]
+        return " ".join([drawing.safe(shown, 26), *marks])
+
+    @property
+    def hover(self) -> str:
+        lines = [drawing.safe(self.spot.label, 80)]
+        lines += [
+            f"{scheme}" + (f" × {n}" if len(self.spot.names) > 1 else "") for scheme, n in self.schemes.most_common(4)
+        ]
+        if self.nbytes is not None and self.stored is not None:
+            lines.append(f"{numbers.size(self.nbytes)}, {self.stored:.3g} bits per weight with scales")
+        if self.tied:
+            lines.append(f"{TIED} the same weight as {drawing.safe(', '.join(self.tied), 80)}")
+        return "<br>".join(lines)
+
+    def row(self) -> tuple[Cell, ...]:
+        schemes = ", ".join(f"{n} × {s}" if len(self.schemes) > 1 else s for s, n in self.schemes.most_common())
+        low, high = min(self.bits), max(self.bits)
+        bits: Cell = low if low == high else f"{low} to {high}"
+        spot = self.spot
+        module = spot.column if spot.block is not None else None
+        marks = " ".join(self.marks) or None
+        return (spot.label, spot.block, module, len(spot.names), schemes, bits, self.nbytes, self.stored, marks)
+
+
+def _by_bits(cells: Sequence[_Cell]) -> tuple[dict[int, float], dict[str, Any]]:
+    """A step for every width that occurs; a cell of several takes the one nearest to its mean."""
+    levels = sorted({bits for cell in cells for bits in cell.bits})
+    values = {
+        i: float(min(range(len(levels)), key=lambda place: abs(levels[place] - cell.mean_bits)))
+        for i, cell in enumerate(cells)
+    }
+    return values, steps(levels, lambda level: f"{level:g}")
+
+
+def _by_scheme(cells: Sequence[_Cell]) -> tuple[dict[int, float], dict[str, Any]]:
+    """A step for every scheme that occurs, by rising bits."""
+    width = {scheme: min(cell.bits) for cell in cells for scheme in cell.schemes}
+    levels = sorted(width, key=lambda scheme: (width[scheme], scheme))
+    values = {i: float(levels.index(cell.schemes.most_common(1)[0][0])) for i, cell in enumerate(cells)}
+    return values, steps(range(len(levels)), lambda place: drawing.safe(levels[int(place)], 26))
+
+
+def _note(cells: Sequence[_Cell], by: str) -> str:
+    parts = ["every cell is a layer's code width in bits" if by == "bits" else "every cell is a layer's scheme"]
+    marks = {mark for cell in cells for mark in cell.marks}
+    if any(len(cell.spot.names) > 1 for cell in cells):
+        parts.append("the experts of a block are one cell")
+    if "a8" in marks:
+        parts.append("a8: activations in 8 bits too")
+    if any(":" in mark or mark.startswith("−") for mark in marks):
+        parts.append("2:4 and −n%: pruned")
+    if TIED in marks:
+        parts.append(f"{TIED} a weight that another module shares")
+    if TRAINED in marks:
+        parts.append(f"{TRAINED} trained after it was quantized")
+    sizes = [cell.nbytes for cell in cells]
+    if None not in sizes:
+        parts.append(f"the layers take {numbers.size(sum(size for size in sizes if size is not None))} together")
+    return drawing.sentence(parts)
