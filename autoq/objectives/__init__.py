@@ -139,11 +139,11 @@ def distance_of(task: Task) -> TokenObjective:
 
 
 class TableObjective(Objective):
-    """Computed exactly from shapes and schemes."""
+    """Computed exactly from shapes, schemes and the workload."""
 
     @abc.abstractmethod
-    def compute(self, info: ModelInfo, assignment: Assignment) -> float:
-        """The value for `assignment`; layers it does not name keep their weights."""
+    def compute(self, info: ModelInfo, assignment: Assignment, workload: TargetSpec) -> float:
+        """The value for `assignment` under the spec's `workload`; layers it does not name keep their weights."""
 
 
 class LatencyObjective(Objective):
@@ -177,7 +177,7 @@ def computed(
     found = []
     for name, objective in objectives.items():
         if isinstance(objective, TableObjective):
-            value = objective.compute(info, assignment)
+            value = objective.compute(info, assignment, workload)
             found.append(Measurement(name, value, objective.unit, "computed", "search"))
         elif isinstance(objective, LatencyObjective):
             assert costs is not None, name

@@ -10,6 +10,7 @@ from autoq.assignment import Assignment
 from autoq.layer import ModelInfo
 from autoq.objectives import TableObjective
 from autoq.scheme import Keep
+from autoq.spec import TargetSpec
 
 
 class BitsPerWeight(TableObjective):
@@ -17,7 +18,7 @@ class BitsPerWeight(TableObjective):
 
     unit = "bits/weight"
 
-    def compute(self, info: ModelInfo, assignment: Assignment) -> float:
+    def compute(self, info: ModelInfo, assignment: Assignment, workload: TargetSpec) -> float:
         """Bits under `assignment`; 0 for a model without layers."""
         kept = Keep()
         layers = [

@@ -9,6 +9,7 @@ from autoq.assignment import Assignment
 from autoq.layer import ModelInfo
 from autoq.objectives import TableObjective
 from autoq.scheme import Keep
+from autoq.spec import TargetSpec
 
 
 class SizeBytes(TableObjective):
@@ -16,7 +17,7 @@ class SizeBytes(TableObjective):
 
     unit = "bytes"
 
-    def compute(self, info: ModelInfo, assignment: Assignment) -> float:
+    def compute(self, info: ModelInfo, assignment: Assignment, workload: TargetSpec) -> float:
         """Bytes under `assignment`."""
         kept = Keep()
         return float(info.other_bytes + sum(layer.nbytes(assignment.get(layer.name, kept)) for layer in info.layers))

@@ -8,17 +8,13 @@ from dataclasses import replace
 import numpy as np
 
 from autoq.assignment import Assignment
-from autoq.layer import Layer
 from autoq.objectives import EnergyObjective, LatencyObjective, TableObjective
-from autoq.search.prior import Additive, Prior
+from autoq.search.prior import Prior
 from autoq.search.setup import Problem
-from autoq.search.space import SearchSpace
+from autoq.search.tables import tabulate
 from autoq.targets import CostTable
 
 Losses = Mapping[str, Mapping[str, float]]
-
-_TOLERANCE = 1e-6
-_TRIED = 3  # random assignments that a table must be right about
 
 
 def make_prior(problem: Problem, losses: Losses | None, costs: CostTable | None) -> Prior:
@@ -52,51 +48,10 @@ def _function(problem: Problem, name: str, costs: CostTable | None) -> Callable[
     """What computes the objective `name` of an assignment, or None where it must be measured."""
     objective = problem.objectives[name]
     if isinstance(objective, TableObjective):
-        return lambda assignment: objective.compute(problem.info, assignment)
+        return lambda assignment: objective.compute(problem.info, assignment, problem.spec.target)
     if isinstance(objective, LatencyObjective):
         return None if costs is None else lambda assignment: costs.predict(name, assignment)
     if isinstance(objective, EnergyObjective):
         workload, target = problem.spec.target, problem.target
         return lambda assignment: objective.estimate(problem.info, assignment, workload, target).joules
     return None
-
-
-def tabulate(space: SearchSpace, function: Callable[[Assignment], float]) -> Additive | None:
-    """A function of assignments as a sum over parameters, or None if it is not one, as far as a few tell.
-
-    Layers of one shape and kind count alike, unless that turns out wrong, and are asked for once.
-    """
-    for alike in (True, False):
-        table = _differences(space, function, alike)
-        rng = np.random.default_rng(0)
-        last = {v.name: len(v.choices) - 1 for v in space.variables}
-        drawn = ({v.name: int(rng.integers(len(v.choices))) for v in space.variables} for _ in range(_TRIED))
-        for picked in (last, *drawn):
-            value = function(space.assignment(list(picked.values())))
-            if not abs(table.of(picked) - value) <= _TOLERANCE * max(abs(value), 1e-300):
-                break
-        else:
-            return table
-    return None
-
-
-def _differences(space: SearchSpace, function: Callable[[Assignment], float], alike: bool) -> Additive:
-    start = [0] * len(space.variables)
-    base = function(space.assignment(start))
-    known: dict[object, float] = {}
-    parts = {}
-    for place, variable in enumerate(space.variables):
-        shapes = tuple(map(_shape, variable.layers))
-        part = np.zeros(len(variable.choices))
-        for index, scheme in enumerate(variable.choices):
-            key = (shapes if alike else place, variable.choices[0], scheme)
-            if index and key not in known:
-                changed = [*start[:place], index, *start[place + 1 :]]
-                known[key] = function(space.assignment(changed)) - base
-            part[index] = known[key] if index else 0.0
-        parts[variable.name] = part
-    return Additive(base, parts)
-
-
-def _shape(layer: Layer) -> object:
-    return replace(layer, name="", fusion_group=None, tied=("",) * len(layer.tied))

@@ -1,9 +1,9 @@
-"""The first proposals of every study: uniform baselines, then exact solutions of the curvature proxy.
+"""The first proposals of every study after its baselines: exact solutions of the curvature proxy.
 
 The proxy predicts the quality loss of an assignment as a sum over layers. Under an additive cost, the
 best assignment for a budget is a multiple-choice knapsack, which `autoq.search.budget` solves exactly.
-Seeds are spread along the predicted frontier of quality against size and, where the study has latency
-objectives, of quality against predicted latency and against an even mix of both.
+Seeds are spread along the predicted frontier of quality against each quantity in bytes and, where the study has
+latency objectives, of quality against predicted latency and against an even mix of both.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from autoq.scheme import Scheme
 from autoq.search.budget import Solution, frontier
+from autoq.search.prior import Additive
 from autoq.search.space import SearchSpace
 from autoq.targets import CostTable
 
@@ -27,36 +28,38 @@ _SCAN = 48  # budgets at which the predicted frontier is sampled before seeds ar
 def proposals(
     space: SearchSpace,
     sensitivities: Table,
+    tables: Sequence[Additive],
     costs: CostTable | None,
     latencies: Sequence[str],
     count: int,
-    max_bytes: float | None = None,
-    min_bytes: float | None = None,
 ) -> list[list[int]]:
     """Up to `count` different assignments, as choice indices, best predicted quality at their budgets.
 
-    `sensitivities` is layer -> scheme text -> predicted loss; `costs` the latency table, needed where
-    `latencies` names phases. `max_bytes` and `min_bytes` limit the total size of the searched layers; budgets of
-    size are spread between them, and what other budgets give beyond them is left out.
+    `sensitivities` is layer -> scheme text -> predicted loss; `tables` are the quantities in bytes, at least one;
+    `costs` is the latency table, needed where `latencies` names phases. Budgets of a table are spread between its
+    bounds, and what other budgets give beyond them is left out.
     """
     quality = [_per_choice(v.choices, [sensitivities[layer.name] for layer in v.layers]) for v in space.variables]
-    size = [np.array([v.nbytes(scheme) for scheme in v.choices], dtype=np.float64) for v in space.variables]
-    weights = [size]
+    sizes = [[table.parts[v.name] for v in space.variables] for table in tables]
+    limits = [(table.low - table.constant, table.high - table.constant) for table in tables]
+    weights = []
     for phase in latencies:
         assert costs is not None
         table = costs.layer_ms[phase]
         latency = [_per_choice(v.choices, [table[layer.name] for layer in v.layers]) for v in space.variables]
-        weights += [latency, _mix(size, latency)]
+        weights += [latency, _mix(sizes[0], latency)]
     # Round robin over the kinds of budget, so that any prefix of the seeds covers all of them. Under a limit
     # the other kinds may give little, so sizes alone could fill the count.
-    per_kind = -(-count // len(weights)) + 2
-    limits = (min_bytes, max_bytes)
-    found = [_along(quality, size, per_kind if limits == (None, None) else count + 2, *limits)]
-    found += [_along(quality, weight, per_kind) for weight in weights[1:]]
+    per_kind = -(-count // (len(sizes) + len(weights))) + 2
+    found = [
+        _along(quality, size, per_kind if ends == (-np.inf, np.inf) else count + 2, *ends)
+        for size, ends in zip(sizes, limits, strict=True)
+    ]
+    found += [_along(quality, weight, per_kind) for weight in weights]
     seeds: dict[tuple[int, ...], None] = {}
     for rank in range(max(map(len, found), default=0)):
         for kind in found:
-            if rank < len(kind) and _fits(size, kind[rank], *limits):
+            if rank < len(kind) and all(_fits(s, kind[rank], *ends) for s, ends in zip(sizes, limits, strict=True)):
                 seeds[tuple(kind[rank])] = None
     return [list(seed) for seed in seeds][:count]
 
@@ -71,29 +74,26 @@ def _mix(a: Sequence[Vector], b: Sequence[Vector]) -> list[Vector]:
     return [x / spans[0] + y / spans[1] for x, y in zip(a, b, strict=True)]
 
 
-def _fits(size: Sequence[Vector], indices: Sequence[int], least: float | None, most: float | None) -> bool:
-    total = sum(float(v[i]) for v, i in zip(size, indices, strict=True))
-    return (least is None or total >= least) and (most is None or total <= most)
+def _fits(size: Sequence[Vector], indices: Sequence[int], least: float, most: float) -> bool:
+    return least <= sum(float(v[i]) for v, i in zip(size, indices, strict=True)) <= most
 
 
 def _along(
     quality: Sequence[Vector],
     weight: Sequence[Vector],
     count: int,
-    least: float | None = None,
-    most: float | None = None,
+    least: float = -np.inf,
+    most: float = np.inf,
 ) -> list[list[int]]:
     """`count` solutions, evenly spaced along the predicted frontier from `least` to `most`, in an order that
     fills it from coarse to fine.
 
     Even in what a person sees: the frontier drawn as log loss against weight.
     """
-    low = max(sum(float(v.min()) for v in weight), -np.inf if least is None else least)
+    low = max(sum(float(v.min()) for v in weight), least)
     # Beyond the weight of the best-quality assignment there is nothing to gain.
     best = [int(np.lexsort((w, q))[0]) for q, w in zip(quality, weight, strict=True)]
-    high = sum(float(w[i]) for w, i in zip(weight, best, strict=True))
-    if most is not None:
-        high = min(high, most)
+    high = min(sum(float(w[i]) for w, i in zip(weight, best, strict=True)), most)
     slack = 1e-9 * max(abs(low), abs(high), 1e-30)
     budgets = np.linspace(low, max(high, low), _SCAN) + slack
     scan = _solve(quality, weight, budgets)

@@ -9,12 +9,17 @@ study goes on with the same numbers.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
+
+import numpy as np
 
 from autoq import models, plugins, recipes
 from autoq.assignment import Assignment
@@ -32,10 +37,12 @@ from autoq.objectives import load as load_objective
 from autoq.search import seeds
 from autoq.search.executors import Executor, Job
 from autoq.search.observer import Observer
+from autoq.search.prior import Additive
 from autoq.search.samplers import Sampler
 from autoq.search.sensitivity import gather
 from autoq.search.space import SearchSpace, build_space, refusal
 from autoq.search.stages import run_job
+from autoq.search.tables import tabulate
 from autoq.spec import StudySpec, split_objective
 from autoq.store import Prepared, Store, StudyRecord
 from autoq.targets import CostTable, Target, load_target, missing_packages
@@ -96,6 +103,26 @@ class Problem:
         """Those, and what is measured in the report only."""
         return [*self.qualities, *self.spec.reported]
 
+    @cached_property
+    def sizes(self) -> dict[str, Additive]:
+        """What the study measures in bytes, as sums with its bounds; the model's size where it measures nothing so."""
+        counted = [n for n, o in self.objectives.items() if isinstance(o, TableObjective) and o.unit == "bytes"]
+        found = {}
+        for name in counted or ["size_bytes"]:
+            table = tabulate(self.space, functools.partial(self.computed, name))
+            assert table is not None, f"{name} is in bytes and no sum over layers"
+            bound = self.spec.constraints.get(name)
+            low = -math.inf if bound is None or bound.min is None else bound.min
+            high = math.inf if bound is None or bound.max is None else bound.max
+            found[name] = dataclasses.replace(table, low=low, high=high)
+        return found
+
+    def computed(self, name: str, assignment: Assignment) -> float:
+        """The value of a `TableObjective`, whether or not the study measures it."""
+        objective = load_objective(name)
+        assert isinstance(objective, TableObjective), name
+        return objective.compute(self.info, assignment, self.spec.target)
+
     @property
     def steering(self) -> list[str]:
         """What the sampler is told of: the objectives, and where no quality is among them those that are bounded.
@@ -149,18 +176,16 @@ def _refuse_task(name: str, objective: Objective, spec: StudySpec) -> None:
 
 
 def _refuse_out_of_reach(problem: Problem) -> None:
-    """Refuse a bound on the size that no assignment keeps: every trial would be infeasible."""
-    bound = problem.spec.constraints.get("size_bytes")
-    if bound is None:
+    """Refuse a bound on bytes that no assignment keeps: every trial would be infeasible."""
+    if not any(name.endswith("_bytes") for name in problem.spec.constraints):
         return
-    choices = [len(variable.choices) for variable in problem.space.variables]
-    # Choices are sorted by bytes.
-    low, high = _size(problem, [0] * len(choices)), _size(problem, [count - 1 for count in choices])
-    where, space = "constraints.size_bytes", "out of reach; the space reaches from"
-    if bound.max is not None and bound.max < low:
-        raise SpecError(f"{where}.max: {bound.max:.0f} bytes are {space} {low:.0f} to {high:.0f}")
-    if bound.min is not None and bound.min > high:
-        raise SpecError(f"{where}.min: {bound.min:.0f} bytes are {space} {low:.0f} to {high:.0f}")
+    for name, table in problem.sizes.items():
+        low, high = (table.constant + sum(map(end, table.parts.values())) for end in (np.min, np.max))
+        where, space = f"constraints.{name}", "out of reach; the space reaches from"
+        if table.high < low:
+            raise SpecError(f"{where}.max: {table.high:.0f} bytes are {space} {low:.0f} to {high:.0f}")
+        if table.low > high:
+            raise SpecError(f"{where}.min: {table.low:.0f} bytes are {space} {low:.0f} to {high:.0f}")
 
 
 def prepare(spec: StudySpec) -> Prepared:
@@ -232,12 +257,8 @@ def make_plan(
     if problem.qualities and (wanted or sampler.uses_losses):
         sensitivities = _sensitivities(problem, store, study_id, executor, observer)
     if wanted and sensitivities is not None:
-        bound = problem.spec.constraints.get("size_bytes")
-        ends = (bound.max, bound.min) if bound is not None else (None, None)
-        fixed = sum(v.nbytes(v.choices[0]) for v in problem.space.variables)
-        others = _size(problem, [0] * len(problem.space.variables)) - fixed
-        most, least = (None if end is None else end - others for end in ends)
-        found = seeds.proposals(problem.space, sensitivities, costs, problem.latencies, wanted, most, least)
+        sizes = list(problem.sizes.values())
+        found = seeds.proposals(problem.space, sensitivities, sizes, costs, problem.latencies, wanted)
         plan += [Proposal(problem.space.assignment(indices)) for indices in found]
     first: dict[str, Proposal] = {}
     for proposal in plan:
@@ -248,12 +269,6 @@ def make_plan(
     unique = list(first.values())
     store.save_plan(study_id, {"proposals": [proposal.to_json() for proposal in unique]})
     return unique, costs
-
-
-def _size(problem: Problem, indices: Sequence[int]) -> float:
-    objective = load_objective("size_bytes")
-    assert isinstance(objective, TableObjective)
-    return objective.compute(problem.info, problem.space.assignment(indices))
 
 
 def baselines(problem: Problem) -> list[Proposal]:

@@ -41,16 +41,13 @@ class Variable:
     """One decision of the search: the scheme of a layer, of a fusion group that must share one, or of the same
     matrix of all of a block's experts.
 
-    `choices` are sorted by bytes, fewest first, so that an index is an ordinal quantity.
+    `choices` are sorted by bytes, fewest first, so that an index is an ordinal quantity. What a choice costs
+    in an objective, `autoq.search.tables` says.
     """
 
     name: str
     layers: tuple[Layer, ...]
     choices: tuple[Scheme, ...]
-
-    def nbytes(self, scheme: Scheme) -> int:
-        """Bytes of the variable's layers under `scheme`."""
-        return sum(layer.nbytes(scheme) for layer in self.layers)
 
 
 @dataclass(frozen=True)

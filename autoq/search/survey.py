@@ -13,9 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from autoq import plugins
 from autoq.assignment import Assignment
-from autoq.objectives import Objective, TableObjective
 from autoq.scheme import Keep
 from autoq.search.budget import frontier
 from autoq.search.executors import Executor, Job, make_executor
@@ -108,15 +106,15 @@ def predicted_frontier(problem: Problem, losses: Losses, count: int = BUDGETS) -
     """
     variables = problem.space.variables
     cost = [[sum(losses[layer.name][str(s)] for layer in v.layers) for s in v.choices] for v in variables]
-    weight = [[v.nbytes(s) for s in v.choices] for v in variables]
-    lightest = _table(problem, "size_bytes", problem.space.assignment([0] * len(variables)))
-    fixed = lightest - sum(w[0] for w in weight)
+    axis, table = next(iter(problem.sizes.items()))
+    weight, fixed = [table.parts[v.name] for v in variables], table.constant
+    lightest = fixed + sum(float(w.min()) for w in weight)
     # Beyond the size of the assignment of least loss there is nothing to gain.
-    best = [int(np.lexsort((w, c))[0]) for c, w in zip(cost, weight, strict=True)]
-    heaviest = fixed + sum(w[i] for w, i in zip(weight, best, strict=True))
+    best = [int(np.lexsort((w, np.array(c)))[0]) for c, w in zip(cost, weight, strict=True)]
+    heaviest = fixed + sum(float(w[i]) for w, i in zip(weight, best, strict=True))
     yardsticks: dict[float, tuple[float, str]] = {}
     for proposal in baselines(problem):
-        size, loss = _table(problem, "size_bytes", proposal.assignment), _predicted(proposal.assignment, losses)
+        size, loss = problem.computed(axis, proposal.assignment), _predicted(proposal.assignment, losses)
         if loss is not None and size <= heaviest:
             named = (loss, str(proposal.baseline))
             yardsticks[size] = min(yardsticks.get(size, named), named)
@@ -127,16 +125,10 @@ def predicted_frontier(problem: Problem, losses: Losses, count: int = BUDGETS) -
         if solution is None:  # a baseline smaller than anything that is searched
             continue
         assignment = problem.space.assignment(solution.choices)
-        bits = _table(problem, "bits_per_weight", assignment)
+        bits = problem.computed("bits_per_weight", assignment)
         loss, name = yardsticks.get(budget, (None, None))
         points.append(Point(budget, fixed + solution.weight, bits, solution.cost, solution.exact, name, loss))
     return points
-
-
-def _table(problem: Problem, objective: str, assignment: Assignment) -> float:
-    table = plugins.load("objectives", objective, Objective)
-    assert isinstance(table, TableObjective)
-    return table.compute(problem.info, assignment)
 
 
 def _predicted(assignment: Assignment, losses: Losses) -> float | None:

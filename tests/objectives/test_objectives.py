@@ -10,7 +10,9 @@ from autoq.assignment import Assignment
 from autoq.layer import Layer, ModelInfo
 from autoq.objectives import EnergyObjective, LatencyObjective, Objective, QualityObjective, TableObjective, TokenChunk
 from autoq.scheme import Keep, parse_scheme
+from autoq.spec import TargetSpec
 
+WORKLOAD = TargetSpec()
 LAYERS = (
     Layer("block.0.up", "linear", 8, 64, 2),
     Layer("block.0.down", "linear", 64, 8, 2, has_bias=True),
@@ -84,17 +86,17 @@ def test_cosine_distance():
 def test_size_counts_every_byte():
     size = get("size_bytes")
     kept = 8 * 64 * 2 + 64 * 8 * 2 + 100 * 8 * 2 + 144
-    assert size.compute(info(), Assignment({})) == kept
-    assert size.compute(info(), Assignment({layer.name: Keep() for layer in LAYERS})) == kept
+    assert size.compute(info(), Assignment({}), WORKLOAD) == kept
+    assert size.compute(info(), Assignment({layer.name: Keep() for layer in LAYERS}), WORKLOAD) == kept
     # 8 rows of 64 4-bit codes, one 2-byte scale per row and group of 32, zero points packed per row
     up = 8 * 32 + 8 * 2 * 2 + 8 * 1
-    assert size.compute(info(), Assignment({"block.0.up": parse_scheme("rtn-int4-g32")})) == kept - 1024 + up
+    assert size.compute(info(), Assignment({"block.0.up": parse_scheme("rtn-int4-g32")}), WORKLOAD) == kept - 1024 + up
 
 
 def test_bits_per_weight_counts_scales_and_leaves_a_kept_embedding_out():
     bits = get("bits_per_weight")
-    assert bits.compute(info(), Assignment({})) == 16
+    assert bits.compute(info(), Assignment({}), WORKLOAD) == 16
     both = Assignment(
         {"block.0.up": parse_scheme("rtn-int8-channel-sym"), "block.0.down": parse_scheme("rtn-int8-channel-sym")}
     )
-    assert bits.compute(info(), both) == pytest.approx(8 + 8 * (16 + 128) / 1024)
+    assert bits.compute(info(), both, WORKLOAD) == pytest.approx(8 + 8 * (16 + 128) / 1024)

@@ -91,7 +91,7 @@ def test_offers_keep_their_bounds_and_hold_what_is_true(store, run):
     for share in (0.02, 0.2, 0.4, 0.6, 0.8):
         limit = low + share * (high - low)
         found = offer(store, study, {SIZE: Bound(max=limit)})
-        size = problem.objectives[SIZE].compute(problem.info, found.assignment)
+        size = problem.objectives[SIZE].compute(problem.info, found.assignment, problem.spec.target)
         assert size <= limit
         assert found.predicted[SIZE] == (size,) * 3
         value, least, most = found.predicted[KL]
@@ -158,7 +158,7 @@ def test_fresh_offers_are_new_and_may_be_better(store, run, best):
         assert found.assignment.hash not in hashes
         hashes.add(found.assignment.hash)
         trial = store.start_trial(study.id, len(store.trials(study.id)), found.assignment, "refine")
-        size = problem.objectives[SIZE].compute(problem.info, found.assignment)
+        size = problem.objectives[SIZE].compute(problem.info, found.assignment, problem.spec.target)
         measured = [
             Measurement(KL, truth(found.assignment), "nats/token", "measured", "search", 0.001),
             Measurement(SIZE, size, "bytes", "computed", "search"),

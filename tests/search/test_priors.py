@@ -5,9 +5,10 @@ import pytest
 
 from autoq.layer import Layer, ModelInfo
 from autoq.scheme import Keep, parse_scheme
-from autoq.search.priors import make_prior, tabulate
+from autoq.search.priors import make_prior
 from autoq.search.setup import pose
 from autoq.search.space import SearchSpace, Variable
+from autoq.search.tables import tabulate
 from autoq.spec import build_spec
 from autoq.targets import CostTable
 

@@ -5,7 +5,8 @@ import pytest
 
 from autoq.layer import Layer, ModelInfo
 from autoq.scheme import parse_scheme
-from autoq.search.seeds import proposals
+from autoq.search import seeds
+from autoq.search.prior import Additive
 from autoq.search.space import SearchSpace, Variable
 from autoq.targets import CostTable
 
@@ -25,7 +26,16 @@ def setting():
 
 
 def size(space, indices):
-    return sum(v.nbytes(v.choices[i]) for v, i in zip(space.variables, indices, strict=True))
+    return sum(v.layers[0].nbytes(v.choices[i]) for v, i in zip(space.variables, indices, strict=True))
+
+
+def proposals(space, loss, costs, latencies, count, **limits):
+    """Seeds by size, of a model that has a thousand bytes beside its layers; `limits` are without them."""
+    parts = {v.name: np.array([v.layers[0].nbytes(s) for s in v.choices], dtype=np.float64) for v in space.variables}
+    table = Additive(
+        1000.0, parts, *(limits.get(end, none) + 1000.0 for end, none in (("low", -np.inf), ("high", np.inf)))
+    )
+    return seeds.proposals(space, loss, [table], costs, latencies, count)
 
 
 def predicted(space, loss, indices):
@@ -74,28 +84,28 @@ def test_the_size_limit_holds_and_seeds_reach_it(setting):
     low, high = size(space, [0] * 12), size(space, [4] * 12)
     for share in (0.1, 0.5):
         limit = low + share * (high - low)
-        found = proposals(space, loss, None, [], 12, max_bytes=limit)
+        found = proposals(space, loss, None, [], 12, high=limit)
         sizes = [size(space, seed) for seed in found]
         assert len(found) >= 10
         assert max(sizes) <= limit
         assert max(sizes) > low + 0.8 * (limit - low)
-    with_latency = proposals(space, loss, costs, ["latency_decode_ms"], 12, max_bytes=limit)
+    with_latency = proposals(space, loss, costs, ["latency_decode_ms"], 12, high=limit)
     assert len(with_latency) >= 10
     assert all(size(space, seed) <= limit for seed in with_latency)
 
 
 def test_a_limit_that_only_the_lightest_keeps_gives_the_lightest(setting):
     space, loss, _ = setting
-    assert proposals(space, loss, None, [], 5, max_bytes=size(space, [0] * 12)) == [[0] * 12]
+    assert proposals(space, loss, None, [], 5, high=size(space, [0] * 12)) == [[0] * 12]
 
 
 def test_a_least_size_is_kept_too(setting):
     space, loss, costs = setting
     low, high = size(space, [0] * 12), size(space, [4] * 12)
     least, most = low + 0.6 * (high - low), low + 0.8 * (high - low)
-    for latencies, limits in [([], {}), ([], {"max_bytes": most}), (["latency_decode_ms"], {})]:
-        found = proposals(space, loss, costs, latencies, 12, min_bytes=least, **limits)
+    for latencies, limits in [([], {}), ([], {"high": most}), (["latency_decode_ms"], {})]:
+        found = proposals(space, loss, costs, latencies, 12, low=least, **limits)
         sizes = [size(space, seed) for seed in found]
         assert len(found) >= 9
         assert min(sizes) >= least
-        assert max(sizes) <= limits.get("max_bytes", high)
+        assert max(sizes) <= limits.get("high", high)
