@@ -215,6 +215,8 @@ def prepare(spec: StudySpec) -> Prepared:
 def _facts(problem: Problem) -> dict[str, Any]:
     variables = problem.space.variables
     counts = [len(variable.choices) for variable in variables]
+    ends = ([0] * len(counts), [count - 1 for count in counts])  # choices are sorted by bytes
+    smallest, largest = (problem.computed("size_bytes", problem.space.assignment(end)) for end in ends)
     return {
         "model": problem.spec.model.id,
         "target": problem.spec.target.name,
@@ -222,8 +224,8 @@ def _facts(problem: Problem) -> dict[str, Any]:
         "searched": sum(len(variable.layers) for variable in variables),
         "variables": len(variables),
         "choices": max(counts, default=0),
-        "smallest_bytes": _size(problem, [0] * len(counts)),
-        "largest_bytes": _size(problem, [count - 1 for count in counts]),
+        "smallest_bytes": smallest,
+        "largest_bytes": largest,
     }
 
 
