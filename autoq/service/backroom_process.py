@@ -21,11 +21,11 @@ from autoq.errors import AutoQError
 
 def _hello(_: Mapping[str, Any]) -> Any:
     """Import what all questions need."""
-    import autoq.search.offers
-    import autoq.search.setup  # noqa: F401
-    from autoq import models
+    import autoq.search.offers  # noqa: F401
+    from autoq.search.setup import warm
 
-    return {"warm": models.inspect is not None}
+    warm()
+    return {}
 
 
 def _prepare(question: Mapping[str, Any]) -> Any:
