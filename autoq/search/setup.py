@@ -220,6 +220,11 @@ def prepare(spec: StudySpec) -> Prepared:
 def _facts(problem: Problem) -> dict[str, Any]:
     variables = problem.space.variables
     counts = [len(variable.choices) for variable in variables]
+    size = load_objective("size_bytes")
+    assert isinstance(size, TableObjective)
+    # Choices are sorted by bytes.
+    ends = ([0] * len(counts), [count - 1 for count in counts])
+    smallest, largest = (size.compute(problem.info, problem.space.assignment(indices)) for indices in ends)
     return {
         "model": problem.spec.model.id,
         "target": problem.spec.target.name,
@@ -227,8 +232,8 @@ def _facts(problem: Problem) -> dict[str, Any]:
         "searched": sum(len(variable.layers) for variable in variables),
         "variables": len(variables),
         "choices": max(counts, default=0),
-        "smallest_bytes": _size(problem, [0] * len(counts)),
-        "largest_bytes": _size(problem, [count - 1 for count in counts]),
+        "smallest_bytes": smallest,
+        "largest_bytes": largest,
     }
 
 
