@@ -133,7 +133,8 @@ class RayExecutor(Executor):
         for member in list(self._members):
             job, (name, pid) = member.job, member.who()
             state: Literal["loading", "idle", "busy"] = "busy" if job else "idle" if member.ready else "loading"
-            found.append(WorkerView(name, state, job.key if job else None, pid if self._session.here else None))
+            here = name.rpartition(":")[0] == socket.gethostname()
+            found.append(WorkerView(name, state, job.key if job else None, pid if here else None))
         return found
 
     def close(self) -> None:

@@ -224,7 +224,9 @@ def _facts(problem: Problem) -> dict[str, Any]:
     assert isinstance(size, TableObjective)
     # Choices are sorted by bytes.
     ends = ([0] * len(counts), [count - 1 for count in counts])
-    smallest, largest = (size.compute(problem.info, problem.space.assignment(indices)) for indices in ends)
+    smallest, largest = (
+        size.compute(problem.info, problem.space.assignment(indices), problem.spec.target) for indices in ends
+    )
     return {
         "model": problem.spec.model.id,
         "target": problem.spec.target.name,

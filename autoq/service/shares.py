@@ -73,7 +73,7 @@ def account(
     usage: Mapping[str, float], waiting: Sequence[Waiting], running: Sequence[Running], seconds: float
 ) -> dict[str, float]:
     """Owner -> pass after another `seconds` of what runs."""
-    active = {each.owner for each in (*waiting, *running)}
+    active = {one.owner for one in waiting} | {each.owner for each in running}
     if not active:
         return {}
     known = [usage[owner] for owner in active if owner in usage]
