@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -78,6 +78,31 @@ def offer(
         choices = ", ".join(tables) or "(there is none)"
         raise BadInput(f"an offer is made for a limit on what the study computes by table; give one on: {choices}")
     return _Offering(store, study, problem, prior, known, upper, quality).best(traded, fresh)
+
+
+def offer_json(
+    store: Store, study: StudyRecord, bounds: Mapping[str, Bound], best: str | None = None
+) -> dict[str, Any]:
+    """`offer` as JSON: `{"predicted": {objective: {"value", "low", "high", "kind"}}, "assignment", "hash", "trial"}`.
+
+    `kind` is `computed` for what tables say exactly and `predicted` for the rest; `trial` is the number of the trial
+    that has measured this very assignment, None where it is untried. Raises as `offer` does.
+    """
+    found = offer(store, study, bounds, best)
+    assert found is not None, "only a fresh one may be missing"
+    known = store.find(study.id, found.assignment.hash)
+    computed = {
+        name for t in store.frontier(study.id) for (name, _), m in t.measurements.items() if m.kind == "computed"
+    }
+    return {
+        "predicted": {
+            name: {"value": value, "low": low, "high": high, "kind": "computed" if name in computed else "predicted"}
+            for name, (value, low, high) in found.predicted.items()
+        },
+        "assignment": found.assignment.to_dict(),
+        "hash": found.assignment.hash,
+        "trial": None if known is None else known.number,
+    }
 
 
 def _known(problem: Problem, prior: Prior) -> Known:

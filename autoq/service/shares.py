@@ -1,0 +1,154 @@
+"""Fair shares: which study starts and which one gives way. Pure functions of what waits and what runs.
+
+Stride scheduling (Waldspurger and Weihl, "Stride Scheduling: Deterministic Proportional-Share Resource Management",
+MIT/LCS/TM-528, 1995) over owners. With w = 2^priority of a study, clipped to 1/8 … 8, its owner's *pass* grows by
+
+    Δpass = width · Δt / w
+
+while it runs on `width` slots (the paper's stride is 1/w, its quantum Δt). Whoever has the least pass is served next,
+so over time owners that always have something to do get slots in proportion to their weights. Within an owner studies
+start by priority, then in the order of submission.
+
+Where we differ: a study is no task that ends after a quantum, so it is asked to give way, and only when another owner
+with a smaller pass waits and it has run for a quantum; it then ends its trials first. And owners come and go: one that
+comes, or comes back, starts at the least pass of those that are there (the paper's global pass), for what nobody else
+wanted is nobody's loss; what it had above that stays its own, so that going away forgives no debt.
+
+A study that needs more slots than are free keeps them free until it has them: narrower ones do not slip by for ever.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+QUANTUM_SECONDS = 60.0
+MOST = 3  # doublings of a weight, either way
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A study that is queued, since a moment on the caller's clock, for `width` slots."""
+
+    study_id: int
+    owner: str
+    priority: int
+    since: float
+    width: int = 1
+
+
+@dataclass(frozen=True)
+class Running:
+    """A study that runs since a moment on the caller's clock; `leaving` once it was asked to stop."""
+
+    study_id: int
+    owner: str
+    priority: int
+    since: float
+    width: int = 1
+    leaving: bool = False
+
+
+@dataclass(frozen=True)
+class Start:
+    """Start this study now."""
+
+    study_id: int
+
+
+@dataclass(frozen=True)
+class Yield:
+    """Ask this study to give way."""
+
+    study_id: int
+
+
+def weight(priority: int) -> float:
+    """What a priority is worth: twice the share for each step."""
+    return float(2.0 ** max(-MOST, min(MOST, priority)))
+
+
+def account(
+    usage: Mapping[str, float], waiting: Sequence[Waiting], running: Sequence[Running], seconds: float
+) -> dict[str, float]:
+    """Owner -> pass after another `seconds` of what runs."""
+    active = {one.owner for one in waiting} | {each.owner for each in running}
+    if not active:
+        return {}
+    known = [usage[owner] for owner in active if owner in usage]
+    floor = min(known or usage.values(), default=0.0)
+    passes = {owner: value for owner, value in usage.items() if value > floor}
+    passes |= {owner: max(usage.get(owner, floor), floor) for owner in active}
+    for each in running:
+        passes[each.owner] += seconds * each.width / weight(each.priority)
+    return passes
+
+
+def decide(
+    waiting: Sequence[Waiting],
+    running: Sequence[Running],
+    usage: Mapping[str, float],
+    slots: int,
+    now: float,
+    quantum: float = QUANTUM_SECONDS,
+    limit: int | None = None,
+) -> list[Start | Yield]:
+    """What to do now on `slots` slots, with passes as `account` gives them.
+
+    `limit` is how many slots one owner may have at a time; a study that is wider runs alone of its owner's.
+    """
+    passes = dict(usage)
+    floor = min(passes.values(), default=0.0)
+    free = slots - sum(each.width for each in running)
+    used = Counter[str]()
+    for each in running:
+        used[each.owner] += each.width
+    lines: dict[str, list[Waiting]] = {}
+    for one in sorted(waiting, key=lambda one: (-one.priority, one.since, one.study_id)):
+        lines.setdefault(one.owner, []).append(one)
+    actions: list[Start | Yield] = []
+    while lines:
+        owner = min(lines, key=lambda owner: (passes.get(owner, floor), lines[owner][0].since, owner))
+        head = lines[owner][0]
+        width = min(head.width, slots)
+        if limit is not None and used[owner] and used[owner] + width > limit:
+            del lines[owner]
+            continue
+        if width > free:
+            missing = width - free - sum(each.width for each in running if each.leaving)
+            return [*actions, *_giving_way(head, missing, running, passes, floor, now - quantum)]
+        actions.append(Start(head.study_id))
+        free -= width
+        used[owner] += width
+        # As if it had run for a quantum already, so that one call deals many slots out as many calls would.
+        passes[owner] = passes.get(owner, floor) + quantum * width / weight(head.priority)
+        lines[owner].pop(0)
+        if not lines[owner]:
+            del lines[owner]
+    return actions
+
+
+def _giving_way(
+    head: Waiting, missing: int, running: Sequence[Running], passes: Mapping[str, float], floor: float, before: float
+) -> list[Yield]:
+    """Whom `head` is to have `missing` slots from: of those that run since `before`, the ones that are most ahead."""
+    if missing <= 0:
+        return []
+    own = passes.get(head.owner, floor)
+    ahead = [
+        each
+        for each in running
+        if not each.leaving
+        and each.since <= before
+        and (each.priority < head.priority if each.owner == head.owner else passes.get(each.owner, floor) > own)
+    ]
+    if sum(each.width for each in ahead) < missing:
+        return []
+    asked: list[Yield] = []
+    for each in sorted(ahead, key=lambda each: (-passes.get(each.owner, floor), each.since, each.study_id)):
+        if missing <= 0:
+            break
+        asked.append(Yield(each.study_id))
+        missing -= each.width
+    return asked
