@@ -9,13 +9,13 @@ from __future__ import annotations
 import difflib
 import re
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
 
-def _section_fields(root: type[BaseModel], path: Iterable[int | str]) -> list[str]:
+def _section_fields(root: type[BaseModel] | None, path: Iterable[int | str]) -> list[str]:
     """The field names of the section that `path` leads to, for the choices in a message."""
     model: type[BaseModel] | None = root
     for key in path:
@@ -75,9 +75,13 @@ _KINDS = {
 
 def one_line(problem: ValidationError, root: type[BaseModel]) -> str:
     """The first mistake as `field: message (got value)`, and how many more there are."""
-    errors = problem.errors(include_url=False)
+    return line_of(problem.errors(include_url=False), root)
+
+
+def line_of(errors: Sequence[Any], root: type[BaseModel] | None = None) -> str:
+    """The first of pydantic's error dicts as one line; without `root`, it names no sections' fields."""
     first = errors[0]
-    path, value, context = first["loc"], first["input"], first.get("ctx", {})
+    path, value, context = first["loc"], first.get("input"), first.get("ctx", {})
     where = ".".join(_key(key) for key in path) or "spec"
     got = f" (got {short(value)})"
     match first["type"]:
@@ -85,7 +89,7 @@ def one_line(problem: ValidationError, root: type[BaseModel]) -> str:
             choices = _section_fields(root, path[:-1])
             near = difflib.get_close_matches(_key(path[-1]), choices, n=1)
             hint = f"; did you mean {near[0]!r}? choose" if near else "; choose"
-            text = f"no such field{hint} from {', '.join(choices)}"
+            text = f"no such field{hint} from {', '.join(choices)}" if choices else "no such field"
         case "missing":
             text = "is required"
         case "literal_error":

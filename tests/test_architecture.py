@@ -85,8 +85,9 @@ IMPORTS: dict[str, set[str]] = {
     "study": {"store"},
     "display": {"store", "search.observer", "search.sampler_view"},
     "doctor": {"store"},
-    "cli": {"display"},
-    "service": {"store", "display"},
+    "documents": {"display"},
+    "cli": {"display", "documents"},
+    "service": {"store", "display", "documents"},
     "client": {"store"},
     "studies": set(),
     "dashboards": {"store", "display", "search.sampler_view"},
@@ -103,6 +104,7 @@ LAZY: dict[str, set[str]] = {
     "shipping": {"evaluation", "models"},
     "study": {"search", "display", "dashboards", "shipping", "targets"},
     "doctor": {"targets"},
+    "documents": {"study", "targets"},
     "cli": {
         "store",
         "search",
@@ -120,6 +122,7 @@ LAZY: dict[str, set[str]] = {
 
 # room -> what its modules may import besides, under `if TYPE_CHECKING:` only
 TYPING: dict[str, set[str]] = {
+    "documents": {"store"},
     "cli": {"store", "search", "study"},
     "display": {"search", "shipping"},
     "shipping": {"store", "evaluation", "methods"},
@@ -161,6 +164,7 @@ PACKAGES: dict[str, set[str]] = {
 # modules whose start-up everyone pays for: these packages only inside their functions
 LEAN = {
     "cli",
+    "documents",
     "recipes",
     "shipping",
     "display",

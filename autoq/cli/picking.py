@@ -17,21 +17,6 @@ if TYPE_CHECKING:
 GAP = 0.02  # how far below a bound on the size a pick must be for an offer to be worth a look
 
 
-def tied(
-    store: Store, study: StudyRecord, chosen: TrialRecord, maximum: Mapping[str, str], minimum: Mapping[str, str]
-) -> list[TrialRecord]:
-    """The frontier's trials within the limits that `chosen` is no better than, beyond noise."""
-    from autoq.display.ties import stored_ties
-    from autoq.study import excess, measured_objectives, read_both
-
-    points = store.frontier(study.id)
-    known = tuple(measured_objectives(points, study.objectives))
-    upper, lower = read_both(maximum, minimum, known)
-    within = [trial for trial in points if not excess(trial, upper, lower)]
-    numbers = set(stored_ties(store, study, within)[chosen.number])
-    return [trial for trial in within if trial.number in numbers]
-
-
 def tie_line(study: StudyRecord, chosen: TrialRecord, others: list[TrialRecord]) -> str:
     """One line that names the others, each with its size."""
     from autoq.display.compare import sort_objective

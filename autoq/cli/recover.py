@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from autoq.cli.app import DEFAULT_DB, INTERRUPTED, Db, Json, StudyArgument, app, examples
-from autoq.cli.output import named_trial, open_store, print_json
+from autoq.cli.output import open_store, print_json
 from autoq.cli.run import Quiet, terminable
+from autoq.documents import named_trial
 
 if TYPE_CHECKING:
     from autoq.store import StudyRecord, TrialRecord

@@ -11,7 +11,8 @@ from typing import Annotated
 import typer
 
 from autoq.cli.app import DEFAULT_DB, Db, Json, StudyArgument, app, examples
-from autoq.cli.output import named_trial, open_store, print_json, show
+from autoq.cli.output import open_store, print_json, show
+from autoq.documents import named_trial
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only the result and errors.")]
 _DOING = {

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import sys
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from autoq.cli.app import DEFAULT_DB, Db, Json, StudyArgument, app, examples
-from autoq.cli.output import document, named_trial, open_store, pairs, print_frontier, print_json, show
+from autoq.cli.output import open_store, print_frontier, print_json, show
+from autoq.documents import choices, document, layers, named_trial, pairs, tied
+from autoq.documents import targets as all_targets
 from autoq.errors import BadInput
-
-if TYPE_CHECKING:
-    from autoq.layer import Layer
-    from autoq.store import Store, StudyRecord
 
 Maximum = Annotated[
     list[str] | None, typer.Option("--max", metavar="OBJECTIVE=VALUE", help="Upper limit; may be repeated.")
@@ -138,7 +136,7 @@ def pick(
             picking.refine(store, record, bounds(record, upper, lower), best, refine)
         chosen = choose(record, store.frontier(record.id), upper, lower, best)
         found = store.trial(record.id, chosen.number).to_json()
-        others = picking.tied(store, record, chosen, upper, lower)
+        others = tied(store, record, chosen, upper, lower)
         found["no_better_than"] = [trial.number for trial in others]
         offer = picking.offered(store, record, chosen, upper, lower, best)
     if others:
@@ -159,16 +157,6 @@ def pick(
     sys.stdout.write(yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=1000))
 
 
-def _layers(store: Store, study: StudyRecord) -> dict[str, Layer] | None:
-    """The layers' shapes as the study's creation stored them; None for a study without them."""
-    from autoq.layer import Layer
-
-    table = store.table(study.id, "layers")
-    if table is None:
-        return None
-    return {name: Layer(name=name, **{k: v for k, v in facts.items() if k != "name"}) for name, facts in table.items()}
-
-
 @app.command(epilog=examples("autoq diff demo 12 31", "autoq diff demo uniform-int4 31 --json"))
 def diff(
     study: StudyArgument,
@@ -186,7 +174,7 @@ def diff(
     with open_store(db) as store:
         record = store.study(study)
         left, right = named_trial(store, record, a), named_trial(store, record, b)
-        found = display.document(record, left, right, _layers(store, record))
+        found = display.document(record, left, right, layers(store, record))
     if as_json:
         print_json(found)
     else:
@@ -194,17 +182,13 @@ def diff(
 
 
 def _print_choices(folder: Any, what: str, as_json: bool) -> None:
-    from autoq import plugins
-
-    rows = [(name, plugins.summary(folder, name)) for name in plugins.names(folder)]
-    if folder == "targets":
-        rows = [(name.replace("_", "-"), line) for name, line in rows]
+    found = choices(folder)
     if as_json:
-        print_json({f"{what}s": [{"name": name, "summary": line} for name, line in rows]})
+        print_json({f"{what}s": found})
         return
     from autoq.display import tables
 
-    show(tables.choices(rows, what))
+    show(tables.choices([(choice["name"], choice["summary"]) for choice in found], what))
 
 
 @app.command(epilog=examples("autoq methods", "autoq methods --json"))
@@ -219,23 +203,7 @@ def targets(as_json: Json = False) -> None:
 
     What each one times, what it exports, and whether it can measure on this machine.
     """
-    from autoq import plugins
-    from autoq.targets import Target
-
-    found = []
-    for file in plugins.names("targets"):
-        target = plugins.load("targets", file, Target)
-        latencies = sorted(name.removeprefix("latency_").removesuffix("_ms") for name in target.latencies)
-        found.append(
-            {
-                "name": file.replace("_", "-"),
-                "summary": plugins.summary("targets", file),
-                "times": latencies,
-                "predicts_only": target.predicts_only,
-                "exports": target.exports(),
-                "unavailable": target.unavailable(),
-            }
-        )
+    found = all_targets()
     if as_json:
         print_json({"targets": found})
         return

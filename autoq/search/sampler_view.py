@@ -47,6 +47,11 @@ def sampler_view(trials: Iterable[TrialRecord], quality: str) -> SamplerView | N
         predicted, measured = trial.sampler_attrs.get(PREDICTED), trial.measurements.get((quality, "search"))
         if trial.origin == "sampler" and trial.state in ENDED and predicted is not None and measured is not None:
             pairs.append((float(predicted), float(measured.detail.get("estimate", measured.value))))
+    return view_of(pairs)
+
+
+def view_of(pairs: Sequence[tuple[float, float]]) -> SamplerView | None:
+    """The view over pairs of predicted and measured quality; None below three."""
     ratios = [measured / predicted for predicted, measured in pairs if predicted]
     if len(pairs) < FEWEST or not ratios:
         return None

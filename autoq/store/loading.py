@@ -147,18 +147,22 @@ def load_study(connection: sa.Connection, where: sa.ColumnElement[bool]) -> Stud
     return StudyRecord(**fields | {"objectives": _objectives(row.objectives)})
 
 
-def load_summaries(connection: sa.Connection) -> list[StudySummary]:
-    """All studies, oldest first, with their counts: three statements for any number of them."""
+def load_summaries(connection: sa.Connection, ids: Sequence[int] | None = None) -> list[StudySummary]:
+    """All studies, or those of `ids`, oldest first, with their counts: three statements for any number of them."""
     t, f, s = m.trials.c, m.frontier.c, m.studies.c
-    ended = sa.select(t.study_id, t.state, sa.func.count()).group_by(t.study_id, t.state)
+
+    def kept(query: sa.Select[Any], column: sa.ColumnElement[int]) -> sa.Select[Any]:
+        return query if ids is None else query.where(column.in_(ids))
+
+    ended = kept(sa.select(t.study_id, t.state, sa.func.count()), t.study_id).group_by(t.study_id, t.state)
     counts: dict[int, dict[str, int]] = {}
     for study_id, state, count in connection.execute(ended):
         counts.setdefault(study_id, {})[state] = count
-    members = sa.select(f.study_id, sa.func.count()).group_by(f.study_id)
+    members = kept(sa.select(f.study_id, sa.func.count()), f.study_id).group_by(f.study_id)
     on_frontier = {row[0]: row[1] for row in connection.execute(members)}
     columns = (s.id, s.name, s.spec, s.objectives, s.state, s.message, s.changes)
     more = (s.created_at, s.started_at, s.finished_at, s.owner, s.priority, s.queued_at)
-    query = sa.select(*columns, *more).order_by(s.id)
+    query = kept(sa.select(*columns, *more), s.id).order_by(s.id)
     return [
         StudySummary(
             id=row.id,

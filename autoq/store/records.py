@@ -81,9 +81,11 @@ class StudyRecord:
             "message": self.message,
             "owner": self.owner,
             "priority": self.priority,
+            "changes": self.changes,
             "objectives": [objective.to_json() for objective in self.objectives],
             "spec": dict(self.spec),
             "created_at": _iso(self.created_at),
+            "queued_at": _iso(self.queued_at),
             "started_at": _iso(self.started_at),
             "finished_at": _iso(self.finished_at),
         }
@@ -125,6 +127,7 @@ class StudySummary:
             "message": self.message,
             "owner": self.owner,
             "priority": self.priority,
+            "changes": self.changes,
             "objectives": [objective.to_json() for objective in self.objectives],
             "trials": {
                 "running": self.running,
@@ -135,6 +138,7 @@ class StudySummary:
             },
             "frontier": self.frontier,
             "created_at": _iso(self.created_at),
+            "queued_at": _iso(self.queued_at),
             "started_at": _iso(self.started_at),
             "finished_at": _iso(self.finished_at),
         }

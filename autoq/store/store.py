@@ -23,10 +23,13 @@ from autoq.errors import NotFound
 from autoq.measurement import Measurement, Part
 from autoq.store import dominance, writing
 from autoq.store import models as m
+from autoq.store.accounts import Accounts
 from autoq.store.database import Database, Fence, open_database
+from autoq.store.feed import Feed
 from autoq.store.loading import load_study, load_summaries, load_trials, load_values, unpack
 from autoq.store.queue import Queue
 from autoq.store.records import Descent, Origin, StudyRecord, StudyState, StudySummary, TrialRecord, TrialState
+from autoq.store.remarks import Remarks
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,6 +75,21 @@ class Store:
         """This store for the holder of a lease: its writes on the study raise `LeaseLost`, and change nothing, once
         another one has the lease. Shares the connections."""
         return Store(self._database.fenced(Fence(study_id, epoch)))
+
+    @property
+    def feed(self) -> Feed:
+        """What those ask who follow the database."""
+        return Feed(self._database)
+
+    @property
+    def accounts(self) -> Accounts:
+        """Who may use a server on this database."""
+        return Accounts(self._database)
+
+    @property
+    def remarks(self) -> Remarks:
+        """What people note on trials."""
+        return Remarks(self._database)
 
     def close(self) -> None:
         """Close all connections."""

@@ -82,7 +82,7 @@ COMMANDS = [
         "pick",
         "diff",
     ],
-    *["methods", "targets", "objectives", "samplers", "doctor"],
+    *["methods", "targets", "objectives", "samplers", "doctor", "serve", "token"],
 ]
 
 

@@ -1,0 +1,29 @@
+"""What the server has done by others: questions that need a model, and the running of what is queued."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from autoq.spec import StudySpec
+from autoq.store import Prepared
+
+
+class Backroom(Protocol):
+    """A process that has the models' libraries, asked without holding up the event loop."""
+
+    async def prepare(self, spec: StudySpec) -> Prepared:
+        """Check a spec against model and target; what its study begins with. Raises `BadInput` in one line."""
+
+    async def offer(
+        self, study_id: int, maximum: Mapping[str, Any], minimum: Mapping[str, Any], best: str | None
+    ) -> dict[str, Any] | None:
+        """What a study's model would have within limits; `{"predicted", "assignment"}`, or None."""
+
+
+class Scheduler(Protocol):
+    """What runs the queue."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether it does."""

@@ -1,0 +1,123 @@
+"""What changes studies: submit, cancel, resume, refine; and the questions that need a model."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from anyio import to_thread
+from fastapi import APIRouter, Header, Query, Request, Response
+
+from autoq import documents
+from autoq.errors import AutoQError, BadInput, StoreError
+from autoq.service.answers import answer
+from autoq.service.context import Asks, Configured, Stored, Visible
+from autoq.service.errors import Refusal, spec_field
+from autoq.service.requests import CheckBody, RefineBody, ResumeBody, SubmitBody
+from autoq.service.schemas import CheckAnswer, OfferAnswer, StudyAnswer
+from autoq.service.submitting import backroom_of, read_spec
+
+router = APIRouter(prefix="/api/v1", tags=["submissions"])
+
+Key = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        pattern=r"^[!-~]{1,128}$",
+        description="Of the client's making. The same one again gives the same study, however often it is sent.",
+    ),
+]
+_AGAIN: dict[int | str, dict[str, Any]] = {
+    200: {"model": StudyAnswer, "description": "The study that was submitted under this key before"}
+}
+
+
+@router.post("/studies", response_model=StudyAnswer, status_code=201, responses=_AGAIN)
+async def submit_study(
+    request: Request, settings: Configured, asker: Asks, body: SubmitBody, key: Key = None
+) -> Response:
+    """Queue a study. It is checked against the model and the target first, as `autoq search` does."""
+    if body.priority > 0 and asker.role != "admin":
+        raise Refusal(403, "priority: only an admin's studies go before others")
+    spec = read_spec(body, asker, settings)
+    submissions = request.app.state.submissions
+    study, fresh = await submissions.submit(backroom_of(request), asker, spec, key, body.priority)
+    return answer(study.to_json(), 201 if fresh else 200)
+
+
+@router.post("/specs:check", response_model=CheckAnswer)
+async def check_spec(request: Request, settings: Configured, asker: Asks, body: CheckBody) -> Response:
+    """Whether a spec is valid, in the words that a submission would be refused with."""
+    told: dict[str, Any] = {"ok": True, "message": None, "field": None, "spec": None, "facts": None}
+    told["checked"] = "model" if body.deep else "spec"
+    try:
+        spec = read_spec(body, asker, settings)
+        told["spec"] = spec.model_dump(mode="json")
+        if body.deep:
+            told["facts"] = dict((await backroom_of(request).prepare(spec)).facts)
+    except (Refusal, StoreError):
+        raise
+    except AutoQError as problem:
+        told |= {"ok": False, "message": str(problem), "field": spec_field(str(problem))}
+    return answer(told)
+
+
+@router.post("/studies/{study}/cancel", response_model=StudyAnswer)
+def cancel_study(store: Stored, study: Visible) -> Response:
+    """End a study: at once while it waits, after the trials that are out while it runs. 409 where it has ended."""
+    return answer(store.queue.cancel(study.id).to_json())
+
+
+@router.post("/studies/{study}/resume", response_model=StudyAnswer)
+def resume_study(store: Stored, settings: Configured, study: Visible, body: ResumeBody | None = None) -> Response:
+    """Queue a study that has ended: to the end of its budget, or to more trials."""
+    trials = None if body is None else body.trials
+    return answer(store.queue.enqueue(study.id, trials, limit=settings.limits.waiting_studies).to_json())
+
+
+@router.post("/studies/{study}/refine", response_model=StudyAnswer)
+def refine_study(store: Stored, settings: Configured, study: Visible, body: RefineBody) -> Response:
+    """Queue up to `n` trials of what the study's model offers within limits."""
+    from autoq.study import bounds
+
+    record = store.study(study.id)
+    if not (body.max or body.min):
+        raise BadInput("max: refining needs a limit to refine at; give max or min")
+    limits = bounds(record, body.max, body.min)
+    names = [objective.name for objective in record.objectives]
+    if body.best is not None and body.best not in names:
+        raise BadInput(f"best: must be an objective of this study: {', '.join(names)} (got {body.best[:80]!r})")
+    job = {
+        "kind": "refine",
+        "max": {name: bound.max for name, bound in limits.items() if bound.max is not None},
+        "min": {name: bound.min for name, bound in limits.items() if bound.min is not None},
+        "best": body.best,
+        "n": body.n,
+    }
+    return answer(store.queue.enqueue(study.id, job=job, limit=settings.limits.waiting_studies).to_json())
+
+
+@router.get("/studies/{study}/offer", response_model=OfferAnswer)
+async def get_offer(
+    request: Request,
+    study: Visible,
+    maximum: Annotated[list[str] | None, Query(alias="max", max_length=16)] = None,
+    minimum: Annotated[list[str] | None, Query(alias="min", max_length=16)] = None,
+    best: Annotated[str | None, Query(max_length=128)] = None,
+) -> Response:
+    """What the study's model would have within limits, with the interval of its prediction; nothing is measured."""
+    upper, lower = documents.pairs(maximum or (), "max"), documents.pairs(minimum or (), "min")
+    store = request.app.state.store
+    await to_thread.run_sync(_check_limits, store, study.id, upper, lower, best)
+    found = await backroom_of(request).offer(study.id, upper, lower, best)
+    told = {"predicted": None, "assignment": None} if found is None else found
+    return answer({"study": study.name, "predicted": told["predicted"], "assignment": told["assignment"]})
+
+
+def _check_limits(store: Any, study_id: int, upper: Any, lower: Any, best: str | None) -> None:
+    from autoq.study import bounds
+
+    record = store.study(study_id)
+    bounds(record, upper, lower)
+    names = [objective.name for objective in record.objectives]
+    if best is not None and best not in names:
+        raise BadInput(f"best: must be an objective of this study: {', '.join(names)} (got {best[:80]!r})")

@@ -1,0 +1,77 @@
+"""What a user's spec may make this server read: its folders and the network are not everybody's.
+
+A model, a text, a task, a device description and a recipe are named by path or by hub id, and the server would read
+whatever its own account can. On an open server on loopback, and for admins, that is as on the command line. Everybody
+else names demo models and the shipped text and devices, what lies below the folders that the server was started with,
+and, with `--allow-hub`, what is on the hub. A refusal says the same whether the file is there or not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from autoq.errors import SpecError
+from autoq.service.auth import Asker
+from autoq.service.settings import Sources
+from autoq.spec import StudySpec
+from autoq.spec_errors import short
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+_DEVICE = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
+
+
+def check_sources(spec: StudySpec, asker: Asker, sources: Sources) -> None:
+    """Raise `SpecError`, which names the field, for what this one may not have read."""
+    if asker.role == "admin":
+        return
+    for field, message in _refusals(spec, sources):
+        raise SpecError(f"{field}: {message}")
+
+
+def _refusals(spec: StudySpec, sources: Sources) -> Iterator[tuple[str, str]]:
+    hub = ", a name on the hub" if sources.hub else ""
+    if not spec.model.id.startswith("demo:") and not _allowed(spec.model.id, sources.models, sources.hub):
+        yield "model.id", f"must be a demo model{hub}{_below(sources.models, '--models')} (got {short(spec.model.id)})"
+    texts = [("data.source", spec.data.source)] if spec.data.source != "python-docs" else []
+    texts += [(f"tasks.{name}.source", task.source) for name, task in spec.tasks.items()]
+    for field, source in texts:
+        if not _allowed(source, sources.data, sources.hub):
+            shipped = "python-docs" if field == "data.source" else "something"
+            yield field, f"must be {shipped}{hub}{_below(sources.data, '--data')} (got {short(source)})"
+    device = spec.target.device
+    if device is not None and (not _DEVICE.fullmatch(device) or _exists(device)):
+        yield "target.device", f"must be a device description that ships with AutoQ (got {short(device)})"
+    if spec.recipes:
+        yield "recipes", f"are files of this server; only an admin may name some (got {short(spec.recipes[0])})"
+    if spec.workers.address is not None:
+        yield "workers.address", f"only an admin may name a cluster (got {short(spec.workers.address)})"
+
+
+def _below(roots: Sequence[Path], option: str) -> str:
+    return f", or a path below a folder that this server has for it ({option})" if roots else ""
+
+
+def _allowed(name: str, roots: Sequence[Path], hub: bool) -> bool:
+    if _inside(name, roots):
+        return True
+    return hub and bool(_HUB_ID.fullmatch(name)) and ".." not in name and not _exists(name)
+
+
+def _inside(name: str, roots: Sequence[Path]) -> bool:
+    """Whether it is the absolute path of something below a root, links followed."""
+    if not name.startswith("/") or "\0" in name:
+        return False
+    try:
+        real = Path(name).resolve(strict=True)
+        return any(real.is_relative_to(root.resolve()) for root in roots)
+    except (OSError, RuntimeError):
+        return False
+
+
+def _exists(name: str) -> bool:
+    try:
+        return Path(name).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):
+        return True
