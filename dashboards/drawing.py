@@ -22,10 +22,15 @@ VANISHING = 100.0  # how far below all searched values a baseline is no longer i
 LONGEST = 48  # characters of a name in a picture
 
 
+def short(text: object, most: int = LONGEST) -> str:
+    """A name in one line, cut where it is long."""
+    shown = " ".join(str(text).split())
+    return shown if len(shown) <= most else f"{shown[: most - 1]}…"
+
+
 def safe(text: object, most: int = LONGEST) -> str:
     """A name as Plotly shows it literally: it takes tags and entities of a text for markup. Long ones are cut."""
-    shown = " ".join(str(text).split())
-    return html.escape(shown if len(shown) <= most else f"{shown[: most - 1]}…", quote=False)
+    return html.escape(short(text, most), quote=False)
 
 
 def array(values: Sequence[float] | NDArray[Any]) -> Any:
@@ -75,6 +80,8 @@ def axis(title: str, unit: str, log: bool = False, values: NDArray[np.float64] |
         made |= {"type": "log", "minor": {"ticks": "outside", "ticklen": 2}}
         positive = np.array([]) if values is None else values[values > 0]
         # 1, 2, 5 in every decade; of many decades their beginnings.
+        if unit != "bytes":
+            made["tickformat"] = "~g"
         made["dtick"] = "D2" if len(positive) and positive.max() / positive.min() < 2000 else 1
     else:
         made |= {"type": "linear"}
@@ -148,7 +155,13 @@ def direction_of(objectives: Iterable[StudyObjective], name: str) -> str | None:
 
 def sentence(parts: Iterable[str]) -> str:
     """Parts of a note as sentences."""
-    return " ".join(f"{part[0].upper()}{part[1:]}." for part in parts if part)
+    return " ".join(f"{_begun(part)}." for part in parts if part)
+
+
+def _begun(part: str) -> str:
+    """With a capital, unless it begins with a name."""
+    first = part.split(maxsplit=1)[0]
+    return part if "_" in first or "." in first[:-1] else part[0].upper() + part[1:]
 
 
 def empty(message: str) -> dict[str, Any]:

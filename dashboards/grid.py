@@ -8,7 +8,7 @@ their own. Shapes say which block a layer is in; without them its name does.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -71,9 +71,15 @@ class Grid:
         return cls(rows, tuple(columns), tuple(ordered))
 
     def heatmap(
-        self, values: Mapping[int, float], text: Mapping[int, str], hover: Mapping[int, str], **more: Any
+        self,
+        values: Mapping[int, float],
+        text: Mapping[int, str],
+        hover: Mapping[int, str],
+        colors: Mapping[int, str],
+        **more: Any,
     ) -> dict[str, Any]:
-        """A trace of the cells with a value, by their place in `spots`."""
+        """A trace of the cells with a value, by their place in `spots`. `colors` are what the values come out as: text
+        is black or white by them."""
         places = {row: index for index, row in enumerate(self.rows)}, {c: index for index, c in enumerate(self.columns)}
         shape = len(self.rows), len(self.columns)
         z: list[list[float | None]] = [[None] * shape[1] for _ in range(shape[0])]
@@ -82,7 +88,8 @@ class Grid:
             if index in values:
                 i, j = places[0][spot.row], places[1][spot.column]
                 z[i][j] = values[index]
-                texts[i][j], hovers[i][j] = text.get(index, ""), hover.get(index, "")
+                texts[i][j] = f'<span style="color:{palette.ink_on(colors[index])}">{text[index]}</span>'
+                hovers[i][j] = hover[index]
         written = len(self.spots) <= MOST_TEXT
         return {
             "type": "heatmap",
@@ -111,15 +118,15 @@ class Grid:
         }
 
 
-def steps(levels: Iterable[float], label: Callable[[float], str], colors: list[str] | None = None) -> dict[str, Any]:
-    """A colour scale of as many steps as there are levels: values are the levels' places, 0, 1, …"""
-    known = list(levels)
-    shades = colors or palette.spread(len(known))
-    scale = []
+def steps(values: Mapping[int, int], names: Sequence[str]) -> tuple[dict[str, Any], dict[int, str]]:
+    """A colour scale of as many steps as there are names, for values 0, 1, …; and the colour of each value."""
+    shades = palette.spread(len(names))
+    scale: list[list[float | str]] = []
     for place, shade in enumerate(shades):
-        scale += [[place / len(known), shade], [(place + 1) / len(known), shade]]
-    ticks = {"tickvals": list(range(len(known))), "ticktext": [label(level) for level in known]}
-    return {"colorscale": scale, "zmin": -0.5, "zmax": len(known) - 0.5, "colorbar": {**ticks}}
+        scale += [[place / len(names), shade], [(place + 1) / len(names), shade]]
+    ticks = {"tickvals": list(range(len(names))), "ticktext": list(names)}
+    made = {"colorscale": scale, "zmin": -0.5, "zmax": len(names) - 0.5, "colorbar": ticks}
+    return made, {index: shades[value] for index, value in values.items()}
 
 
 def _place(name: str, layer: Layer | None) -> tuple[str, int | None, str]:

@@ -9,6 +9,7 @@ What depends on the page's background stands in a Plotly template and not in the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 Theme = Literal["light", "dark"]
@@ -22,7 +23,7 @@ GREY = "#808080"
 SYMBOLS = ("circle", "square", "diamond", "cross", "triangle-up", "star", "hexagon", "pentagon")
 
 # Less, nothing, more: blue to grey to vermillion.
-DIVERGING = [[0.0, BLUE], [0.5, "#9a9a9a"], [1.0, VERMILLION]]
+DIVERGING = (BLUE, "#b8b8b8", VERMILLION)
 
 GROUND: dict[Theme, str] = {"light": "#ffffff", "dark": "#15181d"}
 INK: dict[Theme, str] = {"light": "#1f2328", "dark": "#e6e8eb"}
@@ -52,7 +53,7 @@ def template(theme: Theme) -> dict[str, Any]:
             "xaxis": axis,
             "yaxis": axis,
             "colorway": list(CATEGORIES),
-            "coloraxis": {"colorbar": bar, "colorscale": _scale(theme)},
+            "coloraxis": {"colorbar": bar, "colorscale": _ordered(theme)},
             "hoverlabel": {"bgcolor": ground, "bordercolor": line, "font": {"color": ink}, "align": "left"},
             "legend": {"bgcolor": "rgba(0,0,0,0)"},
             "hovermode": "closest",
@@ -67,29 +68,51 @@ def template(theme: Theme) -> dict[str, Any]:
     }
 
 
-def _scale(theme: Theme) -> list[list[float | str]]:
+def _ordered(theme: Theme) -> list[list[float | str]]:
     """Cividis without the end that the ground swallows."""
-    kept = spread(len(_CIVIDIS))[slice(0, 8) if theme == "light" else slice(3, 10)]
-    return [[index / (len(kept) - 1), color] for index, color in enumerate(kept)]
+    return scale(_CIVIDIS[0:8] if theme == "light" else _CIVIDIS[3:10])
+
+
+def scale(stops: Sequence[str] = ()) -> list[list[float | str]]:
+    """A Plotly colour scale of evenly spaced stops (default: cividis)."""
+    known = stops or _CIVIDIS
+    return [[round(index / (len(known) - 1), 4), color] for index, color in enumerate(known)]
 
 
 def spread(count: int) -> list[str]:
     """`count` colours of cividis, evenly from dark to light; one alone is from the middle."""
-    places = [index / (count - 1) for index in range(count)] if count > 1 else [0.5]
-    found = []
-    for place in places:
-        low = min(int(place * (len(_CIVIDIS) - 1)), len(_CIVIDIS) - 2)
-        share = place * (len(_CIVIDIS) - 1) - low
-        mixed = [round(a + share * (b - a)) for a, b in zip(_CIVIDIS[low], _CIVIDIS[low + 1], strict=True)]
-        found.append("#" + "".join(f"{channel:02x}" for channel in mixed))
-    return found
+    return [at(index / (count - 1) if count > 1 else 0.5) for index in range(count)]
+
+
+def at(place: float, stops: Sequence[str] | None = None) -> str:
+    """The colour at a place, 0 to 1, between evenly spaced `stops` (default: cividis)."""
+    known = [tuple(bytes.fromhex(stop.lstrip("#"))) for stop in stops or _CIVIDIS]
+    low = min(int(place * (len(known) - 1)), len(known) - 2)
+    share = place * (len(known) - 1) - low
+    mixed = [round(a + share * (b - a)) for a, b in zip(known[low], known[low + 1], strict=True)]
+    return "#" + "".join(f"{channel:02x}" for channel in mixed)
+
+
+def luminance(color: str) -> float:
+    """Relative luminance of an sRGB colour, 0 to 1 (WCAG 2.2)."""
+    parts = [channel / 255 for channel in bytes.fromhex(color.lstrip("#"))]
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(a: str, b: str) -> float:
+    """Contrast ratio of two colours, 1 to 21 (WCAG 2.2)."""
+    dark, light = sorted((luminance(a), luminance(b)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def ink_on(color: str) -> str:
+    """White or black, whichever reads better on a colour."""
+    return max(("#ffffff", "#000000"), key=lambda ink: contrast(ink, color))
 
 
 # Ten stops, as Plotly has them.
-_CIVIDIS = [
-    tuple(bytes.fromhex(stop))
-    for stop in (
-        *("00224e", "123570", "3b496c", "575d6d", "707173"),
-        *("8a8678", "a59c74", "c3b369", "e1cc55", "fee838"),
-    )
-]
+_CIVIDIS = (
+    *("#00224e", "#123570", "#3b496c", "#575d6d", "#707173"),
+    *("#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838"),
+)

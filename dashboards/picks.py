@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from .figures import Facts
 
 
+def default_trial(facts: Facts) -> int | None:
+    """The trial that is looked at where none is named: the knee, None where no feasible trial is complete."""
+    found = picks(facts)
+    return found.get("knee", found.get("best"))
+
+
 def picks(facts: Facts) -> dict[str, int]:
     """`smallest`, `knee` and `best` -> the number of a frontier trial; fewer where they are the same.
 

@@ -131,10 +131,14 @@ def foretold(trials: Sequence[TrialRecord]) -> list[Foretold]:
             predicted = measurement.detail.get("predicted_ms")
             if part == "report" and predicted and measurement.value > 0:
                 pairs.setdefault(name, []).append((float(predicted), measurement.value))
-    found = []
-    for name, both in sorted(pairs.items()):
-        if len(both) >= 3:
-            errors = [abs(predicted / measured - 1) for predicted, measured in both]
-            ranks = spearman([predicted for predicted, _ in both], [measured for _, measured in both])
-            found.append(Foretold(name, len(both), statistics.median(errors), ranks))
-    return found
+    found = (foretold_by_pairs(name, both) for name, both in sorted(pairs.items()))
+    return [each for each in found if each is not None]
+
+
+def foretold_by_pairs(objective: str, pairs: Sequence[tuple[float, float]]) -> Foretold | None:
+    """The same from (predicted, measured) values above 0; None of fewer than three."""
+    if len(pairs) < 3:
+        return None
+    errors = [abs(predicted / measured - 1) for predicted, measured in pairs]
+    ranks = spearman([predicted for predicted, _ in pairs], [measured for _, measured in pairs])
+    return Foretold(objective, len(pairs), statistics.median(errors), ranks)

@@ -39,6 +39,15 @@ class SamplerView:
         return f"sampler's own predictions: {rank}measured / predicted {self.median_ratio:.2f} ({self.trials} trials)"
 
 
+def view_of_pairs(pairs: Sequence[tuple[float, float]]) -> SamplerView | None:
+    """The view over (predicted, measured) values; None below three, and where nothing was predicted but 0."""
+    ratios = [measured / predicted for predicted, measured in pairs if predicted]
+    if len(pairs) < FEWEST or not ratios:
+        return None
+    rank = spearman(*zip(*pairs, strict=True)) if len(pairs) >= RANKED else None
+    return SamplerView(len(pairs), rank, statistics.median(ratios))
+
+
 def sampler_view(trials: Iterable[TrialRecord], quality: str) -> SamplerView | None:
     """The view over those of `trials` that a sampler proposed and that have ended with a value; None below
     three with a prediction."""
@@ -47,16 +56,7 @@ def sampler_view(trials: Iterable[TrialRecord], quality: str) -> SamplerView | N
         predicted, measured = trial.sampler_attrs.get(PREDICTED), trial.measurements.get((quality, "search"))
         if trial.origin == "sampler" and trial.state in ENDED and predicted is not None and measured is not None:
             pairs.append((float(predicted), float(measured.detail.get("estimate", measured.value))))
-    return view_of(pairs)
-
-
-def view_of(pairs: Sequence[tuple[float, float]]) -> SamplerView | None:
-    """The view over pairs of predicted and measured quality; None below three."""
-    ratios = [measured / predicted for predicted, measured in pairs if predicted]
-    if len(pairs) < FEWEST or not ratios:
-        return None
-    rank = spearman(*zip(*pairs, strict=True)) if len(pairs) >= RANKED else None
-    return SamplerView(len(pairs), rank, statistics.median(ratios))
+    return view_of_pairs(pairs)
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:

@@ -23,14 +23,14 @@ class Views:
 
     def hindsight(self, study: Stamp, objectives: tuple[StudyObjective, ...]) -> dict[str, Any]:
         """`{"optimism", "sampler_view"}`, as `display.hindsight` has it, without reading all trials each time."""
-        from autoq.search.sampler_view import SamplerView, view_of
+        from autoq.search.sampler_view import SamplerView, view_of_pairs
 
         tables = self.store.feed.tables([study.id], ("optimism", "sampler_view"))
         stored = tables.get((study.id, "sampler_view"))
         view = None if stored is None else SamplerView(**stored)
         quality = quality_objective(objectives)
         if study.state != "finished" and quality is not None:
-            view = view_of(list(self._known(study, quality.name).values()))
+            view = view_of_pairs(list(self._known(study, quality.name).values()))
         return {
             "optimism": tables.get((study.id, "optimism")),
             "sampler_view": None if view is None else view.to_json(),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from autoq.display import numbers
 from autoq.layer import Layer
@@ -16,7 +15,7 @@ from autoq.scheme import Scheme, Sparse, code_bits, kernel_activation
 
 from .. import drawing
 from ..grid import Grid, Spot, steps
-from ..picks import picks
+from ..picks import default_trial
 from . import Cell, Column, Facts, Figure, Table
 from .options import Choice, Option, TrialName
 
@@ -30,9 +29,7 @@ TIED, TRAINED = "⚭", "✦"
 
 def build(facts: Facts, trial: int | None = None, by: str = "bits") -> Figure:
     """The map of a trial; unless told otherwise of the knee of the frontier."""
-    if trial is None:
-        found = picks(facts)
-        trial = next((number for name, number in found.items() if name == "knee"), None)
+    trial = default_trial(facts) if trial is None else trial
     if trial is None:
         message = "no trial is complete yet"
         return Figure(drawing.empty(message), Table(_COLUMNS, ()), f"{facts.study.name}: layers", f"{message}.")
@@ -45,11 +42,12 @@ def build(facts: Facts, trial: int | None = None, by: str = "bits") -> Figure:
     title = f"{facts.study.name}: layers of {label}"
     cells = [_Cell(spot, assignment, layers, assignment.trained) for spot in grid.spots]
     rows: list[tuple[Cell, ...]] = [cell.row() for cell in cells]
-    values, scale = _by_bits(cells) if by == "bits" else _by_scheme(cells)
+    values, names = _by_bits(cells) if by == "bits" else _by_scheme(cells)
+    scale, colors = steps(values, names)
     scale["colorbar"] |= {"title": {"text": "bits per code" if by == "bits" else "scheme", "side": "right"}}
     texts = {i: cell.text if by == "bits" else cell.scheme_text for i, cell in enumerate(cells)}
     hovers = {i: cell.hover for i, cell in enumerate(cells)}
-    trace = grid.heatmap(values, texts, hovers, **scale)
+    trace = grid.heatmap(values, texts, hovers, colors, **scale)
     layout = grid.layout(meta={"trial": trial, "by": by})
     return Figure({"data": [trace], "layout": layout}, Table(_COLUMNS, tuple(rows)), title, _note(cells, by))
 
@@ -118,22 +116,22 @@ class _Cell:
         return (spot.label, spot.block, module, len(spot.names), schemes, bits, self.nbytes, self.stored, marks)
 
 
-def _by_bits(cells: Sequence[_Cell]) -> tuple[dict[int, float], dict[str, Any]]:
+def _by_bits(cells: Sequence[_Cell]) -> tuple[dict[int, int], list[str]]:
     """A step for every width that occurs; a cell of several takes the one nearest to its mean."""
     levels = sorted({bits for cell in cells for bits in cell.bits})
     values = {
-        i: float(min(range(len(levels)), key=lambda place: abs(levels[place] - cell.mean_bits)))
+        i: min(range(len(levels)), key=lambda place: abs(levels[place] - cell.mean_bits))
         for i, cell in enumerate(cells)
     }
-    return values, steps(levels, lambda level: f"{level:g}")
+    return values, [f"{level}" for level in levels]
 
 
-def _by_scheme(cells: Sequence[_Cell]) -> tuple[dict[int, float], dict[str, Any]]:
+def _by_scheme(cells: Sequence[_Cell]) -> tuple[dict[int, int], list[str]]:
     """A step for every scheme that occurs, by rising bits."""
     width = {scheme: min(cell.bits) for cell in cells for scheme in cell.schemes}
     levels = sorted(width, key=lambda scheme: (width[scheme], scheme))
-    values = {i: float(levels.index(cell.schemes.most_common(1)[0][0])) for i, cell in enumerate(cells)}
-    return values, steps(range(len(levels)), lambda place: drawing.safe(levels[int(place)], 26))
+    values = {i: levels.index(cell.schemes.most_common(1)[0][0]) for i, cell in enumerate(cells)}
+    return values, [drawing.safe(level, 26) for level in levels]
 
 
 def _note(cells: Sequence[_Cell], by: str) -> str:

@@ -15,7 +15,7 @@ from autoq.dashboards import drawing, figures, palette
 from autoq.dashboards.study_view import View
 from autoq.errors import BadInput, UnknownName
 
-TAGS = re.compile(r"<(?!br>|extra></extra>|/extra>)[^>]*>?")
+TAGS = re.compile(r'<(?!br>|extra></extra>|/extra>|span style="color:#[0f]{6}">|/span>)[^>]*>?')
 # Named by us and not by a study.
 OURS = {"hovertemplate", "texttemplate"}
 
