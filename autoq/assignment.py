@@ -2,6 +2,7 @@
 
 A layer that was trained is not determined by its scheme: it is named by the digest of its tensors besides, and its
 entry reads `rtn-int3-g64#DIGEST`. So a trained assignment has a hash of its own, though its schemes are another's.
+A KV cache has an entry only where it is quantized, by the name of its attention module: `kv4`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import re
 from collections.abc import Iterator, Mapping
 
 from autoq.errors import BadInput
-from autoq.scheme import Scheme, parse_scheme
+from autoq.kv_cache import KeyValue, parse_key_value
+from autoq.scheme import Keep, Scheme, parse_scheme
 
 _DIGEST = re.compile(r"[0-9a-f]{40}")
 _SHOWN = 8  # digits of a digest that people compare
@@ -22,11 +24,19 @@ _SHOWN = 8  # digits of a digest that people compare
 class Assignment(Mapping[str, Scheme]):
     """Layer name -> scheme, immutable and hashable by content.
 
-    `trained` maps those layers whose tensors were trained to the digest of these tensors.
+    `trained` maps those layers whose tensors were trained to the digest of these tensors. `caches` maps the KV caches
+    that are quantized to their schemes; as a mapping the assignment is one of layers alone.
     """
 
-    def __init__(self, schemes: Mapping[str, Scheme], trained: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        schemes: Mapping[str, Scheme],
+        trained: Mapping[str, str] | None = None,
+        caches: Mapping[str, KeyValue] | None = None,
+    ) -> None:
         self._schemes = dict(sorted(schemes.items()))
+        self.caches: Mapping[str, KeyValue] = dict(sorted((caches or {}).items()))
+        assert not self.caches.keys() & self._schemes.keys(), "a name is a layer's or a cache's"
         self.trained: Mapping[str, str] = dict(sorted((trained or {}).items()))
         assert self.trained.keys() <= self._schemes.keys(), "only layers of the assignment can be trained"
 
@@ -43,7 +53,11 @@ class Assignment(Mapping[str, Scheme]):
         return hash(self.hash)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Assignment) and self._schemes == other._schemes and self.trained == other.trained
+        return isinstance(other, Assignment) and self._content == other._content
+
+    @property
+    def _content(self) -> tuple[object, ...]:
+        return self._schemes, self.trained, self.caches
 
     def __repr__(self) -> str:
         return f"Assignment({len(self)} layers, {self.hash[:12]})"
@@ -59,7 +73,10 @@ class Assignment(Mapping[str, Scheme]):
         return hashlib.sha256(self.json.encode()).hexdigest()
 
     def text(self, layer: str) -> str:
-        """What the layer is made of: its scheme, and where it was trained the digest of its tensors."""
+        """What the layer is made of: its scheme, and where it was trained the digest of its tensors. Of a name that
+        is no layer's, how the KV cache of that name is kept."""
+        if layer not in self._schemes:
+            return str(self.caches.get(layer, Keep()))
         scheme, digest = str(self._schemes[layer]), self.trained.get(layer)
         return scheme if digest is None else f"{scheme}#{digest}"
 
@@ -69,29 +86,36 @@ class Assignment(Mapping[str, Scheme]):
         return scheme + sign + digest[:_SHOWN]
 
     def to_dict(self) -> dict[str, str]:
-        """Layer name -> text, sorted by name."""
-        return {layer: self.text(layer) for layer in self._schemes}
+        """Name of a layer or of a quantized cache -> text, sorted by name."""
+        return {name: self.text(name) for name in self._names}
+
+    @property
+    def _names(self) -> list[str]:
+        return sorted([*self._schemes, *self.caches]) if self.caches else list(self._schemes)
 
     def untrained(self) -> dict[str, str]:
-        """Layer name -> scheme text, whatever was trained."""
-        return {layer: str(scheme) for layer, scheme in self._schemes.items()}
+        """Name of a layer or of a quantized cache -> scheme text, whatever was trained."""
+        return {name: self.text(name).partition("#")[0] for name in self._names}
 
     @classmethod
     def from_dict(cls, texts: Mapping[str, str]) -> Assignment:
         """The inverse of `to_dict`. Raises `BadInput` for anything that is not name -> text."""
         if not isinstance(texts, Mapping):
             raise BadInput("an assignment must be a mapping of layer name to scheme")
-        schemes, trained = {}, {}
+        schemes, trained, caches = {}, {}, {}
         for layer, text in texts.items():
             if not isinstance(layer, str) or not isinstance(text, str):
                 raise BadInput(f"assignment entry {layer!r}: {text!r} must map a name to a scheme text")
+            if (cached := parse_key_value(text)) is not None:
+                caches[layer] = cached
+                continue
             scheme, sign, digest = text.partition("#")
             schemes[layer] = parse_scheme(scheme)
             if sign:
                 if not _DIGEST.fullmatch(digest):
                     raise BadInput(f"assignment entry {layer!r}: {digest[:80]!r} must be a digest of 40 hex digits")
                 trained[layer] = digest
-        return cls(schemes, trained)
+        return cls(schemes, trained, caches)
 
     @classmethod
     def from_json(cls, text: str) -> Assignment:
@@ -103,12 +127,17 @@ class Assignment(Mapping[str, Scheme]):
         return cls.from_dict(parsed)
 
 
-def diff(a: Assignment, b: Assignment) -> dict[str, tuple[Scheme | None, Scheme | None]]:
+def diff(a: Assignment, b: Assignment) -> dict[str, tuple[Scheme | KeyValue | None, Scheme | KeyValue | None]]:
     """Layers that differ in scheme or in what was trained of them, with the scheme of each side (None where a side
-    lacks the layer)."""
+    lacks the layer); then KV caches that are kept differently."""
     names = sorted({*a, *b})
-    return {
+    found: dict[str, tuple[Scheme | KeyValue | None, Scheme | KeyValue | None]] = {
         name: (a.get(name), b.get(name))
         for name in names
         if a.get(name) != b.get(name) or a.trained.get(name) != b.trained.get(name)
     }
+    for name in sorted({*a.caches, *b.caches}):
+        sides = a.caches.get(name, Keep()), b.caches.get(name, Keep())
+        if sides[0] != sides[1]:
+            found[name] = sides
+    return found

@@ -21,17 +21,19 @@ from torch import Tensor
 
 from autoq.assignment import Assignment
 from autoq.bank import digest, pack
-from autoq.calibration import curvature, slopes
+from autoq.calibration import caches, curvature, slopes
 from autoq.chunks import chunks, mean_loss
 from autoq.device import fingerprint
 from autoq.energy.meters import opened
 from autoq.errors import ModelRefused, NotFinite
+from autoq.kv_cache import KeyValue, parse_choice
 from autoq.layer import Layer
 from autoq.measurement import Comparison, Measurement, Part, Probe
+from autoq.models.caches import Read, read
 from autoq.models.prefix import PrefixStates
 from autoq.objectives import TokenObjective, distance_of
 from autoq.objectives import load as load_objective
-from autoq.quantized_model import QuantizedModel
+from autoq.quantized_model import CURVATURE_TOKENS, QuantizedModel
 from autoq.reference import Reference, distance, make_reference
 from autoq.scheme import Float, Integer, Keep, Scheme, parse_scheme
 from autoq.spec import StudySpec
@@ -59,6 +61,7 @@ class Evaluator(QuantizedModel):
         self.fingerprint = fingerprint()
         self._reference: tuple[str, int, Reference] | None = None
         self._kept_states: PrefixStates | None = None
+        self._found_losses: dict[tuple[str, ...], dict[str, dict[str, float]]] = {}
         self._objectives: dict[str, TokenObjective] = {}
         for name in (*spec.measured, *spec.reported):
             objective = load_objective(name)
@@ -156,12 +159,17 @@ class Evaluator(QuantizedModel):
         def weights(layer: Layer) -> list[Tensor]:
             return [self.dequantized(layer.name, parse_scheme(text)) for text in choices[layer.name]]
 
-        self.model.swap(self.swappable(assignment)[0])
+        own = {cache.name for cache in self.info.caches}
+        weights_in, _, reads = self.swappable(assignment)
+        watched = {name: caches.slopes(self._reads(choices[name]), reads.get(name)) for name in choices if name in own}
+        self.model.swap(weights_in, caches={**reads, **watched})
         try:
             loss = functools.partial(mean_loss, self.model, distance_of(self.info.task), reference, first, ids)
-            value, table = slopes.gather(self.model, ids, loss, [self.info.layer(name) for name in choices], weights)
+            layers = [self.info.layer(name) for name in choices if name not in own]
+            value, found = slopes.gather(self.model, ids, loss, layers, weights)
         finally:
             self.model.restore()
+        table = {**found, **{name: cache.sums for name, cache in watched.items()}}
         whole = np.isfinite([value, *itertools.chain.from_iterable(table.values())]).all()
         return measurements, {"loss": value, "table": dict(table)} if whole else {}
 
@@ -196,7 +204,8 @@ class Evaluator(QuantizedModel):
 
     @staticmethod
     def _texts(assignment: Assignment) -> dict[str, str]:
-        return {name: assignment.text(name) for name, scheme in assignment.items() if not isinstance(scheme, Keep)}
+        layers = {name: assignment.text(name) for name, scheme in assignment.items() if not isinstance(scheme, Keep)}
+        return layers | {name: str(scheme) for name, scheme in assignment.caches.items()}
 
     def probe(self, perturbed: Sequence[tuple[str, str]], tokens: int) -> list[Probe]:
         """The loss of each (layer, scheme) alone, on at most `tokens` tokens of the calibration part.
@@ -209,7 +218,7 @@ class Evaluator(QuantizedModel):
         objective = distance_of(self.info.task)
         values = torch.full((len(perturbed), *self._shape(data)), torch.nan, dtype=torch.float64)
         passes = [0.0] * len(perturbed)
-        alone = [Assignment({name: parse_scheme(text)}) for name, text in perturbed]
+        alone = [Assignment.from_dict({name: text}) for name, text in perturbed]
         with torch.inference_mode():
             for index, window in enumerate(data):
                 if perturbed and not self._states.has(("calibration", index), {}):
@@ -275,13 +284,17 @@ class Evaluator(QuantizedModel):
         return [self._measurement(name, values.numpy(), part, {}) for name, values in tally.values.items()]
 
     def sensitivities(self, choices: Mapping[str, Sequence[str]]) -> dict[str, dict[str, float]]:
-        """Layer -> scheme -> predicted KL in nats per token, by the curvature proxy.
+        """Layer or KV cache -> scheme -> predicted KL in nats per token, by the curvature proxy.
 
         Quantizes each layer under each of its choices, which also fills the bank.
         """
         path = Path(self.calibrate())
         found: dict[str, dict[str, float]] = {}
+        own = {cache.name for cache in self.info.caches}
         for name, texts in choices.items():
+            if name in own:
+                found[name] = self._cache_losses(tuple(texts))[name]
+                continue
             statistics = curvature.load(path, name)
             weight = self.model.weight(name).cpu()
             found[name] = {}
@@ -296,6 +309,23 @@ class Evaluator(QuantizedModel):
                     raise NotFinite(f"layer {name} as {text}: its predicted loss is {cost}; exclude it from the space")
                 found[name][text] = cost
         return found
+
+    def _cache_losses(self, texts: tuple[str, ...]) -> dict[str, dict[str, float]]:
+        """KV cache -> each of `texts` -> predicted KL in nats per token, of all caches from one pass."""
+        if texts not in self._found_losses:
+            data = self.parts.calibration
+            data = data[: max(1, CURVATURE_TOKENS // data.shape[1])]
+            every = {cache.name: self._reads(texts) for cache in self.info.caches}
+            found = caches.losses(self.model, data, self.spec.data.seed, every)
+            if bad := next((name for name, losses in found.items() if not np.isfinite(losses).all()), None):
+                raise NotFinite(f"KV cache {bad}: its predicted losses are {found[bad]}; exclude it from the space")
+            self._found_losses[texts] = {name: dict(zip(texts, own, strict=True)) for name, own in found.items()}
+        return self._found_losses[texts]
+
+    @staticmethod
+    def _reads(texts: Sequence[str]) -> list[Read | None]:
+        schemes = map(parse_choice, texts)
+        return [read(scheme.bits) if isinstance(scheme, KeyValue) else None for scheme in schemes]
 
     def _input_noise(self, name: str, scheme: Scheme, statistics: curvature.Statistics) -> float:
         """What `curvature.proxy` takes for what the scheme does to the layer's input."""

@@ -1,4 +1,4 @@
-"""What is known of a model without its weights: layers, shapes, fusion groups, bytes. No torch."""
+"""What is known of a model without its weights: layers, shapes, fusion groups, bytes, caches. No torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from autoq.kv_cache import Cache
 from autoq.scheme import Scheme
 
 LayerKind = Literal["linear", "conv1d", "embedding", "head", "router"]
@@ -63,7 +64,8 @@ class ModelInfo:
 
     `other_bytes` is everything that ships beside the layers: norms, biases, positional tables,
     stored buffers. `architecture` is the transformers class name, `dtype` a torch dtype name. `labels` are the
-    classes that a classification model tells apart, in the order of its outputs.
+    classes that a classification model tells apart, in the order of its outputs. `caches` are the KV caches of a
+    decoder that can be quantized, one per attention module in the order in which they run: all or none.
     """
 
     architecture: str
@@ -74,6 +76,7 @@ class ModelInfo:
     layers: tuple[Layer, ...]
     other_bytes: int
     labels: tuple[str, ...] = ()
+    caches: tuple[Cache, ...] = ()
 
     def layer(self, name: str) -> Layer:
         """The layer of that name. Raises `KeyError` where there is none."""

@@ -1,4 +1,4 @@
-"""A model whose layers can be swapped for quantized ones: the model, its target, its calibration, its bank.
+"""A model whose layers and KV caches can be swapped for quantized ones: model, target, calibration, bank.
 
 What a worker loads once. Layers are quantized by their methods, through the bank, from statistics that are gathered
 once per model and data and kept in this node's cache.
@@ -28,6 +28,7 @@ from autoq.device import threads
 from autoq.errors import AutoQError, BadInput, NotFinite, SchemeRefused
 from autoq.methods import Method, QuantizedWeight, Statistics
 from autoq.models import LoadedModel, load
+from autoq.models.caches import Read, read
 from autoq.scheme import Integer, Keep, Scheme, kernel_activation
 from autoq.spec import StudySpec
 from autoq.targets import load_target
@@ -155,8 +156,12 @@ class QuantizedModel:
             self._calibrated[name, scheme] = function
         return self._calibrated[name, scheme]
 
-    def swappable(self, assignment: Assignment) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What `LoadedModel.swap` takes: layer -> weight, and layer -> what happens to its input."""
+    def swappable(self, assignment: Assignment) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Read]]:
+        """What `LoadedModel.swap` takes: layer -> weight, layer -> what happens to its input, cache -> what is read.
+
+        Raises `BadInput` for a scheme of caches on what is none of this model, and the other way round.
+        """
+        self._refuse_strangers(assignment)
         weights, activations = {}, {}
         for name, scheme in assignment.items():
             if isinstance(scheme, Keep):
@@ -164,7 +169,18 @@ class QuantizedModel:
             weights[name] = self._dequantized_of(assignment, name)
             if (function := self.activation(name, scheme)) is not None:
                 activations[name] = function
-        return weights, activations
+        return weights, activations, {name: read(scheme.bits) for name, scheme in assignment.caches.items()}
+
+    def _refuse_strangers(self, assignment: Assignment) -> None:
+        layers, caches = {layer.name for layer in self.info.layers}, {cache.name for cache in self.info.caches}
+        for name in assignment:
+            if name not in layers:
+                what = "a KV cache, which is kept or of a scheme like kv4" if name in caches else "no layer"
+                raise BadInput(f"{name} as {assignment.text(name)}: in {self.spec.model.id} that is {what}")
+        for name in assignment.caches:
+            if name not in caches:
+                what = "a layer, not a KV cache" if name in layers else "no KV cache"
+                raise BadInput(f"{name} as {assignment.text(name)}: in {self.spec.model.id} that is {what}")
 
     def dequantized(self, name: str, scheme: Scheme) -> Tensor:
         """The layer's weight (out, in) under `scheme`, where and as the model has it."""

@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from autoq import plugins, strict_yaml
 from autoq.errors import BadInput, SpecError, UnknownName
+from autoq.kv_cache import BITS, parse_key_value
 from autoq.scheme import MAX_BITS, MIN_BITS, Activation, FloatFormat, ZeroPoint, parse_scheme
 from autoq.sparsity import SPARSITY_CHOICES, parse_pattern
 from autoq.spec_errors import one_line, short
@@ -57,6 +58,12 @@ def _sparsity(value: object) -> str:
         raise ValueError(f"must be a sparsity: {SPARSITY_CHOICES}") from None
 
 
+def _cache_bits(value: object) -> object:
+    if isinstance(value, bool) or value not in BITS:
+        raise ValueError(f"must be one of {', '.join(map(str, BITS))}: bits of a code in a KV cache")
+    return value
+
+
 # Whole numbers are strict: 4.0, "4" and true are mistakes more often than they are the number meant.
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0, le=2**63 - 1)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0)]
@@ -65,6 +72,7 @@ Count = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
 Threads = Annotated[int, Field(strict=True, ge=1, le=1024)]
 Bits = Annotated[int, Field(strict=True, ge=MIN_BITS, le=MAX_BITS)]
 Number = Annotated[float, BeforeValidator(_no_bool)]
+CacheBits = Annotated[int, BeforeValidator(_cache_bits)]
 GroupSize = Annotated[int | str, BeforeValidator(_group_size)]
 GroupSizeOrBlock = Annotated[int | str, BeforeValidator(_group_size_or_block)]
 ActivationChoice = Literal["none", Activation]
@@ -196,6 +204,8 @@ class _Choices(_Section):
     def _schemes(cls, texts: tuple[str, ...] | None) -> tuple[str, ...] | None:
         for text in texts or ():
             try:
+                if (cached := parse_key_value(text)) is not None:
+                    raise BadInput(f"{text} is a scheme of KV caches, not of layers: space.kv_cache: [{cached.bits}]")
                 scheme = parse_scheme(text)
             except BadInput as problem:
                 raise ValueError(str(problem)) from None
@@ -236,12 +246,16 @@ class SpaceSpec(_Choices):
     has its own (`apart`). Together is the default: 64 experts in 48 blocks are 6,144 decisions apart and 96
     together, an expert that few tokens came to is judged by few, and a runtime that runs all experts of a block
     in one kernel wants one format. What a decision loses is the sum over its experts.
+
+    `kv_cache`: widths in bits that the KV cache of each attention block may be quantized to, beside being kept in the
+    model's dtype. Its default is none, and then all are kept.
     """
 
     kinds: tuple[LayerKindChoice, ...] = ("linear",)
     experts: Literal["together", "apart"] = "together"
     exclude: tuple[str, ...] = ()
     overrides: tuple[OverrideSpec, ...] = ()
+    kv_cache: tuple[CacheBits, ...] = ()
 
 
 class Bound(_Section):

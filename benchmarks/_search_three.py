@@ -65,7 +65,7 @@ class Task:
         self.costs = yard.evaluator.cost_table({k: [str(s) for s in v] for k, v in yard.space.choices.items()})
         table = self.costs.layer_ms[DECODE]
         self.latency: Table = [
-            np.array([sum(table[layer.name][str(s)] for layer in v.layers) for s in v.choices]) for v in yard.variables
+            np.array([sum(table[layer.name][str(s)] for layer in v.members) for s in v.choices]) for v in yard.variables
         ]
         kls = [yard.kl(level, "search", [0]) for level in yard.levels()]
         self.kl_ends = math.log(min(kls)), math.log(max(kls))
@@ -97,8 +97,9 @@ class Task:
         for variable, part in zip(self.yard.variables, losses, strict=True):
             own = {str(scheme): float(loss) for scheme, loss in zip(variable.choices, part, strict=True)}
             # The loss of a variable's layers together is on the first.
-            table |= {layer.name: own if i == 0 else dict.fromkeys(own, 0.0) for i, layer in enumerate(variable.layers)}
-        return seeds.proposals(self.yard.space, table, self.costs, [DECODE], count)
+            table |= {part.name: own if i == 0 else dict.fromkeys(own, 0.0) for i, part in enumerate(variable.members)}
+        sizes = list(self.yard.problem.sizes.values())
+        return seeds.proposals(self.yard.space, table, sizes, self.costs, [DECODE], count)
 
 
 def volume(points: Sequence[Point]) -> float:

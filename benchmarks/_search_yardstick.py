@@ -40,13 +40,14 @@ class Yardstick:
     """A study's space with everything in memory that measuring its assignments takes."""
 
     def __init__(self, spec: StudySpec) -> None:
-        self.space = pose(spec).space
+        self.problem = pose(spec)
+        self.space = self.problem.space
         self.evaluator = Evaluator(spec)
         self.model = self.evaluator.model
         self.variables = self.space.variables
         self.parameters = [(v.name, len(v.choices)) for v in self.variables]
-        self.bytes: Table = [np.array([v.nbytes(s) for s in v.choices], dtype=np.float64) for v in self.variables]
-        layers = [layer for v in self.variables for layer in v.layers]
+        self.bytes: Table = self._table(lambda name, s: self.space.layers[name].nbytes(s))
+        layers = [layer for v in self.variables for layer in v.members]
         self.weights = sum(layer.out_features * layer.in_features for layer in layers)
         self._dense: dict[tuple[str, str], Tensor] = {}
         for layer, schemes in self.space.choices.items():
@@ -110,11 +111,11 @@ class Yardstick:
             schemes = self.space.choices[layer.name]
             return [self._dense.get((layer.name, str(scheme)), self.model.weight(layer.name)) for scheme in schemes]
 
-        layers = [layer for v in self.variables for layer in v.layers]
+        layers = [layer for v in self.variables for layer in v.members]
         with self._swapped(self.space.assignment(choices)):
             value, table = slopes.gather(self.model, ids, loss, layers, weights)
         return value, {
-            v.name: [math.fsum(own) for own in zip(*(table[layer.name] for layer in v.layers), strict=True)]
+            v.name: [math.fsum(own) for own in zip(*(table[layer.name] for layer in v.members), strict=True)]
             for v in self.variables
         }
 
@@ -169,7 +170,7 @@ class Yardstick:
             for handle in handles:
                 handle.remove()
         return [
-            np.array([sum(own) for own in zip(*(sums[x.name] for x in v.layers), strict=True)]) for v in self.variables
+            np.array([sum(own) for own in zip(*(sums[x.name] for x in v.members), strict=True)]) for v in self.variables
         ]
 
     def squared_errors(self) -> Table:
@@ -183,7 +184,8 @@ class Yardstick:
         return self._table(error)
 
     def _table(self, of: Callable[[str, Any], float]) -> Table:
-        return [np.array([sum(of(layer.name, s) for layer in v.layers) for s in v.choices]) for v in self.variables]
+        sums = ([sum(of(layer.name, s) for layer in v.members) for s in v.choices] for v in self.variables)
+        return [np.array(own, dtype=np.float64) for own in sums]
 
     def _swapped(self, assignment: Assignment) -> Any:
         activations, weights = {}, {}

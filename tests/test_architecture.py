@@ -31,6 +31,7 @@ VOCABULARY = {
         "cache",
         "device",
         "energy",
+        "kv_cache",
         "trained",
     ),
 }

@@ -77,7 +77,7 @@ Statistics = Mapping[str, Tensor]  # of one layer
 _E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
-def _go_back(model: LoadedModel, window: Tensor, generator: torch.Generator) -> None:
+def go_back(model: LoadedModel, window: Tensor, generator: torch.Generator) -> None:
     """Run a sequence forward, and backward from a loss whose output gradients have the Fisher matrix as covariance.
 
     The cross-entropy with drawn labels has the gradient p minus one-hot: it is not computed by way of its value.
@@ -117,7 +117,7 @@ def gather(
     gatherer = Gatherer(model, windows.numel())
     with gatherer.watching(), torch.enable_grad():
         for window in windows:
-            _go_back(model, window.unsqueeze(0).to(model.device), generator)
+            go_back(model, window.unsqueeze(0).to(model.device), generator)
             progress()
     shared: dict[tuple[int, ...], dict[str, Tensor]] = {}
     outputs = len(windows) * model.positions(windows.shape[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -165,7 +166,7 @@ def diff(
     db: Db = DEFAULT_DB,
     as_json: Json = False,
 ) -> None:
-    """Show the layers that differ between two trials.
+    """Show the layers and KV caches that differ between two trials.
 
     And what the difference costs in bytes and in every objective.
     """
@@ -174,15 +175,15 @@ def diff(
     with open_store(db) as store:
         record = store.study(study)
         left, right = named_trial(store, record, a), named_trial(store, record, b)
-        found = display.document(record, left, right, layers(store, record))
+        found = display.document(record, left, right, layers(store, record), store.table(record.id, "caches"))
     if as_json:
         print_json(found)
     else:
         show(display.table(found))
 
 
-def _print_choices(folder: Any, what: str, as_json: bool) -> None:
-    found = choices(folder)
+def _print_choices(folder: Any, what: str, as_json: bool, more: Sequence[tuple[str, str]] = ()) -> None:
+    found = [*choices(folder), *({"name": name, "summary": line} for name, line in more)]
     if as_json:
         print_json({f"{what}s": found})
         return
@@ -193,8 +194,13 @@ def _print_choices(folder: Any, what: str, as_json: bool) -> None:
 
 @app.command(epilog=examples("autoq methods", "autoq methods --json"))
 def methods(as_json: Json = False) -> None:
-    """List the quantization methods."""
-    _print_choices("methods", "method", as_json)
+    """List the quantization methods.
+
+    And how KV caches are quantized, which is no method: it knows no weights.
+    """
+    from autoq import kv_cache
+
+    _print_choices("methods", "method", as_json, [(f"kv{bits}", kv_cache.summary(bits)) for bits in kv_cache.BITS])
 
 
 @app.command(epilog=examples("autoq targets"))

@@ -11,26 +11,40 @@ from rich.text import Text
 from autoq.assignment import diff
 from autoq.display import numbers
 from autoq.display.tables import plain
+from autoq.kv_cache import KeyValue
 from autoq.layer import Layer
 
 if TYPE_CHECKING:
     from autoq.store import StudyRecord, TrialRecord
 
 
-def document(study: StudyRecord, a: TrialRecord, b: TrialRecord, layers: Mapping[str, Layer] | None) -> dict[str, Any]:
+def document(
+    study: StudyRecord,
+    a: TrialRecord,
+    b: TrialRecord,
+    layers: Mapping[str, Layer] | None,
+    caches: Mapping[str, Mapping[str, int]] | None = None,
+) -> dict[str, Any]:
     """The difference as one JSON document: `{"study", "a", "b", "layers", "measurements"}`.
 
     `layers` maps a layer to the scheme of each side (None: it is not in that assignment) and, where
-    the shapes are known, to the bytes that ship.
+    the shapes are known, to the bytes that ship. KV caches stand behind the layers, with the bytes that `caches` has
+    of them.
     """
     assert a.assignment is not None
     assert b.assignment is not None
     differing: dict[str, dict[str, Any]] = {}
     for name, schemes in diff(a.assignment, b.assignment).items():
-        sides = zip("ab", (a.assignment, b.assignment), strict=True)
-        entry: dict[str, Any] = {side: own.short_text(name) if name in own else None for side, own in sides}
-        if layers is not None and name in layers:
-            entry |= {f"bytes_{side}": layers[name].nbytes(s) for side, s in zip("ab", schemes, strict=True) if s}
+        cached = name in a.assignment.caches or name in b.assignment.caches
+        sides = list(zip("ab", (a.assignment, b.assignment), schemes, strict=True))
+        entry: dict[str, Any] = {
+            side: own.short_text(name) if cached or name in own else None for side, own, _ in sides
+        }
+        for side, _, scheme in sides:
+            if cached:
+                entry |= {f"bytes_{side}": own[str(scheme)] for own in [(caches or {}).get(name)] if own}
+            elif layers is not None and name in layers and scheme is not None and not isinstance(scheme, KeyValue):
+                entry[f"bytes_{side}"] = layers[name].nbytes(scheme)
         differing[name] = entry
     ours, theirs = a.best_measurements(), b.best_measurements()
     return {

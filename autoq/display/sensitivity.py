@@ -105,7 +105,8 @@ def _ends(survey: Survey) -> list[RenderableType]:
 
 
 def _frontier(survey: Survey) -> list[RenderableType]:
-    title = Text(f"Predicted frontier of the whole model: least loss ({survey.unit}) within each size")
+    axis = "size" if survey.axis == "size_bytes" else survey.axis.removesuffix("_bytes").replace("_", " ")
+    title = Text(f"Predicted frontier of the whole model: least loss ({survey.unit}) within each {axis}")
     body = []
     for point in survey.frontier:
         uniform = "" if point.baseline is None else f"{_loss(point.baseline_loss)}  {point.baseline}"
@@ -115,7 +116,7 @@ def _frontier(survey: Survey) -> list[RenderableType]:
     parts: list[RenderableType] = [
         title,
         Text(),
-        plain(["size", "bits/weight", "predicted loss", "uniform, predicted"], body, right=(0, 1, 2)),
+        plain([axis, "bits/weight", "predicted loss", "uniform, predicted"], body, right=(0, 1, 2)),
         Text("\nThese are predictions, not measurements; autoq search measures.", style="dim"),
     ]
     if not all(point.exact for point in survey.frontier):

@@ -94,7 +94,7 @@ def per_token(
             computed = computes(layer, scheme) if computes else work.compute_format(scheme, info.dtype)
             operations += share.operations * constants.operation[computed]
         moved += share.moved
-    others = work.other_work(info, phase, workload)
+    others = work.other_work(info, phase, workload, assignment.caches)
     operations += others.operations * constants.operation[work.DTYPE_FORMATS[info.dtype]]
     count = work.tokens(info, workload)
     parts = {

@@ -4,9 +4,9 @@ Counted are matrix products of layers (2 · rows · in · out operations; weight
 and outputs written once, in the model's dtype), lookups in embeddings, attention (scores and mixing,
 2 · queries · keys · width operations each; keys and values read, new ones written) and one reading of
 everything else that ships (norms, biases). Element-wise arithmetic is left out: it is less than a
-percent of the products. Keys and values are kept in the model's dtype for the whole context, so a model
-with sliding windows is counted from above. Tokens are taken to come to experts evenly and at random: an
-expert multiplies its share of them, and is read if any comes.
+percent of the products. Keys and values are kept for the whole context, so a model with sliding windows is
+counted from above; in the model's dtype, or as codes, scales and zeros of a quantized cache. Tokens are taken to
+come to experts evenly and at random: an expert multiplies its share of them, and is read if any comes.
 
 A skeleton does not say which layer holds keys and values, nor which tokens a layer sees. Both are told
 by the names that transformers gives its modules, and a model whose names say neither is refused.
@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Literal
 
+from autoq.kv_cache import KeyValue
 from autoq.layer import ONE_PASS, Layer, ModelInfo
 from autoq.scheme import Float, Gguf, Integer, Scheme
 from autoq.spec import TargetSpec
@@ -190,11 +192,13 @@ def layer_work(info: ModelInfo, layer: Layer, scheme: Scheme, phase: Phase, work
     return work
 
 
-def attention_work(info: ModelInfo, attention: Attention, phase: Phase, workload: TargetSpec) -> Work:
+def attention_work(
+    info: ModelInfo, attention: Attention, phase: Phase, workload: TargetSpec, scheme: KeyValue | None = None
+) -> Work:
     """One attention module's scores, mixing, and traffic with its cache, for the whole batch in one pass.
 
     Decoding reads the prompt's keys and values and the new token's; a sequence-to-sequence decoder starts
-    with one token of its own.
+    with one token of its own. `scheme` is the cache's where it is quantized.
     """
     batch, prompt = workload.batch_size, workload.prompt_tokens
     seq2seq = info.task == "seq2seq"
@@ -210,8 +214,13 @@ def attention_work(info: ModelInfo, attention: Attention, phase: Phase, workload
     else:
         context = (1 if seq2seq else prompt) + 1
         queries, pairs, keys, new = 1, context, context, 1
-    numbers = (keys + new) * attention.cache_width + 2 * queries * attention.query_width
-    return Work(4.0 * batch * pairs * attention.query_width, float(batch * numbers * _DTYPE_BYTES[info.dtype]))
+    wide = _DTYPE_BYTES[info.dtype]
+    cached = (keys + new) * attention.cache_width * wide
+    if scheme is not None:
+        (own,) = (replace(cache, window=None) for cache in info.caches if cache.name == attention.name)
+        cached = own.nbytes(scheme, keys) + own.nbytes(scheme, new)
+    moved = batch * (cached + 2 * queries * attention.query_width * wide)
+    return Work(4.0 * batch * pairs * attention.query_width, float(moved))
 
 
 def active(info: ModelInfo, phase: Phase) -> Iterator[Attention]:
@@ -219,10 +228,12 @@ def active(info: ModelInfo, phase: Phase) -> Iterator[Attention]:
     return (a for a in attention_modules(info) if phase == PREFILL or a.reads != "encoder")
 
 
-def other_work(info: ModelInfo, phase: Phase, workload: TargetSpec) -> Work:
-    """All that is no layer: attention, and one reading of norms, biases and the rest."""
+def other_work(
+    info: ModelInfo, phase: Phase, workload: TargetSpec, caches: Mapping[str, KeyValue] = MappingProxyType({})
+) -> Work:
+    """All that is no layer: attention with its `caches`, and one reading of norms, biases and the rest."""
     return sum(
-        (attention_work(info, attention, phase, workload) for attention in active(info, phase)),
+        (attention_work(info, a, phase, workload, caches.get(a.name)) for a in active(info, phase)),
         Work(0.0, float(info.other_bytes)),
     )
 

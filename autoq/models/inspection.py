@@ -6,7 +6,7 @@ give back the product of their input and their weight. Which of them run togethe
 short forward pass records which tensor object each linear reads, and linears of one parent module that read
 the very same object are a fusion group (q/k/v, gate/up, but never a decoder's q with the k and v that read
 the encoder). Layers that this pass does not reach (a vision tower) are left alone and counted with everything
-else. The experts of a block are reached together.
+else. The experts of a block are reached together. A second pass sees the keys and values of a decoder's attention.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
 from autoq.errors import ModelRefused
+from autoq.kv_cache import Cache
 from autoq.layer import Layer, LayerKind, ModelInfo, Task
-from autoq.models import conversion, experts
+from autoq.models import caches, conversion, experts
 from autoq.models.quiet import quiet
 from autoq.spec import ModelSpec
 
@@ -189,6 +190,7 @@ def skeleton(spec: ModelSpec, folder: Path, config: Any) -> ModelInfo:
         layers=tuple(layers),
         other_bytes=sum(_nbytes(spec, model, name, tensor) for name, tensor in stored.values()),
         labels=tuple(str(config.id2label[i]) for i in range(config.num_labels)) if task == "classification" else (),
+        caches=_caches(spec, model, blocks) if task == "causal" else (),
     )
 
 
@@ -281,6 +283,48 @@ def _probe(spec: ModelSpec, model: nn.Module, names: Iterable[str], task: Task) 
             f"model {spec.id!r}: {type(model).__name__} does not run on token ids alone: {first_line(problem)}"
         ) from problem
     return inputs
+
+
+@torch.no_grad()
+def _caches(spec: ModelSpec, model: nn.Module, blocks: dict[str, int]) -> tuple[Cache, ...]:
+    """The KV caches of a model that the probe has taken over, by the keys and values that attention is given.
+
+    None where an attention module has a way of its own (none is seen), sees others' keys, or runs more than once.
+    """
+    seen: dict[str, list[tuple[Tensor, Tensor, int | None]]] = collections.defaultdict(list)
+
+    def see(name: str, keys: Tensor, values: Tensor, window: int | None) -> None:
+        seen[name].append((keys, values, window))
+
+    # A model is no module of its own: what it hands down must stay its own config.
+    named = {n: m for n, m in model.named_modules() if caches.can_read(m) and not hasattr(m, "base_model_prefix")}
+    for name, module in named.items():
+        caches.install(module, None, functools.partial(see, name))
+    try:
+        with _ZeroLinear(()):
+            model(input_ids=torch.zeros(1, _PROBE_TOKENS, dtype=torch.int64), use_cache=False)
+    except Exception:  # whatever an architecture says to attention that is not its own
+        return ()
+    finally:
+        for module in named.values():
+            caches.remove(module)
+    stored = [keys for calls in seen.values() for keys, _, _ in calls]
+    if any(len(calls) > 1 for calls in seen.values()) or len({id(keys) for keys in stored}) < len(stored):
+        return ()
+    if any(keys.shape[2] != _PROBE_TOKENS for keys in stored):
+        return ()
+    return tuple(
+        Cache(
+            name=name,
+            heads=keys.shape[1],
+            key_width=keys.shape[3],
+            value_width=values.shape[3],
+            dtype_bytes=getattr(torch, spec.dtype).itemsize,
+            window=window,
+            block=_block(name, blocks),
+        )
+        for name, [(keys, values, window)] in seen.items()
+    )
 
 
 def _reach(stacks: dict[str, str], inputs: dict[str, list[Tensor]]) -> dict[str | None, float]:

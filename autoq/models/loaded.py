@@ -1,4 +1,4 @@
-"""A model in memory whose layers can be swapped by pointer."""
+"""A model in memory whose layers and KV caches can be swapped by pointer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autoq.kv_cache import Cache
 from autoq.layer import Layer, ModelInfo
+from autoq.models.caches import Read, install, remove
 
 
 class LoadedModel:
@@ -26,7 +28,9 @@ class LoadedModel:
         # Typed loosely on purpose: three unrelated module classes that all have a `weight`.
         self._modules: dict[str, Any] = dict(model.named_modules())
         self._originals: dict[str, Tensor] = {name: self._modules[name].weight.data for name in self._layers}
+        self._caches = {cache.name: cache for cache in info.caches}
         self._hooks: list[Any] = []
+        self._read: list[str] = []  # caches that are not read as they are
         self._swapped: set[str] = set()
         for layer in info.layers:
             assert tuple(self.weight(layer.name).shape) == (layer.out_features, layer.in_features), layer
@@ -42,30 +46,45 @@ class LoadedModel:
         """The modules that hold the layer's weight: its own and those tied to it."""
         return [self._modules[name] for name in (layer.name, *layer.tied)]
 
+    def module_of(self, cache: Cache) -> Any:
+        """The attention module that fills a KV cache."""
+        return self._modules[cache.name]
+
     def weight(self, name: str) -> Tensor:
         """The original weight (out, in), whatever is swapped in; a view, not a copy."""
         return self._oriented(name, self._originals[name])
 
     def swap(
-        self, weights: Mapping[str, Tensor], activations: Mapping[str, Callable[[Tensor], Tensor]] | None = None
+        self,
+        weights: Mapping[str, Tensor],
+        activations: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+        caches: Mapping[str, Read] | None = None,
     ) -> None:
         """Point layers at `weights` (out, in) of the model's dtype; all others at their originals.
 
-        `activations` maps layer names to functions applied to the layer's input. Raises `KeyError`
-        for a name that is no layer, before anything is changed.
+        `activations` maps layer names to functions applied to the layer's input, `caches` names of KV caches to what
+        is read from them. Raises `KeyError` for a name that is no layer or cache, before anything is changed.
         """
-        functions = activations or {}
+        functions, reads = activations or {}, caches or {}
         for name in (*weights, *functions):
             self._layers[name]
+        for name in reads:
+            self._caches[name]
         self.restore()
         for name, weight in weights.items():
             self._swapped.add(name)
             self._point(name, self._oriented(name, weight))
         for name, function in functions.items():
             self._hooks.append(self._modules[name].register_forward_pre_hook(_on_first_input(function)))
+        for name, read in reads.items():
+            self._read.append(name)
+            install(self._modules[name], read)
 
     def restore(self) -> None:
-        """Point every layer at its original weight, and take activation functions away."""
+        """Point every layer at its original weight, and take activation functions and quantized caches away."""
+        for name in self._read:
+            remove(self._modules[name])
+        self._read.clear()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()

@@ -1,6 +1,6 @@
 """Prefix reuse: what two assignments have in common before block k is computed once.
 
-A transformer is a chain of blocks, and the hidden states at the input of block k depend on the layers
+A transformer is a chain of blocks, and the hidden states at the input of block k depend on the layers and KV caches
 before it alone. They are kept, so an assignment that agrees with an earlier one on all these layers is
 evaluated from block k on: the blocks before it give their input back, and block k gets the kept states.
 The same operations run on the same numbers, so outputs are equal bit for bit.
@@ -33,9 +33,9 @@ Hook = Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]
 class Chain:
     """The blocks of a model in the order in which they run.
 
-    `layers[0]` are the names of the layers before the first block, `layers[1 + k]` those of block k. Layers
-    after the last block are in none of them. `costs` has the same places and one more for what comes after:
-    weights that a token is multiplied with, as shares of all.
+    `layers[0]` are the names of the layers before the first block, `layers[1 + k]` those of block k and the name of
+    its KV cache. Layers after the last block are in none of them. `costs` has the same places and one more for what
+    comes after: weights that a token is multiplied with, as shares of all.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], layers: Sequence[Sequence[str]], weights: Sequence[int]) -> None:
@@ -244,7 +244,8 @@ def find_chain(model: LoadedModel, input_ids: Tensor) -> Chain | None:
         model.outputs(input_ids)
     if [call for call in calls if call[0] in blocks] != [(block, True) for block in blocks]:
         return None
-    return _sorted_into(blocks, [module for module, _ in calls], modules)
+    caches = {model.module_of(cache): cache.name for cache in model.info.caches}
+    return _sorted_into(blocks, [module for module, _ in calls], modules, caches)
 
 
 def _alike(states: Any, output: Any) -> bool:
@@ -257,7 +258,12 @@ def _alike(states: Any, output: Any) -> bool:
     )
 
 
-def _sorted_into(blocks: Sequence[nn.Module], called: Sequence[nn.Module], modules: Mapping[nn.Module, Layer]) -> Chain:
+def _sorted_into(
+    blocks: Sequence[nn.Module],
+    called: Sequence[nn.Module],
+    modules: Mapping[nn.Module, Layer],
+    caches: Mapping[nn.Module, str],
+) -> Chain:
     """The chain, with every layer at the first place where it matters."""
     inside = {module: k for k, block in enumerate(blocks) for module in block.modules()}
     last = called.index(blocks[-1])
@@ -269,5 +275,7 @@ def _sorted_into(blocks: Sequence[nn.Module], called: Sequence[nn.Module], modul
         first[layer.name] = min(place, first.get(layer.name, place))
         if not isinstance(module, nn.Embedding):  # a look-up costs nothing
             weights[place] += round(layer.parameters * layer.reach)
+    # A cache that no block holds may matter from the start.
+    first |= {name: 1 + inside[module] if module in inside else 0 for module, name in caches.items()}
     names = [[name for name, place in first.items() if place == i] for i in range(len(blocks) + 1)]
     return Chain(blocks, names, weights)

@@ -38,4 +38,7 @@ def tree_schemes(tree: object, where: str) -> Mapping[str, Sequence[Scheme]]:
 
 
 def _alone(assignment: Assignment) -> Mapping[str, Sequence[Scheme]]:
+    if assignment.caches:
+        name, scheme = next(iter(assignment.caches.items()))
+        raise BadInput(f"{name} as {scheme}: recipes are of layers alone; take KV caches out")
     return {name: [scheme] for name, scheme in assignment.items()}

@@ -118,7 +118,7 @@ class Trainer:
         self.deciding, self.data = data[:deciding], data[deciding:]
         with torch.inference_mode():
             self.reference = make_reference(self.model, self.deciding, model.share_bytes)
-        weights, activations = model.swappable(assignment)
+        weights, activations, self.caches = model.swappable(assignment)
         self.activations = {name: _passed_through(function) for name, function in activations.items()}
         starts = model.layers(assignment, self.names)
         self.latents: dict[str, Latent] = {name: latent(starts[name], self.model.weight(name)) for name in self.names}
@@ -202,7 +202,7 @@ class Trainer:
         self.model.restore()
         with torch.no_grad():
             expected = self.model.outputs(ids)[0]
-        self.model.swap(self.weights, self.activations)
+        self.model.swap(self.weights, self.activations, self.caches)
         with torch.enable_grad():
             output = self.model.outputs(ids)[0]
         loss, gradient = _loss(expected, output.detach(), self.model.info.task == "encoder")
@@ -229,7 +229,7 @@ class Trainer:
     @contextlib.contextmanager
     def _swapped(self) -> Iterator[None]:
         """The model as it is trained, its weights asking for gradients; then as it was."""
-        self.model.swap(self.weights, self.activations)
+        self.model.swap(self.weights, self.activations, self.caches)
         parameters = [parameter for name in self.names for parameter in self._parameters(name)]
         try:
             for parameter in parameters:

@@ -179,7 +179,7 @@ class _Run:
             | {
                 "model": self.spec.model.id,
                 "layers": len(self.problem.info.layers),
-                "searched": sum(len(v.layers) for v in variables),
+                "searched": len(self.problem.space.layers),
                 "variables": len(variables),
                 "choices": max(len(v.choices) for v in variables),
                 "sampler": self.spec.sampler.name,
@@ -371,7 +371,7 @@ class _Run:
         if self._wants_slopes(trial):
             action = "measure_with_slopes"
             variables = self.problem.space.variables
-            arguments["choices"] = {layer.name: [str(s) for s in v.choices] for v in variables for layer in v.layers}
+            arguments["choices"] = {part.name: [str(s) for s in v.choices] for v in variables for part in v.members}
             arguments["turn"] = trial.number
         elif trial.origin == "sampler" and (rival := self._rival(trial.number, assignment)) is not None:
             arguments["rival"] = rival
@@ -388,10 +388,8 @@ class _Run:
         """What the trial is to remember of its slopes, per parameter of the space; None if there is nothing new."""
         if not slopes:
             return None
-        table = {
-            v.name: [float(f"{sum(own):.6g}") for own in zip(*(slopes["table"][x.name] for x in v.layers), strict=True)]
-            for v in self.problem.space.variables
-        }
+        own = {v.name: [slopes["table"][part.name] for part in v.members] for v in self.problem.space.variables}
+        table = {name: [float(f"{sum(parts):.6g}") for parts in zip(*rows, strict=True)] for name, rows in own.items()}
         found = {SLOPES: {"loss": slopes["loss"], "table": table}}
         self.asktell.learn(self.sampler_numbers[trial.number], found)
         return {**trial.sampler_attrs, **found}

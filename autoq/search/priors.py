@@ -39,7 +39,7 @@ def make_prior(problem: Problem, losses: Losses | None, costs: CostTable | None)
     predicted = {}
     if losses is not None:
         for variable in space.variables:
-            sums = [sum(losses[layer.name][str(scheme)] for layer in variable.layers) for scheme in variable.choices]
+            sums = [sum(losses[part.name][str(scheme)] for part in variable.members) for scheme in variable.choices]
             predicted[variable.name] = np.array(sums, dtype=np.float64)
     return Prior(predicted, additive, limits, learned)
 

@@ -120,7 +120,8 @@ class _Recovery:
                 trial = additions.again(left)
             else:
                 layers, told = _train(executor, parent, self.training, self.observer)
-                assignment = Assignment(parent.assignment, {**parent.assignment.trained, **_digests(layers)})
+                own = parent.assignment
+                assignment = Assignment(own, {**own.trained, **_digests(layers)}, own.caches)
                 if (same := self.store.find(study_id, assignment.hash)) is not None:
                     self.observer.note(f"this is trial {same.number}, which was trained likewise before")
                     return same.number

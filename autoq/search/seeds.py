@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from autoq.kv_cache import CacheScheme
 from autoq.scheme import Scheme
 from autoq.search.budget import Solution, frontier
 from autoq.search.prior import Additive
@@ -39,14 +40,14 @@ def proposals(
     `costs` is the latency table, needed where `latencies` names phases. Budgets of a table are spread between its
     bounds, and what other budgets give beyond them is left out.
     """
-    quality = [_per_choice(v.choices, [sensitivities[layer.name] for layer in v.layers]) for v in space.variables]
+    quality = [_per_choice(v.choices, [sensitivities[part.name] for part in v.members]) for v in space.variables]
     sizes = [[table.parts[v.name] for v in space.variables] for table in tables]
     limits = [(table.low - table.constant, table.high - table.constant) for table in tables]
     weights = []
     for phase in latencies:
         assert costs is not None
         table = costs.layer_ms[phase]
-        latency = [_per_choice(v.choices, [table[layer.name] for layer in v.layers]) for v in space.variables]
+        latency = [_per_choice(v.choices, [table[part.name] for part in v.members]) for v in space.variables]
         weights += [latency, _mix(sizes[0], latency)]
     # Round robin over the kinds of budget, so that any prefix of the seeds covers all of them. Under a limit
     # the other kinds may give little, so sizes alone could fill the count.
@@ -64,7 +65,7 @@ def proposals(
     return [list(seed) for seed in seeds][:count]
 
 
-def _per_choice(choices: Sequence[Scheme], tables: Sequence[Mapping[str, float]]) -> Vector:
+def _per_choice(choices: Sequence[Scheme] | Sequence[CacheScheme], tables: Sequence[Mapping[str, float]]) -> Vector:
     return np.array([sum(table[str(scheme)] for table in tables) for scheme in choices], dtype=np.float64)
 
 

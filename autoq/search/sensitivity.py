@@ -1,4 +1,4 @@
-"""Sensitivities: the loss that each layer is predicted to cost under each scheme, made once for all studies.
+"""Sensitivities: the predicted loss of each layer and KV cache under each scheme, made once for all studies.
 
 They depend on the model, the calibration data and the method, and on nothing else of a study; with quantized
 activations also on the target, whose kernel says whose range it is and what that is spread over. So the database
@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from autoq import plugins
+from autoq.kv_cache import VERSION, KeyValue, parse_choice
 from autoq.methods import Method
-from autoq.scheme import kernel_activation, parse_scheme
+from autoq.scheme import kernel_activation
 from autoq.search.executors import Executor, Job
 from autoq.search.observer import Observer
 from autoq.search.stages import run_job, run_jobs
@@ -74,7 +75,9 @@ class _Shared:
         self.store, self.statistics, self.target = store, statistics, target
 
     def _key(self, text: str) -> str:
-        scheme = parse_scheme(text)
+        scheme = parse_choice(text)
+        if isinstance(scheme, KeyValue):
+            return f"{self.statistics}-kv-{VERSION}"
         key = f"{self.statistics}-{scheme.method}-{plugins.load('methods', scheme.method, Method).version}"
         return f"{key}-{self.target}" if kernel_activation(scheme) is not None else key
 

@@ -24,6 +24,7 @@ import numpy as np
 from autoq import models, plugins, recipes
 from autoq.assignment import Assignment
 from autoq.errors import SpecError
+from autoq.kv_cache import CacheScheme, KeyValue
 from autoq.layer import ModelInfo
 from autoq.objectives import (
     EnergyObjective,
@@ -34,6 +35,7 @@ from autoq.objectives import (
     TaskObjective,
 )
 from autoq.objectives import load as load_objective
+from autoq.scheme import Keep
 from autoq.search import seeds
 from autoq.search.executors import Executor, Job
 from autoq.search.observer import Observer
@@ -150,12 +152,23 @@ def pose(spec: StudySpec) -> Problem:
         if (rule := objective.refuses(info)) is not None:
             raise SpecError(f"objectives: {name} does not fit model {spec.model.id!r}: {rule}")
         _refuse_task(name, objective, spec)
+        if isinstance(objective, TaskObjective) and spec.space.kv_cache and any(c.window for c in info.caches):
+            raise SpecError(
+                f"space.kv_cache: {name} generates with the runtime's own cache, and with the sliding windows of "
+                f"{info.architecture} that forgets where groups of keys begin; leave one of the two out"
+            )
         if isinstance(objective, LatencyObjective) and name not in target.latencies:
             can = ", ".join(sorted(target.latencies)) or "none"
             raise SpecError(f"objectives: target {spec.target.name} does not time {name}; it times {can}")
     if any(isinstance(o, LatencyObjective) for o in objectives.values()) and (missing := target.unavailable()):
         raise SpecError(f"target.name: {spec.target.name} cannot measure on this machine: {missing}")
     space = build_space(info, spec.space, spec.target.name, target)
+    held = space.caches or "peak_memory_bytes" in objectives
+    if held and info.max_positions is not None and spec.target.prompt_tokens > info.max_positions:
+        raise SpecError(
+            f"target.prompt_tokens: {spec.target.prompt_tokens} is too long for {spec.model.id!r}, a model of "
+            f"{info.max_positions} positions"
+        )
     problem = Problem(spec, info, target, space, objectives)
     sampler = plugins.load("search.samplers", spec.sampler.name, Sampler)
     rule = sampler.refuses([len(v.choices) for v in space.variables], len(problem.steering), spec.sampler.options)
@@ -206,6 +219,8 @@ def prepare(spec: StudySpec) -> Prepared:
     proposals = _read_recipes(problem)
     # Readers of the store know no model: this is what a difference of two trials is priced by.
     tables: dict[str, Any] = {"layers": {layer.name: asdict(layer) for layer in problem.info.layers}}
+    if problem.space.caches:
+        tables["caches"] = cache_bytes(problem)
     if proposals:
         tables["recipes"] = [proposal.to_json() for proposal in proposals]
     objectives = [(name, problem.objectives[name].unit, problem.objectives[name].direction) for name in spec.objectives]
@@ -215,17 +230,17 @@ def prepare(spec: StudySpec) -> Prepared:
 def _facts(problem: Problem) -> dict[str, Any]:
     variables = problem.space.variables
     counts = [len(variable.choices) for variable in variables]
-    ends = ([0] * len(counts), [count - 1 for count in counts])  # choices are sorted by bytes
-    smallest, largest = (problem.computed("size_bytes", problem.space.assignment(end)) for end in ends)
+    # Choices are sorted by bytes.
+    smallest, largest = (problem.space.assignment(ends) for ends in ([0] * len(counts), [n - 1 for n in counts]))
     return {
         "model": problem.spec.model.id,
         "target": problem.spec.target.name,
         "layers": len(problem.info.layers),
-        "searched": sum(len(variable.layers) for variable in variables),
+        "searched": len(problem.space.layers),
         "variables": len(variables),
         "choices": max(counts, default=0),
-        "smallest_bytes": smallest,
-        "largest_bytes": largest,
+        "smallest_bytes": problem.computed("size_bytes", smallest),
+        "largest_bytes": problem.computed("size_bytes", largest),
     }
 
 
@@ -233,6 +248,16 @@ def create_study(store: Store, spec: StudySpec) -> StudyRecord:
     """Validate a spec and write a new study. Raises `BadInput` and then has written nothing."""
     prepared = prepare(spec)
     return store.create_study(spec, prepared.objectives, prepared.tables)
+
+
+def cache_bytes(problem: Problem) -> dict[str, dict[str, int]]:
+    """Searched KV cache -> scheme -> bytes of the target's whole batch, full prompts."""
+    workload = problem.spec.target
+    schemes: list[CacheScheme] = [Keep(), *map(KeyValue, problem.spec.space.kv_cache)]
+    return {
+        name: {str(scheme): workload.batch_size * cache.nbytes(scheme, workload.prompt_tokens) for scheme in schemes}
+        for name, cache in problem.space.caches.items()
+    }
 
 
 def make_plan(
@@ -274,13 +299,16 @@ def make_plan(
 
 
 def baselines(problem: Problem) -> list[Proposal]:
-    """What people would do without a search: uniform assignments, and the runtime's own mixes."""
+    """What people would do without a search: uniform assignments, uniform KV caches, the runtime's own mixes."""
     refuses = refusal(problem.spec.target.name, problem.target)
     found: dict[str, Proposal] = {}
     for name, preference in problem.target.baselines().items():
         assignment = problem.space.uniform(preference, refuses)
         # A baseline that nothing can run is the unquantized model again: its first name stays.
         found.setdefault(assignment.hash, Proposal(assignment, name))
+    for bits in problem.spec.space.kv_cache:
+        assignment = problem.space.cached(KeyValue(bits))
+        found.setdefault(assignment.hash, Proposal(assignment, f"uniform-kv{bits}"))
     for name, schemes in problem.target.presets(problem.info).items():
         assignment = problem.space.assignment_of(schemes)
         found.setdefault(assignment.hash, Proposal(assignment, name))

@@ -1,4 +1,4 @@
-"""The search space: model's layers × (target ∩ methods ∩ spec), fusion groups, exact bytes.
+"""The search space: model's layers × (target ∩ methods ∩ spec), fusion groups, exact bytes; and its KV caches.
 
 Built from a model's skeleton, before any weight is loaded, so that what cannot run is refused early
 with the layer, its shape and the rule.
@@ -15,7 +15,8 @@ from typing import cast
 from autoq import plugins
 from autoq.assignment import Assignment
 from autoq.errors import SchemeRefused, SpecError
-from autoq.layer import Layer, ModelInfo
+from autoq.kv_cache import GROUP, Cache, CacheScheme, KeyValue
+from autoq.layer import ONE_PASS, Layer, ModelInfo
 from autoq.methods import Grid, Method
 from autoq.scheme import (
     FLOAT_FORMATS,
@@ -38,21 +39,21 @@ Refusal = Callable[[Layer, Scheme], str | None]
 
 @dataclass(frozen=True)
 class Variable:
-    """One decision of the search: the scheme of a layer, of a fusion group that must share one, or of the same
-    matrix of all of a block's experts.
+    """One decision of the search: the scheme of a layer, of a fusion group that must share one, of the same
+    matrix of all of a block's experts, or of a KV cache.
 
-    `choices` are sorted by bytes, fewest first, so that an index is an ordinal quantity. What a choice costs
-    in an objective, `autoq.search.tables` says.
+    `choices` are sorted by bytes, fewest first, so that an index is an ordinal quantity: those that ship, or of a cache
+    those of one group of tokens. What a choice costs in an objective, `autoq.search.tables` says.
     """
 
     name: str
-    layers: tuple[Layer, ...]
-    choices: tuple[Scheme, ...]
+    members: tuple[Layer, ...] | tuple[Cache]
+    choices: tuple[Scheme, ...] | tuple[CacheScheme, ...]
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """All decisions. Layers that no variable holds keep their weights."""
+    """All decisions. Layers and KV caches that no variable holds stay as they are."""
 
     info: ModelInfo
     variables: tuple[Variable, ...]
@@ -62,9 +63,19 @@ class SearchSpace:
         return {layer.name: Keep() for layer in self.info.layers}
 
     @cached_property
-    def choices(self) -> dict[str, tuple[Scheme, ...]]:
-        """Layer name -> schemes, of the searched layers."""
-        return {layer.name: variable.choices for variable in self.variables for layer in variable.layers}
+    def choices(self) -> dict[str, tuple[Scheme, ...] | tuple[CacheScheme, ...]]:
+        """Name -> schemes, of the searched layers and caches."""
+        return {member.name: variable.choices for variable in self.variables for member in variable.members}
+
+    @cached_property
+    def layers(self) -> dict[str, Layer]:
+        """The searched layers by name."""
+        return {m.name: m for variable in self.variables for m in variable.members if isinstance(m, Layer)}
+
+    @cached_property
+    def caches(self) -> dict[str, Cache]:
+        """The searched KV caches by name."""
+        return {m.name: m for variable in self.variables for m in variable.members if isinstance(m, Cache)}
 
     @property
     def size(self) -> int:
@@ -77,25 +88,33 @@ class SearchSpace:
     def assignment(self, indices: Sequence[int]) -> Assignment:
         """The assignment of one choice index per variable."""
         assert len(indices) == len(self.variables)
-        schemes = dict(self._kept)
+        schemes, caches = dict(self._kept), {}
         for variable, index in zip(self.variables, indices, strict=True):
-            schemes |= {layer.name: variable.choices[index] for layer in variable.layers}
-        return Assignment(schemes)
+            scheme = variable.choices[index]
+            if isinstance(scheme, KeyValue):
+                caches[variable.name] = scheme
+            elif variable.name not in self.caches:
+                schemes |= {layer.name: scheme for layer in variable.members}
+        return Assignment(schemes, caches=caches)
 
     def assignment_of(self, schemes: Mapping[str, Scheme]) -> Assignment:
         """`schemes` (layer -> scheme, of every layer) on the layers that are searched; all others are kept."""
-        return Assignment({**self._kept, **{name: schemes[name] for name in self.choices}})
+        return Assignment({**self._kept, **{name: schemes[name] for name in self.layers}})
+
+    def cached(self, scheme: KeyValue) -> Assignment:
+        """All searched caches under `scheme`; all layers are kept."""
+        return Assignment(self._kept, caches=dict.fromkeys(self.caches, scheme))
 
     def indices(self, assignment: Assignment) -> list[int] | None:
         """The choice indices of an assignment, or None if it lies outside of the space."""
         found = []
+        every: dict[str, Scheme | KeyValue] = {**dict.fromkeys(self.caches, Keep()), **assignment, **assignment.caches}
         for variable in self.variables:
-            schemes = {assignment[layer.name] for layer in variable.layers}
+            schemes = {every[member.name] for member in variable.members}
             if len(schemes) != 1 or (scheme := schemes.pop()) not in variable.choices:
                 return None
-            found.append(variable.choices.index(scheme))
-        searched = self.choices
-        outside = any(scheme != Keep() for name, scheme in assignment.items() if name not in searched)
+            found.append(list(variable.choices).index(scheme))
+        outside = any(scheme != Keep() for name, scheme in every.items() if name not in self.choices)
         return None if outside else found
 
     def uniform(self, preference: Sequence[Scheme], refuses: Refusal) -> Assignment:
@@ -106,9 +125,10 @@ class SearchSpace:
         """
         schemes = dict(self._kept)
         for variable in self.variables:
+            layers = [self.layers[member.name] for member in variable.members if member.name in self.layers]
             for scheme in preference:
-                if not any(refuses(layer, scheme) for layer in variable.layers):
-                    schemes |= {layer.name: scheme for layer in variable.layers}
+                if not any(refuses(layer, scheme) for layer in layers):
+                    schemes |= {layer.name: scheme for layer in layers}
                     break
         return Assignment(schemes)
 
@@ -142,12 +162,14 @@ def build_space(info: ModelInfo, spec: SpaceSpec, target_name: str, target: Targ
         for layer in info.layers
         if (layer.kind in kinds or (layer.tied and "embedding" in kinds)) and not _matches(layer, spec.exclude)
     ]
-    if not layers:
+    caches = _caches(info, spec, target_name, target)
+    if not layers and not caches:
         raise SpecError(
             f"space: no layer is left to search; kinds {', '.join(spec.kinds)}, exclude {list(spec.exclude)}"
         )
+    parts: list[Layer | Cache] = [*info.layers, *info.caches]
     for pattern in spec.exclude:
-        if not any(_matches(layer, [pattern]) for layer in info.layers):
+        if not any(_matches(part, [pattern]) for part in parts):
             raise SpecError(f"space.exclude: {pattern!r} matches no layer of the model")
     for index, override in enumerate(spec.overrides):
         if not any(fnmatch.fnmatchcase(layer.name, override.match) for layer in layers):
@@ -156,11 +178,32 @@ def build_space(info: ModelInfo, spec: SpaceSpec, target_name: str, target: Targ
         raise SpecError(f"space.experts: apart: {target_name} runs the experts of a block as one; leave it out")
     options = {layer.name: _options(layer, _section(layer, spec), target.grid(), refuses) for layer in layers}
     _refuse_unusable(layers, spec, target.grid(), refuses)
-    return SearchSpace(info, tuple(_variables(layers, options, target.fuses, spec.experts == "together")))
+    return SearchSpace(info, (*_variables(layers, options, target.fuses, spec.experts == "together"), *caches))
 
 
-def _matches(layer: Layer, patterns: Iterable[str]) -> bool:
-    names = (layer.name, *layer.tied)
+def _caches(info: ModelInfo, spec: SpaceSpec, target_name: str, target: Target) -> list[Variable]:
+    """A variable for each KV cache that is searched. Raises `SpecError`, and `SchemeRefused` for the target's rule."""
+    if not spec.kv_cache:
+        return []
+    if not info.caches:
+        why = "decodes nothing" if info.task in ONE_PASS else "has none that is known; causal decoders have"
+        raise SpecError(f"space.kv_cache: it needs a model with KV caches, and {info.architecture} {why}")
+    found = []
+    for cache in info.caches:
+        if _matches(cache, spec.exclude):
+            continue
+        choices: list[CacheScheme] = [Keep(), *dict.fromkeys(map(KeyValue, spec.kv_cache))]
+        for scheme in choices:
+            rule = target.refuses_cache(cache, scheme) if isinstance(scheme, KeyValue) else None
+            if rule is not None:
+                raise SchemeRefused(f"space.kv_cache: {target_name} cannot run {scheme} on {cache.name}: {rule}")
+        # By what a group of tokens takes: equal amounts of text, whatever the workload.
+        found.append(Variable(cache.name, (cache,), tuple(sorted(choices, key=partial(cache.nbytes, tokens=GROUP)))))
+    return found
+
+
+def _matches(part: Layer | Cache, patterns: Iterable[str]) -> bool:
+    names = (part.name, *part.tied) if isinstance(part, Layer) else (part.name,)
     return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 

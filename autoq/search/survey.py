@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 
 from autoq.assignment import Assignment
+from autoq.kv_cache import KeyValue
+from autoq.layer import Layer
 from autoq.scheme import Keep
 from autoq.search.budget import frontier
 from autoq.search.executors import Executor, Job, make_executor
 from autoq.search.observer import Observer
 from autoq.search.sensitivity import Losses, gather
-from autoq.search.setup import Problem, baselines, pose
+from autoq.search.setup import Problem, baselines, cache_bytes, pose
 from autoq.search.stages import run_job
 from autoq.spec import StudySpec
 from autoq.store import Store
@@ -29,7 +31,7 @@ BUDGETS = 12  # sizes at which the predicted frontier is shown, besides those of
 
 @dataclass(frozen=True)
 class Point:
-    """The assignment of least predicted loss within a budget of `budget_bytes` for the whole model.
+    """The assignment of least predicted loss within a budget of `budget_bytes`, of the survey's `axis`.
 
     Where the budget is a uniform baseline's size, `baseline` names it and `baseline_loss` is its own
     predicted loss. `exact` says whether the solution is proved to be the best.
@@ -48,7 +50,8 @@ class Point:
 class Survey:
     """Predicted losses in `unit`, bytes per layer and scheme, and the predicted frontier, smallest first.
 
-    `kept` are the bytes of each layer as it is.
+    `kept` are the bytes of each layer as it is. KV caches stand among the layers, with the bytes of the target's
+    workload. `axis` is what budgets are of: the study's first quantity in bytes.
     """
 
     model: str
@@ -57,15 +60,17 @@ class Survey:
     sizes: Mapping[str, Mapping[str, int]]
     kept: Mapping[str, int]
     frontier: list[Point]
+    axis: str = "size_bytes"
 
     def to_json(self) -> dict[str, Any]:
-        """`{"model", "kind", "unit", "layers": {layer: {scheme: loss}}, "sizes", "frontier"}`."""
+        """`{"model", "kind", "unit", "layers": {layer: {scheme: loss}}, "sizes", "axis", "frontier"}`."""
         return {
             "model": self.model,
             "kind": "predicted",
             "unit": self.unit,
             "layers": self.layers,
             "sizes": {layer: dict(sizes) for layer, sizes in self.sizes.items()},
+            "axis": self.axis,
             "frontier": [asdict(point) for point in self.frontier],
         }
 
@@ -89,23 +94,31 @@ def survey(
         observer.advance()
         choices = {name: [str(s) for s in schemes] for name, schemes in problem.space.choices.items()}
         losses = gather(choices, spec.target.name, store, executor, observer)
-    layers = {layer.name: layer for variable in problem.space.variables for layer in variable.layers}
-    sizes = {
-        name: {str(scheme): layers[name].nbytes(scheme) for scheme in schemes}
-        for name, schemes in problem.space.choices.items()
-    }
-    kept = {name: layers[name].nbytes(Keep()) for name in losses}
+    sizes, kept = _bytes(problem)
     unit = "1-cos" if problem.info.task == "encoder" else "nats/token"
-    return Survey(spec.model.id, unit, losses, sizes, kept, predicted_frontier(problem, losses))
+    points = predicted_frontier(problem, losses)
+    return Survey(spec.model.id, unit, losses, sizes, kept, points, next(iter(problem.sizes)))
+
+
+def _bytes(problem: Problem) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
+    """Name of a layer or cache -> scheme -> bytes, and name -> bytes as it is; of a cache those of the whole batch."""
+    sizes, kept = cache_bytes(problem), {name: own["keep"] for name, own in cache_bytes(problem).items()}
+    for variable in problem.space.variables:
+        for layer in variable.members:
+            if isinstance(layer, Layer):
+                schemes = [scheme for scheme in variable.choices if not isinstance(scheme, KeyValue)]
+                sizes[layer.name] = {str(scheme): layer.nbytes(scheme) for scheme in schemes}
+                kept[layer.name] = layer.nbytes(Keep())
+    return sizes, kept
 
 
 def predicted_frontier(problem: Problem, losses: Losses, count: int = BUDGETS) -> list[Point]:
-    """Exact solutions at `count` even sizes of the whole model and at the sizes of the baselines.
+    """Exact solutions at `count` even budgets of bytes and at those of the baselines.
 
     A baseline that uses a scheme beyond the study's choices has no prediction and is left out.
     """
     variables = problem.space.variables
-    cost = [[sum(losses[layer.name][str(s)] for layer in v.layers) for s in v.choices] for v in variables]
+    cost = [[sum(losses[part.name][str(s)] for part in v.members) for s in v.choices] for v in variables]
     axis, table = next(iter(problem.sizes.items()))
     weight, fixed = [table.parts[v.name] for v in variables], table.constant
     lightest = fixed + sum(float(w.min()) for w in weight)
@@ -125,16 +138,16 @@ def predicted_frontier(problem: Problem, losses: Losses, count: int = BUDGETS) -
         if solution is None:  # a baseline smaller than anything that is searched
             continue
         assignment = problem.space.assignment(solution.choices)
-        bits = problem.computed("bits_per_weight", assignment)
+        size, bits = (problem.computed(name, assignment) for name in ("size_bytes", "bits_per_weight"))
         loss, name = yardsticks.get(budget, (None, None))
-        points.append(Point(budget, fixed + solution.weight, bits, solution.cost, solution.exact, name, loss))
+        points.append(Point(budget, size, bits, solution.cost, solution.exact, name, loss))
     return points
 
 
 def _predicted(assignment: Assignment, losses: Losses) -> float | None:
-    """The summed loss of the layers that are not kept; None where a scheme has no prediction."""
+    """The summed loss of the layers and caches that are not kept; None where a scheme has no prediction."""
     total = 0.0
-    for layer, scheme in assignment.items():
+    for layer, scheme in [*assignment.items(), *assignment.caches.items()]:
         if isinstance(scheme, Keep):
             continue
         if str(scheme) not in losses.get(layer, {}):

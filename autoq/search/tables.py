@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from autoq.assignment import Assignment
+from autoq.kv_cache import Cache
 from autoq.layer import Layer
 from autoq.search.prior import Additive
 from autoq.search.space import SearchSpace
@@ -23,7 +24,7 @@ _TRIED = 3  # random assignments that a table must be right about
 def tabulate(space: SearchSpace, function: Callable[[Assignment], float]) -> Additive | None:
     """A function of assignments as a sum over parameters, or None if it is not one, as far as a few tell.
 
-    Layers of one shape and kind count alike, unless that turns out wrong, and are asked for once.
+    Layers and caches of one shape and kind count alike, unless that turns out wrong, and are asked for once.
     """
     for alike in (True, False):
         table = _differences(space, function, alike)
@@ -45,7 +46,7 @@ def _differences(space: SearchSpace, function: Callable[[Assignment], float], al
     known: dict[object, float] = {}
     parts = {}
     for place, variable in enumerate(space.variables):
-        shapes = tuple(map(_shape, variable.layers))
+        shapes = tuple(map(_shape, variable.members))
         part = np.zeros(len(variable.choices))
         for index, scheme in enumerate(variable.choices):
             key = (shapes if alike else place, variable.choices[0], scheme)
@@ -57,5 +58,7 @@ def _differences(space: SearchSpace, function: Callable[[Assignment], float], al
     return Additive(base, parts)
 
 
-def _shape(layer: Layer) -> object:
-    return replace(layer, name="", fusion_group=None, tied=("",) * len(layer.tied))
+def _shape(part: Layer | Cache) -> object:
+    if isinstance(part, Cache):
+        return replace(part, name="", block=None)
+    return replace(part, name="", fusion_group=None, tied=("",) * len(part.tied))

@@ -58,6 +58,10 @@ def refuse_unrunnable(trial: TrialRecord, info: ModelInfo, spec: StudySpec, targ
     for name, scheme in trial.assignment.items():
         if (rule := target.refuses(info.layer(name), scheme)) is not None:
             broken.append(f"{name} as {scheme} ({rule})")
+    caches = {cache.name: cache for cache in info.caches}
+    for name, cached in trial.assignment.caches.items():
+        if (rule := target.refuses_cache(caches[name], cached)) is not None:
+            broken.append(f"{name} as {cached} ({rule})")
     if target.fuses and not broken:
         groups: dict[str, dict[str, str]] = {}
         for layer in info.layers:
@@ -153,7 +157,7 @@ def export(
         note("quantize")
         chosen = {layer.name: trial.assignment.get(layer.name, Keep()) for layer in info.layers}
         trained.place(trial.assignment, store.trained_layers)
-        weights = evaluator.layers(Assignment(chosen, trial.assignment.trained), chosen)
+        weights = evaluator.layers(Assignment(chosen, trial.assignment.trained, trial.assignment.caches), chosen)
         note("write")
         written = _written(target, evaluator, weights, folder)
         other = target.other_bytes(info, spec.model)

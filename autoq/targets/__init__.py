@@ -21,6 +21,7 @@ from autoq.assignment import Assignment
 from autoq.energy.estimate import HOST, Estimate, per_token
 from autoq.energy.meters import Meter, Part
 from autoq.errors import AutoQError, SpecError
+from autoq.kv_cache import Cache, KeyValue
 from autoq.layer import Layer, ModelInfo
 from autoq.measurement import Measurement
 from autoq.scheme import Scheme
@@ -152,6 +153,13 @@ class Target(abc.ABC):
     @abc.abstractmethod
     def refuses(self, layer: Layer, scheme: Scheme) -> str | None:
         """Why this target cannot run `scheme` on `layer` (one clause, naming the rule), or None."""
+
+    def refuses_cache(self, cache: Cache, scheme: KeyValue) -> str | None:
+        """Why this target cannot keep a KV cache under `scheme` (one clause), or None. Every target keeps it as it is.
+
+        Its times, energies and exports must be those of such a cache.
+        """
+        return "it keeps keys and values in the model's dtype"
 
     def refuses_model(self, info: ModelInfo) -> str | None:
         """Why this target cannot run such a model at all (one clause), or None."""

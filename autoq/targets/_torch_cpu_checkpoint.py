@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from autoq.assignment import Assignment
 from autoq.errors import AutoQError, BadInput, ExportBroken
+from autoq.kv_cache import Cache
 from autoq.layer import Layer, ModelInfo
 from autoq.measurement import Measurement
 from autoq.methods import QuantizedWeight
@@ -88,7 +89,8 @@ class Checkpoint:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             layers = tuple(Layer(**{**facts, "tied": tuple(facts["tied"])}) for facts in told["info"]["layers"])
             labels = tuple(told["info"].get("labels", ()))
-            self.info = ModelInfo(**{**told["info"], "layers": layers, "labels": labels})
+            caches = tuple(Cache(**facts) for facts in told["info"].get("caches", ()))
+            self.info = ModelInfo(**{**told["info"], "layers": layers, "labels": labels, "caches": caches})
             self.aliases: dict[str, str] = dict(told["aliases"])
             self.quantized = {
                 name: self._take(tensors, self.info.layer(name), parse_scheme(text))

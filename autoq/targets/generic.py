@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from autoq.kv_cache import Cache, KeyValue
 from autoq.layer import Layer
 from autoq.scheme import Float, Gguf, Integer, Keep, PerChannel, PerGroup, Scheme, ZeroPoint
 from autoq.targets import Target
@@ -48,6 +49,10 @@ class Generic(Target):
             )
         if isinstance(scheme, Integer | Float) and scheme.activation is not None:
             return f"{scheme.activation} needs a kernel that quantizes activations, and no runtime is named"
+        return None
+
+    def refuses_cache(self, cache: Cache, scheme: KeyValue) -> str | None:
+        """See `Target.refuses_cache`: any can be evaluated."""
         return None
 
     def baselines(self) -> Mapping[str, Sequence[Scheme]]:

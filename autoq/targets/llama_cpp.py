@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autoq.errors import AutoQError
+from autoq.kv_cache import Cache, KeyValue
 from autoq.layer import Layer, ModelInfo
 from autoq.measurement import Measurement
 from autoq.scheme import Gguf, Keep, PerGroup, Scheme
@@ -72,6 +73,10 @@ class LlamaCpp(Target):
         from autoq.targets._gguf_names import supported
 
         return supported(info.architecture)
+
+    def refuses_cache(self, cache: Cache, scheme: KeyValue) -> str | None:
+        """See `Target.refuses_cache`."""
+        return "llama.cpp has one type for all caches of a model (--cache-type-k, --cache-type-v) and its own blocks"
 
     def baselines(self) -> Mapping[str, Sequence[Scheme]]:
         """See `Target.baselines`. llama.cpp's own mixes are `presets`."""

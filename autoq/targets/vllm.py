@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from autoq.kv_cache import Cache, KeyValue
 from autoq.layer import Layer, ModelInfo
 from autoq.scheme import Float, Integer, Keep, PerChannel, PerGroup, Scheme
 from autoq.targets import Exported, Runtime, Target, missing_packages
@@ -62,6 +63,10 @@ class Vllm(Target):
         if info.dtype != "bfloat16":
             return f"scales ship in bfloat16, which a {info.dtype} model cannot take; set model.dtype to bfloat16"
         return None
+
+    def refuses_cache(self, cache: Cache, scheme: KeyValue) -> str | None:
+        """See `Target.refuses_cache`."""
+        return "vLLM quantizes the caches of a model together, to 8-bit floats (--kv-cache-dtype fp8)"
 
     def baselines(self) -> Mapping[str, Sequence[Scheme]]:
         """See `Target.baselines`. Named as vLLM's users name them: W for weights, A for activations."""

@@ -1,7 +1,8 @@
 """Blocks × modules of one trial: how many bits each layer has, or which scheme.
 
 Every cell says its bits in words too. Experts of a block are one cell: with one scheme its bits, with several their
-range. Tied weights, pruned ones and quantized activations are marked.
+range. Tied weights, pruned ones and quantized activations are marked. A KV cache that is quantized is the cell of
+its attention module.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from autoq.display import numbers
+from autoq.kv_cache import KeyValue
 from autoq.layer import Layer
 from autoq.scheme import Scheme, Sparse, code_bits, kernel_activation
 
@@ -24,7 +26,7 @@ _COLUMNS = (
     Column("layer"), Column("block"), Column("module"), Column("layers"), Column("scheme"), Column("code", "bits"),
     Column("size", "bytes"), Column("stored", "bits/weight"), Column("marks"),
 )  # fmt: skip
-TIED, TRAINED = "⚭", "✦"
+TIED, TRAINED, CACHE = "⚭", "✦", "kv"
 
 
 def build(facts: Facts, trial: int | None = None, by: str = "bits") -> Figure:
@@ -37,10 +39,11 @@ def build(facts: Facts, trial: int | None = None, by: str = "bits") -> Figure:
     assignment = record.assignment
     assert assignment is not None
     layers = facts.layers
-    grid = Grid.of(assignment, layers)
+    schemes: dict[str, Scheme | KeyValue] = {**assignment, **assignment.caches}
+    grid = Grid.of(schemes, layers)
     label = facts.trials.label(trial)
     title = f"{facts.study.name}: layers of {label}"
-    cells = [_Cell(spot, assignment, layers, assignment.trained) for spot in grid.spots]
+    cells = [_Cell(spot, schemes, layers, assignment.trained) for spot in grid.spots]
     rows: list[tuple[Cell, ...]] = [cell.row() for cell in cells]
     values, names = _by_bits(cells) if by == "bits" else _by_scheme(cells)
     scale, colors = steps(values, names)
@@ -56,21 +59,27 @@ class _Cell:
     """What is said of one cell of the grid."""
 
     def __init__(
-        self, spot: Spot, schemes: Mapping[str, Scheme], layers: Mapping[str, Layer], trained: Mapping[str, str]
+        self,
+        spot: Spot,
+        schemes: Mapping[str, Scheme | KeyValue],
+        layers: Mapping[str, Layer],
+        trained: Mapping[str, str],
     ) -> None:
         self.spot = spot
         self.schemes = Counter(str(schemes[name]) for name in spot.names)
-        own = [schemes[name] for name in spot.names]
+        own = [scheme for name in spot.names if not isinstance(scheme := schemes[name], KeyValue)]
+        cached = [scheme for name in spot.names if isinstance(scheme := schemes[name], KeyValue)]
+        self.is_cache = bool(cached)
         known = [layers[name] for name in spot.names if name in layers]
         dtype_bits = 8 * known[0].dtype_bytes if known else 16
-        self.bits = [code_bits(scheme, dtype_bits) for scheme in own]
+        self.bits = [*(code_bits(scheme, dtype_bits) for scheme in own), *(scheme.bits for scheme in cached)]
         self.nbytes = None
         self.stored = None
-        if len(known) == len(spot.names):
-            self.nbytes = sum(layers[name].nbytes(schemes[name]) for name in spot.names)
+        if len(known) == len(own) == len(spot.names):
+            self.nbytes = sum(layer.nbytes(scheme) for layer, scheme in zip(known, own, strict=True))
             self.stored = 8 * self.nbytes / sum(layer.parameters for layer in known)
         self.tied = tuple(name for layer in known for name in layer.tied)
-        self.marks = []
+        self.marks = [CACHE] if cached else []
         if any(kernel_activation(scheme) is not None for scheme in own):
             self.marks.append("a8")
         patterns = sorted({str(scheme.pattern) for scheme in own if isinstance(scheme, Sparse)})
@@ -143,11 +152,13 @@ def _note(cells: Sequence[_Cell], by: str) -> str:
         parts.append("a8: activations in 8 bits too")
     if any(":" in mark or mark.startswith("−") for mark in marks):
         parts.append("2:4 and −n%: pruned")
+    if CACHE in marks:
+        parts.append(f"{CACHE}: the attention's KV cache, which is no layer")
     if TIED in marks:
         parts.append(f"{TIED} a weight that another module shares")
     if TRAINED in marks:
         parts.append(f"{TRAINED} trained after it was quantized")
-    sizes = [cell.nbytes for cell in cells]
+    sizes = [cell.nbytes for cell in cells if not cell.is_cache]
     if None not in sizes:
         parts.append(f"the layers take {numbers.size(sum(size for size in sizes if size is not None))} together")
     return drawing.sentence(parts)

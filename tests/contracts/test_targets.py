@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from autoq import plugins
+from autoq.kv_cache import BITS, Cache, KeyValue
 from autoq.layer import Layer
 from autoq.methods import Method
 from autoq.scheme import Gguf, Keep, parse_scheme
@@ -73,6 +74,13 @@ class TestTarget:
             rule = load(name).refuses(LAYERS[0], parse_scheme(text))
             assert (rule is None) == (name == "generic")
             assert rule is None or ("\n" not in rule and not rule.endswith("."))
+
+    def test_quantized_caches_run_where_nothing_times_or_exports_them(self, name):
+        """A target whose kernels and exports have them is to say so here."""
+        for bits in BITS:
+            rule = load(name).refuses_cache(Cache("attention", 2, 64, 64, 2), KeyValue(bits))
+            assert (rule is None) == (name == "generic")
+            assert rule is None or (rule and "\n" not in rule and not rule.endswith("."))
 
     def test_the_grid_holds_something_to_run_beside_keep(self, name):
         target = load(name)

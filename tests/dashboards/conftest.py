@@ -20,6 +20,7 @@ KL = ("kl_nats_per_token", "nats/token", "minimize")
 SIZE = ("size_bytes", "bytes", "minimize")
 DECODE = ("latency_decode_ms", "ms", "minimize")
 ACCURACY = ("accuracy", "share", "maximize")
+PEAK = ("peak_memory_bytes", "bytes", "minimize")
 ENERGY = ("energy_joule_per_token", "J", "minimize")
 EVIL = "<img src=x onerror=alert(1)></script><script>alert(2)</script>&amp; %{x} " + "long " * 40
 
@@ -214,6 +215,23 @@ def negative(make: Maker) -> int:
     return study
 
 
+def cached(make: Maker) -> int:
+    """Quantized KV caches beside layers."""
+    study = make.study((KL, PEAK), "cached")
+    make.tables(study)
+    caches = [f"model.layers.{block}.self_attn" for block in range(BLOCKS)]
+    for number in range(6):
+        found = [
+            Measurement(KL[0], 0.5 / (number + 1), KL[1], "measured", "search", 0.01),
+            Measurement(PEAK[0], 1e8 * (number + 1), "bytes", "computed", "search"),
+        ]
+        entries = dict.fromkeys(caches[: number // 2 + 1], f"kv{8 if number % 2 else 4}")
+        chosen = Assignment.from_dict(assignment(number).to_dict() | entries)
+        trial = make.store.start_trial(study, number, chosen, "sampler")
+        make.store.finish_trial(trial.id, 1, found, {}, 1.0, "w1")
+    return study
+
+
 STUDIES: dict[str, Callable[[Maker], int]] = {
     "empty": lambda make: make.study(name="empty"),
     "one": one,
@@ -227,6 +245,7 @@ STUDIES: dict[str, Callable[[Maker], int]] = {
     "negative": negative,
     "zeros": zeros,
     "names that are markup": evil,
+    "caches": cached,
 }
 
 

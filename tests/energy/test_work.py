@@ -9,6 +9,7 @@ import pytest
 from autoq.assignment import Assignment
 from autoq.energy import estimate, work
 from autoq.energy.estimate import HOST, per_token
+from autoq.kv_cache import Cache, KeyValue
 from autoq.layer import Layer, ModelInfo
 from autoq.scheme import Keep, parse_scheme
 from autoq.spec import TargetSpec
@@ -194,3 +195,18 @@ def test_the_constants_are_ordered_as_the_hardware_is():
     operation = estimate.HOST.operation
     assert operation["int8"] < operation["bf16"] <= operation["fp8"] < operation["fp16"] < operation["fp32"]
     assert estimate.GPU.byte < estimate.HOST.byte
+
+
+def test_a_quantized_cache_moves_its_own_bytes_and_computes_as_much():
+    cache = Cache("model.layers.0.self_attn", 1, 4, 4, 2, window=16)  # windows do not count, quantized or not
+    info = dataclasses.replace(LLAMA, caches=(cache,))
+    workload = TargetSpec(batch_size=2, prompt_tokens=70)
+    kept, coded = (work.other_work(info, work.DECODE, workload, own) for own in ({}, {cache.name: KeyValue(4)}))
+    assert coded.operations == kept.operations
+    # 71 tokens are read: 2 groups of keys and 7 tokens as they are, 71 values; one of each is written.
+    read = 4 * (2 * (16 + 4) + 7 * 2) + 71 * (2 + 4)
+    assert kept.moved - coded.moved == 2 * (72 * 8 * 2 - read - (4 * 2 + 2 + 4))
+    energies = [
+        per_token(HOST, info, Assignment({}, caches=own), workload).joules for own in ({}, {cache.name: KeyValue(4)})
+    ]
+    assert energies[1] < energies[0]

@@ -270,7 +270,7 @@ class TestSpace:
         assert len(stacks) == 4
         for stack in stacks:
             members = [layer for layer in info.layers if layer.stack == stack]
-            assert list(variables[stack].layers) == members
+            assert list(variables[stack].members) == members
             assert variables[stack].nbytes(parse_scheme("keep")) == sum(layer.parameters * 2 for layer in members)
 
     def test_apart_each_has_its_own(self, info):
@@ -290,7 +290,7 @@ class TestSpace:
             info, exclude=(EXPERT,), overrides=({"match": "*.experts.0.down_proj", "schemes": ["keep"]},)
         )
         (variable,) = (v for v in space.variables if v.name == "model.layers.0.mlp.experts.down_proj")
-        assert EXPERT not in {layer.name for layer in variable.layers}
+        assert EXPERT not in {layer.name for layer in variable.members}
         assert [str(scheme) for scheme in variable.choices] == ["keep"]
 
     def test_a_target_that_runs_them_as_one_refuses_them_apart(self, info):

@@ -1,5 +1,6 @@
 """Each objective against a direct computation, and sizes against hand-counted bytes."""
 
+import dataclasses
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from autoq import plugins
 from autoq.assignment import Assignment
+from autoq.kv_cache import Cache, KeyValue
 from autoq.layer import Layer, ModelInfo
 from autoq.objectives import EnergyObjective, LatencyObjective, Objective, QualityObjective, TableObjective, TokenChunk
 from autoq.scheme import Keep, parse_scheme
@@ -100,3 +102,21 @@ def test_bits_per_weight_counts_scales_and_leaves_a_kept_embedding_out():
         {"block.0.up": parse_scheme("rtn-int8-channel-sym"), "block.0.down": parse_scheme("rtn-int8-channel-sym")}
     )
     assert bits.compute(info(), both, WORKLOAD) == pytest.approx(8 + 8 * (16 + 128) / 1024)
+
+
+def test_peak_memory_is_weights_and_the_caches_of_the_whole_batch():
+    found = get("peak_memory_bytes")
+    caches = (Cache("block.0.attn", 2, 16, 8, 2), Cache("block.1.attn", 2, 16, 8, 2, window=50))
+    model = dataclasses.replace(info(), caches=caches)
+    workload = TargetSpec(batch_size=3, prompt_tokens=70)
+    weights = get("size_bytes").compute(model, Assignment({}), workload)
+    # 70 tokens of 2 heads by 16 + 8 numbers, then 50 of them
+    assert found.compute(model, Assignment({}), workload) == weights + 3 * (70 + 50) * 2 * 24 * 2
+    # keys: 2 groups of 32 4-bit codes with a scale and a zero for each of 32 channels, and 6 tokens as they were;
+    # values: 70 tokens of 2 heads, 8 codes with a scale and a zero
+    coded = Assignment({"block.0.up": parse_scheme("rtn-int4-g32")}, caches={"block.0.attn": KeyValue(4)})
+    saved = weights - get("size_bytes").compute(model, coded, workload)
+    own = 32 * (2 * (16 + 4) + 6 * 2) + 70 * 2 * (4 + 4)
+    assert found.compute(model, coded, workload) == weights - saved + 3 * (own + 50 * 2 * 24 * 2)
+    assert found.refuses(model) is None
+    assert "TinyForCausalLM" in found.refuses(info())

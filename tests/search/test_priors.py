@@ -97,7 +97,7 @@ def test_predicted_losses_are_sums_over_the_layers_of_a_parameter(tiny_model_dir
     }
     prior = make_prior(posed, losses, None)
     for variable in posed.space.variables:
-        sums = [sum(losses[layer.name][str(s)] for layer in variable.layers) for s in variable.choices]
+        sums = [sum(losses[layer.name][str(s)] for layer in variable.members) for s in variable.choices]
         assert prior.losses[variable.name].tolist() == pytest.approx(sums)
 
 

@@ -26,12 +26,12 @@ def setting():
 
 
 def size(space, indices):
-    return sum(v.layers[0].nbytes(v.choices[i]) for v, i in zip(space.variables, indices, strict=True))
+    return sum(v.members[0].nbytes(v.choices[i]) for v, i in zip(space.variables, indices, strict=True))
 
 
 def proposals(space, loss, costs, latencies, count, **limits):
     """Seeds by size, of a model that has a thousand bytes beside its layers; `limits` are without them."""
-    parts = {v.name: np.array([v.layers[0].nbytes(s) for s in v.choices], dtype=np.float64) for v in space.variables}
+    parts = {v.name: np.array([v.members[0].nbytes(s) for s in v.choices], dtype=np.float64) for v in space.variables}
     table = Additive(
         1000.0, parts, *(limits.get(end, none) + 1000.0 for end, none in (("low", -np.inf), ("high", np.inf)))
     )

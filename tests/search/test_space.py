@@ -58,7 +58,7 @@ def test_default_space_is_what_the_target_runs():
 
 def test_choices_are_sorted_by_bytes():
     for variable in space().variables:
-        sizes = [sum(layer.nbytes(scheme) for layer in variable.layers) for scheme in variable.choices]
+        sizes = [sum(layer.nbytes(scheme) for layer in variable.members) for scheme in variable.choices]
         assert sizes == sorted(sizes)
 
 
@@ -76,7 +76,7 @@ def test_fused_layers_share_one_variable():
     found = space(Runtime(fuses=True))
     assert [v.name for v in found.variables] == ["h.0.q+k", "h.0.thin", "h.1.conv"]
     first = found.variables[0]
-    assert sum(layer.nbytes(Keep()) for layer in first.layers) == (64 * 64 + 32 * 64) * 2
+    assert sum(layer.nbytes(Keep()) for layer in first.members) == (64 * 64 + 32 * 64) * 2
 
 
 def test_exclude_and_kinds_and_overrides():

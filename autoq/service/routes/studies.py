@@ -222,7 +222,8 @@ def get_diff(
 
         record = store.study(study.id)
         left, right = documents.named_trial(store, record, a), documents.named_trial(store, record, b)
-        return diff.document(record, left, right, documents.layers(store, record))
+        caches = store.table(study.id, "caches")
+        return diff.document(record, left, right, documents.layers(store, record), caches)
 
     return tagged(request, (study.id, study.changes), make)
 
