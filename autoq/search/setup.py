@@ -135,6 +135,11 @@ class Problem:
         return names if set(names) & set(self.qualities) else [*names, *self.qualities]
 
 
+def warm() -> None:
+    """Import what `pose` needs, which takes seconds, so that the first spec is checked as fast as the second."""
+    assert models.inspect is not None
+
+
 def pose(spec: StudySpec) -> Problem:
     """Check a spec against the model's skeleton, the target and the sampler.
 
