@@ -52,6 +52,11 @@ class Measurement:
             "detail": dict(self.detail),
         }
 
+    @classmethod
+    def from_json(cls, objective: str, document: Mapping[str, Any]) -> Measurement:
+        """The inverse of `to_json`. Raises `KeyError` or `TypeError` for another shape."""
+        return cls(objective=objective, **document)
+
 
 @dataclass(frozen=True)
 class Comparison:

@@ -87,9 +87,10 @@ IMPORTS: dict[str, set[str]] = {
     "display": {"store", "search.observer", "search.sampler_view"},
     "doctor": {"store"},
     "documents": {"display"},
-    "cli": {"display", "documents"},
+    "cli": {"display", "documents", "reading"},
     "service": {"store", "display", "documents"},
-    "client": {"store"},
+    "client": {"store", "documents", "reading", "display"},
+    "reading": {"documents"},
     "studies": set(),
     "dashboards": {"store", "display", "search.sampler_view"},
 }
@@ -106,6 +107,7 @@ LAZY: dict[str, set[str]] = {
     "study": {"search", "display", "dashboards", "shipping", "targets"},
     "doctor": {"targets"},
     "documents": {"study", "targets"},
+    "reading": {"study", "display"},
     "cli": {
         "store",
         "search",
@@ -124,6 +126,7 @@ LAZY: dict[str, set[str]] = {
 # room -> what its modules may import besides, under `if TYPE_CHECKING:` only
 TYPING: dict[str, set[str]] = {
     "documents": {"store"},
+    "reading": {"store"},
     "cli": {"store", "search", "study"},
     "display": {"search", "shipping"},
     "shipping": {"store", "evaluation", "methods"},

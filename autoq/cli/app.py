@@ -120,6 +120,15 @@ Db = Annotated[
     str,
     typer.Option("--db", envvar="AUTOQ_DB", metavar="URL", help="Database: a path (SQLite) or any SQLAlchemy URL."),
 ]
+Server = Annotated[
+    str | None,
+    typer.Option(
+        "--server",
+        envvar="AUTOQ_SERVER",
+        metavar="URL",
+        help="Ask a server instead of a database; its token comes from AUTOQ_TOKEN or AUTOQ_TOKEN_FILE.",
+    ),
+]
 StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="A study's name or id.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 DEFAULT_DB = "autoq.db"

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from autoq.documents import baselines, document, to_csv, within
+from autoq.documents import to_csv
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from autoq.store import Store, StudyRecord
+    from autoq.reading import Frontier, Reader
+    from autoq.store import Store
 
 
 def open_store(db: str) -> Store:
@@ -20,6 +22,21 @@ def open_store(db: str) -> Store:
     from autoq.store import Store
 
     return Store.open(db, create=False)
+
+
+@contextlib.contextmanager
+def reading(db: str, server: str | None) -> Iterator[Reader]:
+    """Who answers: the server at that URL if there is one, else the existing database."""
+    if server is not None:
+        from autoq.client import Server
+
+        with Server.open(server) as found:
+            yield found
+        return
+    from autoq.reading import StoreReader
+
+    with open_store(db) as store:
+        yield StoreReader(store)
 
 
 def print_json(document: Any) -> None:
@@ -36,29 +53,15 @@ def show(parts: Sequence[RenderableType]) -> None:
         out.print(part, soft_wrap=bool(getattr(part, "no_wrap", False)))
 
 
-def print_frontier(
-    store: Store,
-    study: StudyRecord,
-    as_json: bool,
-    maximum: Mapping[str, str] | None = None,
-    minimum: Mapping[str, str] | None = None,
-    as_csv: bool = False,
-) -> None:
-    """The frontier of a study on standard output, within limits on objectives."""
-    points = store.frontier(study.id, with_assignments=as_json)
-    uniform = baselines(store, study)
-    points, uniform = within(study, points, uniform, maximum or {}, minimum or {})
+def print_frontier(found: Frontier, as_json: bool, limited: bool = False, as_csv: bool = False) -> None:
+    """A frontier on standard output; `limited` says that limits left points out."""
     if as_csv:
-        sys.stdout.write(to_csv(study, points))
+        sys.stdout.write(to_csv(found.study, found.points))
         return
-    from autoq.display.hindsight import hindsight
-    from autoq.display.ties import stored_ties
-
-    ties, seen = stored_ties(store, study, points), hindsight(store, study)
     if as_json:
-        print_json(document(study, points, ties) | seen.to_json())
+        print_json(found.to_json())
         return
     from autoq.display import tables
 
-    limited = bool(maximum or minimum)
-    show(tables.frontier(study, points, uniform, tables.console(), limited, ties, seen.lines()))
+    lines = found.hindsight.lines()
+    show(tables.frontier(found.study, found.points, found.baselines, tables.console(), limited, found.ties, lines))

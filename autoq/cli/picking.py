@@ -17,14 +17,33 @@ if TYPE_CHECKING:
 GAP = 0.02  # how far below a bound on the size a pick must be for an offer to be worth a look
 
 
-def tie_line(study: StudyRecord, chosen: TrialRecord, others: list[TrialRecord]) -> str:
+def tie_line(study: StudyRecord, number: int, others: list[TrialRecord]) -> str:
     """One line that names the others, each with its size."""
     from autoq.display.compare import sort_objective
     from autoq.display.numbers import quantity
 
     key = sort_objective(study.objectives)
     named = [f"{t.number} ({quantity(t.best_measurements()[key.name].value, key.unit)})" for t in others]
-    return f"beyond noise trial {chosen.number} is no better than {', '.join(named)}"
+    return f"beyond noise trial {number} is no better than {', '.join(named)}"
+
+
+def picked(
+    store: Store, study: StudyRecord, maximum: Mapping[str, str], minimum: Mapping[str, str], best: str | None
+) -> dict[str, Any]:
+    """The frontier's best trial within limits as JSON, with `no_better_than` and, where there is one, `offer`; says
+    on standard error what these are."""
+    from autoq.documents import tied
+    from autoq.study import pick
+
+    chosen = pick(study, store.frontier(study.id), maximum, minimum, best)
+    others = tied(store, study, chosen, maximum, minimum)
+    found = store.trial(study.id, chosen.number).to_json() | {"no_better_than": [trial.number for trial in others]}
+    if others:
+        sys.stderr.write(tie_line(study, chosen.number, others) + "\n")
+    if (offer := offered(store, study, chosen, maximum, minimum, best)) is not None:
+        found["offer"] = offer
+        sys.stderr.write(offer_line(study, chosen, offer) + "\n")
+    return found
 
 
 def offered(

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from autoq.cli.app import DEFAULT_DB, INTERRUPTED, Db, Json, StudyArgument, app, examples
+from autoq.cli.app import DEFAULT_DB, INTERRUPTED, Db, Json, Server, StudyArgument, app, examples
 from autoq.cli.output import open_store, print_frontier
+from autoq.reading import StoreReader
 
 if TYPE_CHECKING:
     from autoq.store import Store
@@ -83,7 +84,7 @@ def _run(store: Store, study_id: int, db: str, quiet: bool, as_json: bool) -> No
     left = store.study(study_id)
     if left.state != "finished":
         sys.stderr.write(f"study {left.name} was asked to stop and is {left.state}\n")
-    print_frontier(store, left, as_json)
+    print_frontier(StoreReader(store).frontier(left.name, {}, {}, with_assignments=as_json), as_json)
 
 
 @app.command(
@@ -148,13 +149,20 @@ def resume(
     trials: Annotated[
         int | None, typer.Option(help="A new budget of so many trials in all; goes on with a finished study too.")
     ] = None,
+    server: Server = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Go on with a study that was interrupted, or to more trials.
 
-    Nothing that was measured is measured again, and the proposals are those of a run without a break.
+    Nothing that was measured is measured again, and the proposals are those of a run without a break. On a server
+    the study is queued again.
     """
+    if server is not None:
+        from autoq.cli.remote import resume_there
+
+        resume_there(server, study, trials, as_json)
+        return
     with terminable(), open_store(db) as store:
         record = store.study(study)
         if trials is not None:
@@ -163,7 +171,7 @@ def resume(
             raise_budget(store, record.id, trials)
         elif record.state == "finished":
             sys.stderr.write(f"study {record.name} is finished\n")
-            print_frontier(store, record, as_json)
+            print_frontier(StoreReader(store).frontier(record.name, {}, {}, with_assignments=as_json), as_json)
             return
         if record.state == "running" and ((lease := store.queue.lease(record.id)) is None or not lease.live):
             sys.stderr.write(f"study {record.name} did not end properly\n")

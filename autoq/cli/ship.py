@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from autoq.cli.app import DEFAULT_DB, Db, Json, StudyArgument, app, examples
+from autoq.cli.app import DEFAULT_DB, Db, Json, Server, StudyArgument, app, examples
 from autoq.cli.output import open_store, print_json, show
 from autoq.documents import named_trial
 
@@ -49,14 +49,20 @@ def export(
         typer.Option(metavar="NAME", help="The runtime to write for; default: the study's."),
     ] = None,
     db: Db = DEFAULT_DB,
+    server: Server = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Write a trial as a checkpoint that its runtime loads.
 
     The folder also holds a model card, the assignment, and a manifest with the measurements and the
-    hash of every file. Check it with `autoq verify DIR`.
+    hash of every file. Check it with `autoq verify DIR`. A server exports and verifies, and the folder is fetched.
     """
+    if server is not None:
+        from autoq.cli.remote import export_there
+
+        export_there(server, study, trial, out, target, quiet, as_json)
+        return
     gc.enable()
     from autoq.shipping.export import export as write
 

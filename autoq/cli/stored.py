@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from autoq.cli.app import DEFAULT_DB, Db, Json, StudyArgument, app, examples
-from autoq.cli.output import open_store, print_frontier, print_json, show
-from autoq.documents import choices, document, layers, named_trial, pairs, tied
+from autoq.cli.app import DEFAULT_DB, Db, Json, Server, StudyArgument, app, examples
+from autoq.cli.output import open_store, print_frontier, print_json, reading, show
+from autoq.documents import choices, document, pairs
 from autoq.documents import targets as all_targets
 from autoq.errors import BadInput
 
@@ -34,20 +34,17 @@ class TrialStateName(StrEnum):
 
 
 @app.command(epilog=examples("autoq studies", "autoq studies --json --db runs.db"))
-def studies(db: Db = DEFAULT_DB, as_json: Json = False) -> None:
-    """List the studies of a database."""
-    with open_store(db) as store:
-        from autoq.display.hindsight import stored_hindsight
-
-        found = store.studies()
-        seen = {summary.id: stored_hindsight(store, summary.id) for summary in found}
+def studies(db: Db = DEFAULT_DB, server: Server = None, as_json: Json = False) -> None:
+    """List the studies of a database or a server."""
+    with reading(db, server) as reader:
+        found = reader.studies()
     if as_json:
-        print_json({"studies": [summary.to_json() | seen[summary.id].to_json() for summary in found]})
+        print_json({"studies": [summary.to_json() | seen.to_json() for summary, seen in found]})
         return
     from autoq.display import tables
 
-    views = {summary.name: seen[summary.id].sampler_view for summary in found}
-    show([*tables.studies(found), *tables.sampler_views(views)])
+    views = {summary.name: seen.sampler_view for summary, seen in found}
+    show([*tables.studies([summary for summary, _ in found]), *tables.sampler_views(views)])
 
 
 @app.command(epilog=examples("autoq trials demo", "autoq trials demo --state failed", "autoq trials demo --limit 10"))
@@ -56,13 +53,14 @@ def trials(
     db: Db = DEFAULT_DB,
     state: Annotated[TrialStateName | None, typer.Option(help="Only trials in this state.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many, the first ones.")] = None,
+    server: Server = None,
     as_json: Json = False,
 ) -> None:
     """List the trials of a study in the order of their numbers."""
-    with open_store(db) as store:
-        record = store.study(study)
+    with reading(db, server) as reader:
+        record = reader.study(study)
         states = None if state is None else (state.value,)
-        found = store.trials(record.id, states=states, with_assignments=as_json, limit=limit)  # type: ignore[arg-type]
+        found = reader.trials(study, states, limit, with_assignments=as_json)  # type: ignore[arg-type]
     if as_json:
         print_json(document(record, found))
         return
@@ -79,6 +77,7 @@ def frontier(
     db: Db = DEFAULT_DB,
     maximum: Maximum = None,
     minimum: Minimum = None,
+    server: Server = None,
     as_json: Json = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")] = False,
 ) -> None:
@@ -90,9 +89,10 @@ def frontier(
     """
     if as_json and as_csv:
         raise BadInput("give either --json or --csv, not both")
-    with open_store(db) as store:
-        record = store.study(study)
-        print_frontier(store, record, as_json, pairs(maximum or (), "--max"), pairs(minimum or (), "--min"), as_csv)
+    upper, lower = pairs(maximum or (), "--max"), pairs(minimum or (), "--min")
+    with reading(db, server) as reader:
+        found = reader.frontier(study, upper, lower, with_assignments=as_json)
+    print_frontier(found, as_json, bool(upper or lower), as_csv)
 
 
 @app.command(
@@ -114,6 +114,7 @@ def pick(
         int | None,
         typer.Option(min=1, metavar="N", help="First measure up to N assignments that the study's model offers here."),
     ] = None,
+    server: Server = None,
     as_yaml: Annotated[bool, typer.Option("--yaml", help="Print YAML (the default).")] = False,
     as_json: Json = False,
 ) -> None:
@@ -129,22 +130,23 @@ def pick(
         raise BadInput("--refine needs a limit to refine at: give --max or --min")
     from autoq.cli import picking
     from autoq.study import bounds
-    from autoq.study import pick as choose
 
-    with open_store(db) as store:
-        record = store.study(study)
+    if server is not None:
         if refine is not None:
-            picking.refine(store, record, bounds(record, upper, lower), best, refine)
-        chosen = choose(record, store.frontier(record.id), upper, lower, best)
-        found = store.trial(record.id, chosen.number).to_json()
-        others = tied(store, record, chosen, upper, lower)
-        found["no_better_than"] = [trial.number for trial in others]
-        offer = picking.offered(store, record, chosen, upper, lower, best)
-    if others:
-        sys.stderr.write(picking.tie_line(record, chosen, others) + "\n")
-    if offer is not None:
-        found["offer"] = offer
-        sys.stderr.write(picking.offer_line(record, chosen, offer) + "\n")
+            raise BadInput("--refine measures here; ask a server for it on its page, or give --db")
+        with reading(db, server) as reader:
+            found = reader.pick(study, upper, lower, best)
+            points = reader.frontier(study, upper, lower, with_assignments=False) if found["no_better_than"] else None
+        if points is not None:
+            by_number = {trial.number: trial for trial in points.points}
+            others = [by_number[number] for number in found["no_better_than"] if number in by_number]
+            sys.stderr.write(picking.tie_line(points.study, found["number"], others) + "\n")
+    else:
+        with open_store(db) as store:
+            record = store.study(study)
+            if refine is not None:
+                picking.refine(store, record, bounds(record, upper, lower), best, refine)
+            found = picking.picked(store, record, upper, lower, best)
     if as_json:
         print_json(found)
         return
@@ -164,6 +166,7 @@ def diff(
     a: Annotated[str, typer.Argument(metavar="A", help="A trial's number, or a baseline's name.")],
     b: Annotated[str, typer.Argument(metavar="B", help="The other one.")],
     db: Db = DEFAULT_DB,
+    server: Server = None,
     as_json: Json = False,
 ) -> None:
     """Show the layers and KV caches that differ between two trials.
@@ -172,10 +175,8 @@ def diff(
     """
     from autoq.display import diff as display
 
-    with open_store(db) as store:
-        record = store.study(study)
-        left, right = named_trial(store, record, a), named_trial(store, record, b)
-        found = display.document(record, left, right, layers(store, record), store.table(record.id, "caches"))
+    with reading(db, server) as reader:
+        found = reader.diff(study, a, b)
     if as_json:
         print_json(found)
     else:

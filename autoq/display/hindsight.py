@@ -25,6 +25,12 @@ class Hindsight:
         view = None if self.sampler_view is None else self.sampler_view.to_json()
         return {"optimism": self.optimism, "sampler_view": view}
 
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Hindsight:
+        """The inverse of `to_json`; what else the document has is left alone."""
+        view = document["sampler_view"]
+        return cls(document["optimism"], None if view is None else SamplerView(**view))
+
     def lines(self) -> list[str]:
         """A line for each."""
         found = []

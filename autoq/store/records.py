@@ -34,6 +34,25 @@ def _iso(moment: datetime | None) -> str | None:
     return moment.isoformat() if moment else None
 
 
+def _moment(text: str | None) -> datetime | None:
+    return datetime.fromisoformat(text) if text else None
+
+
+_STUDY_MOMENTS = ("started_at", "finished_at", "queued_at")
+
+
+def _study_fields(document: Mapping[str, Any]) -> dict[str, Any]:
+    """What study and summary have in common, from their JSON."""
+    plain = ("id", "state", "message", "owner", "priority", "changes")
+    return {
+        **{name: document[name] for name in plain},
+        "name": document["study"],
+        "objectives": tuple(StudyObjective(**objective) for objective in document["objectives"]),
+        "created_at": datetime.fromisoformat(document["created_at"]),
+        **{name: _moment(document[name]) for name in _STUDY_MOMENTS},
+    }
+
+
 @dataclass(frozen=True)
 class StudyRecord:
     """One study, without its trials.
@@ -90,6 +109,11 @@ class StudyRecord:
             "finished_at": _iso(self.finished_at),
         }
 
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> StudyRecord:
+        """The inverse of `to_json`, without plan and sampler state; what else the document has is left alone."""
+        return cls(**_study_fields(document), spec=document["spec"], sampler_attrs={}, plan=None)
+
 
 @dataclass(frozen=True)
 class StudySummary:
@@ -142,6 +166,12 @@ class StudySummary:
             "started_at": _iso(self.started_at),
             "finished_at": _iso(self.finished_at),
         }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> StudySummary:
+        """The inverse of `to_json`; what else the document has is left alone."""
+        named = {name: document[name] for name in ("model", "target", "frontier")}
+        return cls(**_study_fields(document), **named, **document["trials"])
 
 
 @dataclass(frozen=True)
@@ -246,3 +276,27 @@ class TrialRecord:
             "created_at": _iso(self.created_at),
             "finished_at": _iso(self.finished_at),
         }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> TrialRecord:
+        """The inverse of `to_json`; what a document does not say (ids, sampler state) is 0 or empty."""
+        plain = (
+            *("study", "number", "state", "origin", "baseline", "hash", "duplicate_of", "feasible", "on_frontier"),
+            *("violations", "worker", "seconds", "parent", "recovery"),
+        )
+        told = {name: Measurement.from_json(name, found) for name, found in document["measurements"].items()}
+        told_of_search = {name: Measurement.from_json(name, found) for name, found in document["search"].items()}
+        measured = [*told_of_search.values(), *told.values()]
+        return cls(
+            **{name: document[name] for name in plain},
+            id=0,
+            study_id=0,
+            attempt=0,
+            changed=0,
+            sampler_attrs={},
+            error=None if document["error"] is None else TrialError(**document["error"]),
+            created_at=datetime.fromisoformat(document["created_at"]),
+            finished_at=_moment(document["finished_at"]),
+            measurements={(m.objective, m.part): m for m in measured},
+            assignment=None if document["assignment"] is None else Assignment.from_dict(document["assignment"]),
+        )
