@@ -16,6 +16,7 @@ class AutoQError(Exception):
     """Something failed; run again with --debug for the traceback."""
 
     exit_code = 1
+    field: str | None = None  # which one of the input it is about, as a path, where that is known
 
     def __init__(self, message: str | None = None) -> None:
         super().__init__(message or inspect.cleandoc(self.__doc__ or ""))

@@ -20,7 +20,7 @@ from autoq.errors import BadInput, SpecError, UnknownName
 from autoq.kv_cache import BITS, parse_key_value
 from autoq.scheme import MAX_BITS, MIN_BITS, Activation, FloatFormat, ZeroPoint, parse_scheme
 from autoq.sparsity import SPARSITY_CHOICES, parse_pattern
-from autoq.spec_errors import one_line, short
+from autoq.spec_errors import field_path, one_line, short
 from autoq.spec_units import parse_bytes, parse_seconds
 
 _BLOCK = re.compile(r"(\d{1,5})x(\d{1,5})", re.ASCII)
@@ -475,7 +475,9 @@ def build_spec(tree: Mapping[str, Any]) -> StudySpec:
     try:
         return StudySpec.model_validate(tree)
     except ValidationError as problem:
-        raise SpecError(one_line(problem, StudySpec)) from None
+        refused = SpecError(one_line(problem, StudySpec))
+        refused.field = field_path(problem.errors(include_url=False)[0]["loc"])
+        raise refused from None
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

@@ -55,6 +55,11 @@ def _key(key: int | str) -> str:
     return key[:80] if isinstance(key, str) and key.isprintable() else short(key)
 
 
+def field_path(path: Iterable[int | str]) -> str:
+    """Where a mistake is, for programs: keys as they are, but for their length."""
+    return ".".join(str(key)[:80] for key in path)
+
+
 _KINDS = {
     "int_type": "must be a whole number",
     "float_type": "must be a number",

@@ -8,6 +8,7 @@ closed and bounded by itself.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from typing import Any
@@ -16,7 +17,7 @@ from fastapi import Depends, FastAPI
 
 import autoq
 from autoq.service import answers, errors, routes
-from autoq.service.auth import Authenticate, Guard
+from autoq.service.auth import PUBLIC, Authenticate, Guard
 from autoq.service.compression import Gzip
 from autoq.service.context import studied
 from autoq.service.events import Hub
@@ -83,6 +84,7 @@ def create_app(
     errors.install(app)
     for found in sorted(pkgutil.iter_modules(routes.__path__), key=lambda module: module.name):
         app.include_router(importlib.import_module(f"autoq.service.routes.{found.name}").router)
+    app.openapi = functools.partial(_described, app)  # type: ignore[method-assign]
     # The last one added is the first to see a request.
     app.add_middleware(Bodies, settings=settings)
     app.add_middleware(Guard)
@@ -94,3 +96,15 @@ def create_app(
     app.add_middleware(Secured, settings=settings)
     app.add_middleware(Measured, metrics=metrics)
     return app
+
+
+def _described(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI description, with how one says who one is."""
+    if app.openapi_schema is None:
+        told = FastAPI.openapi(app)
+        told["components"]["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
+        told["security"] = [{"bearer": []}]
+        for path in PUBLIC & told["paths"].keys():
+            for operation in told["paths"][path].values():
+                operation["security"] = []
+    return app.openapi_schema or {}

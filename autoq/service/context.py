@@ -51,17 +51,21 @@ def studied(request: Request) -> None:
         known = _parameters(route)
         for name in request.query_params:
             if name not in known:
-                raise BadInput(f"{name[:80]}: no such parameter; choose from {', '.join(known) or '(there are none)'}")
+                choices = ", ".join(sorted(known)) or "(there are none)"
+                raise BadInput(f"{name[:80]}: no such parameter; choose from {choices}")
+            if not known[name] and len(request.query_params.getlist(name)) > 1:
+                raise BadInput(f"{name}: is given more than once")
 
 
-def _parameters(route: APIRoute) -> list[str]:
-    """The names of the parameters that a route takes in its query."""
-    found, waiting = set(), [route.dependant]
+def _parameters(route: APIRoute) -> dict[str, bool]:
+    """The names of the parameters that a route takes in its query, and whether it takes several of each."""
+    found: dict[str, bool] = {}
+    waiting = [route.dependant]
     while waiting:
         one = waiting.pop()
-        found |= {str(parameter.alias) for parameter in one.query_params}
+        found |= {str(p.alias): "list[" in str(p.field_info.annotation) for p in one.query_params}
         waiting += one.dependencies
-    return sorted(found)
+    return found
 
 
 def _visible(

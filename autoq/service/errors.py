@@ -22,8 +22,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from autoq.errors import AutoQError, BadInput, Conflict, LimitReached, NotFound, StoreError
-from autoq.spec import StudySpec
-from autoq.spec_errors import line_of
+from autoq.spec_errors import field_path, line_of
 
 log = logging.getLogger("autoq.service")
 _STATUS: tuple[tuple[type[AutoQError], int], ...] = (
@@ -35,7 +34,6 @@ _STATUS: tuple[tuple[type[AutoQError], int], ...] = (
     (AutoQError, 409),  # asked for well, and what is stored does not have it
 )
 _FIELD = re.compile(r"([A-Za-z_]\w*(?:\.[\w*:%-]+)*): ")
-_SECTIONS = frozenset(StudySpec.model_fields)
 _SAID = {400: "the request cannot be read", 404: "there is nothing here", 405: "this address does not take {method}"}
 
 
@@ -64,10 +62,10 @@ def status_of(problem: AutoQError) -> int:
     return next(status for kind, status in _STATUS if isinstance(problem, kind))
 
 
-def field_of(message: str) -> str | None:
-    """The field that a message begins with, where it names one of the spec or of a request."""
-    found = _FIELD.match(message)
-    return found[1] if found else None
+def field_of(problem: AutoQError) -> str | None:
+    """The field that an error is about: as it says, or as its message begins with one."""
+    found = _FIELD.match(str(problem))
+    return problem.field if problem.field is not None else found[1] if found else None
 
 
 def _answer(request: Request, status: int, message: str, field: str | None, headers: Mapping[str, str]) -> Response:
@@ -89,8 +87,7 @@ async def _autoq(request: Request, problem: Exception) -> Response:
         log.warning("%s", problem)
         request.app.state.metrics.database_errors.inc()
         return _answer(request, status, "the database cannot be used at the moment", None, headers)
-    field = getattr(problem, "field", None) or field_of(str(problem))
-    return _answer(request, status, str(problem), field, headers)
+    return _answer(request, status, str(problem), field_of(problem), headers)
 
 
 async def _invalid(request: Request, problem: Exception) -> Response:
@@ -101,7 +98,7 @@ async def _invalid(request: Request, problem: Exception) -> Response:
         # Where the whole body is wrong, it has no name but this one.
         errors.append({**error, "loc": tuple(path) or (place,)})
     message = line_of(errors, _body_of(request) if problem.errors()[0]["loc"][0] == "body" else None)
-    return _answer(request, 422, message, ".".join(str(key)[:80] for key in errors[0]["loc"]), {})
+    return _answer(request, 422, message, field_path(errors[0]["loc"]), {})
 
 
 def _body_of(request: Request) -> type[BaseModel] | None:
@@ -148,19 +145,13 @@ class Bugs:
                 raise
             status = status_of(problem)
             message = "the database cannot be used at the moment" if status == 503 else str(problem)
-            answer = error_response(status, message, field_of(message), getattr(problem, "headers", {}))
+            answer = error_response(status, message, field_of(problem), getattr(problem, "headers", {}))
             await answer(scope, receive, send)
         except Exception:
             log.exception("a request failed: %s", scope.get("method"))
             if begun:
                 raise
             await error_response(500, "an internal error; the server's log has it")(scope, receive, send)
-
-
-def spec_field(message: str) -> str | None:
-    """The field of the spec that one of its errors begins with."""
-    field = field_of(message)
-    return field if field is not None and field.partition(".")[0] in _SECTIONS else None
 
 
 def as_json(document: Any) -> bytes:

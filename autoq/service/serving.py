@@ -7,6 +7,7 @@ back to whoever serves next), studies that run go on in their own processes unti
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 from collections.abc import Callable
@@ -54,7 +55,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host.strip("[]"), port), family=family, backlog=2048)
     except (OSError, OverflowError) as problem:
-        reason = getattr(problem, "strerror", None) or problem
+        number = getattr(problem, "errno", None)
+        reason = problem if number is None or number < 0 else os.strerror(number)
         raise AutoQError(f"cannot listen on {host}:{port}: {reason}") from None
 
 

@@ -48,7 +48,10 @@ class Whose:
 
     def clause(self) -> sa.ColumnElement[bool]:
         """The condition on `models.studies`."""
-        return sa.true() if self.all else m.studies.c.owner == self.user
+        if self.all:
+            return sa.true()
+        # A study without an owner is not everybody's.
+        return sa.false() if self.user is None else m.studies.c.owner == self.user
 
 
 class Feed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 ExportState = Literal["queued", "running", "finished", "failed", "removed"]
 WorkerState = Literal["loading", "idle", "busy"]
@@ -45,6 +45,15 @@ class LeaseRecord:
     epoch: int
     until: datetime
     live: bool
+
+
+class StudyInLine(NamedTuple):
+    """A study that waits: whose it is, and what its place depends on."""
+
+    id: int
+    owner: str | None
+    priority: int
+    queued_at: datetime
 
 
 @dataclass(frozen=True)

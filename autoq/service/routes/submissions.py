@@ -11,7 +11,7 @@ from autoq import documents
 from autoq.errors import AutoQError, BadInput, StoreError
 from autoq.service.answers import answer
 from autoq.service.context import Asks, Configured, Stored, Visible
-from autoq.service.errors import Refusal, spec_field
+from autoq.service.errors import Refusal, field_of
 from autoq.service.requests import CheckBody, RefineBody, ResumeBody, SubmitBody
 from autoq.service.schemas import CheckAnswer, OfferAnswer, StudyAnswer
 from autoq.service.submitting import backroom_of, read_spec
@@ -57,7 +57,7 @@ async def check_spec(request: Request, settings: Configured, asker: Asks, body: 
     except (Refusal, StoreError):
         raise
     except AutoQError as problem:
-        told |= {"ok": False, "message": str(problem), "field": spec_field(str(problem))}
+        told |= {"ok": False, "message": str(problem), "field": field_of(problem)}
     return answer(told)
 
 

@@ -231,3 +231,21 @@ def serve(template, tmp_path):
             return process
 
         yield start
+
+
+@pytest.fixture
+def conftest_routes():
+    """`routes`, for other files."""
+    return routes
+
+
+@pytest.fixture(scope="session")
+def desk() -> Desk:
+    """A backroom."""
+    return Desk()
+
+
+@pytest.fixture(scope="session")
+def runs() -> Runs:
+    """A scheduler."""
+    return Runs()

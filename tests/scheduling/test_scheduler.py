@@ -1,0 +1,218 @@
+"""The scheduler with real processes that are killed, cancelled, preempted and left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import psutil
+import pytest
+
+from autoq.search.holding import holding
+from autoq.service.scheduler import Scheduler
+from autoq.store import holders
+
+
+@pytest.fixture
+def schedule(store, runner, tmp_path):
+    """Start a scheduler; every one is stopped at the end."""
+    started = []
+
+    def start(slots=1, **options):
+        options = {"quantum": 0.5, "folder": tmp_path / "server", "runner": runner, **options}
+        scheduler = Scheduler(store, slots, **options)
+        scheduler.start()
+        started.append(scheduler)
+        return scheduler
+
+    yield start
+    for scheduler in started:
+        scheduler.stop(5)
+        assert scheduler._running == {}
+
+
+def state(store, study_id):
+    return store.study(study_id).state
+
+
+def ended(store, study_id):
+    return [(trial.number, trial.state) for trial in store.trials(study_id)]
+
+
+def complete(count):
+    return [(number, "complete") for number in range(count)]
+
+
+def test_what_is_queued_runs_and_ends(store, submit, schedule, until):
+    ids = [submit("ann"), submit("bob")]
+    scheduler = schedule(slots=2)
+    until(lambda: all(state(store, i) == "finished" for i in ids))
+    assert [ended(store, i) for i in ids] == [complete(3)] * 2
+    until(lambda: scheduler.counts()["studies_running"] == 0 and not scheduler._running)
+    assert scheduler.counts() | {"slots": 2} == {
+        "studies_queued": 0, "studies_running": 0, "exports_queued": 0, "exports_running": 0,
+        "started": 2, "yielded": 0, "crashed": 0, "busy": 0, "slots": 2,
+    }  # fmt: skip
+    assert scheduler.log(ids[0]) == "trial 0\ntrial 1\ntrial 2\n"
+    assert scheduler.problem is None
+
+
+@pytest.mark.slow
+def test_two_owners_on_one_slot_take_turns_and_both_end_with_what_they_should_have(store, submit, schedule, until):
+    first, second = submit("ann", 30, 100), submit("bob", 30, 100)
+    scheduler = schedule()
+    until(lambda: all(state(store, i) == "finished" for i in (first, second)))
+    assert ended(store, first) == ended(store, second) == complete(30)
+    # By turns: the second one had begun long before the first one had ended.
+    began = min(trial.created_at for trial in store.trials(second))
+    assert began < store.trial(first, 29).created_at
+    assert scheduler.counts()["yielded"] >= 2
+    assert scheduler.counts()["crashed"] == 0
+
+
+def test_a_runner_that_is_killed_is_followed_by_another(store, submit, schedule, until):
+    study = submit("ann", 8, 200)
+    scheduler = schedule()
+    until(lambda: len(ended(store, study)) >= 2)
+    scheduler._running[study].process.send_signal(signal.SIGKILL)
+    until(lambda: state(store, study) == "finished")
+    assert scheduler.counts()["crashed"] == 1
+    assert [number for number, _ in ended(store, study)] == list(range(8))
+    assert {each for _, each in ended(store, study)} <= {"complete", "failed"}
+    assert scheduler.log(study)
+
+
+def test_what_crashes_again_and_again_is_given_up_with_the_reason(store, submit, schedule, until):
+    study = submit("ann", name="crash", trials=200)
+    scheduler = schedule()
+    # Each run ends the trial that the last one left, which is progress; without it four are enough.
+    until(lambda: scheduler.counts()["crashed"] >= 2)
+    message = store.study(study).message or ""
+    assert "SIGSEGV (a fault in native code)" in message or state(store, study) == "running"
+    store.queue.cancel(study)
+    until(lambda: state(store, study) == "cancelled")
+
+
+def test_a_runner_that_cannot_start_is_tried_four_times(store, submit, schedule, until, tmp_path):
+    study = submit("ann")
+    schedule(runner=(sys.executable, "-c", "import sys; sys.stderr.write('no such thing'); sys.exit(3)"))
+    until(lambda: state(store, study) == "failed")
+    assert store.study(study).message == (
+        "its process ended with code 3; its log says why, 4 times without a new trial"
+    )
+    assert store.table(study, "log") == {"text": "no such thing"}
+
+
+def test_cancelled_in_the_middle_it_stops_after_its_trial_and_resumes_to_more(store, submit, schedule, until):
+    study = submit("ann", 400, 100)
+    scheduler = schedule()
+    until(lambda: len(ended(store, study)) >= 2)
+    assert store.queue.cancel(study).request == "cancel"
+    scheduler.wake()
+    until(lambda: state(store, study) == "cancelled")
+    had = ended(store, study)
+    assert had == complete(len(had))
+    assert len(had) < 400
+    until(lambda: study not in scheduler._running)
+    store.queue.enqueue(study, trials=len(had) + 2)
+    scheduler.wake()
+    until(lambda: state(store, study) == "finished")
+    assert ended(store, study) == complete(len(had) + 2)
+
+
+def test_a_trial_that_does_not_end_is_ended_by_force_when_it_is_cancelled(store, submit, schedule, until):
+    study = submit("ann", name="stubborn")
+    schedule(patience=0.3)
+    until(lambda: ended(store, study))
+    store.queue.cancel(study)
+    until(lambda: state(store, study) == "cancelled", 30)
+
+
+def test_stopping_leaves_everything_queued_and_no_process(store, submit, schedule, until):
+    ids = [submit("ann", 400, 100), submit("bob", 400, 100)]
+    scheduler = schedule(slots=2)
+    until(lambda: all(len(ended(store, i)) >= 1 for i in ids))
+    pids = [slot.process.pid for slot in scheduler._running.values()]
+    scheduler.stop(10)
+    assert [state(store, i) for i in ids] == ["queued"] * 2
+    assert [trial for i in ids for trial in ended(store, i) if trial[1] != "complete"] == []
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+SERVER = """
+import sys, time
+from pathlib import Path
+from autoq.service.scheduler import Scheduler
+from autoq.store import Store
+scheduler = Scheduler(Store.open(sys.argv[1]), 1, folder=Path(sys.argv[2]), runner=(sys.executable, sys.argv[3]))
+scheduler.start()
+time.sleep(1000)
+"""
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_leaves_its_runner_which_the_next_one_knows(
+    store, submit, schedule, until, tmp_path, runner
+):
+    study, other = submit("ann", 60, 100), submit("bob", 2)
+    command = [sys.executable, "-c", textwrap.dedent(SERVER), store.address, str(tmp_path / "server"), runner[1]]
+    with subprocess.Popen(command) as server:
+        until(lambda: len(ended(store, study)) >= 2)
+        server.kill()
+    process = holders.process_of(store.queue.lease(study).holder)
+    assert process is not None, "the runner went with its server"
+    scheduler = schedule(quantum=1000.0)
+    until(lambda: study in scheduler._running)
+    assert scheduler._running[study].process is None
+    assert scheduler.counts()["started"] == 0
+    until(lambda: state(store, study) == "finished" and state(store, other) == "finished")
+    assert ended(store, study) == complete(60)
+    assert {trial.worker for trial in store.trials(study)} == {str(process.pid)}, "it was started twice"
+    assert scheduler.counts()["started"] == 1
+
+
+@pytest.mark.slow
+def test_what_dies_with_its_server_is_queued_again_by_the_next_one(store, submit, schedule, until, tmp_path, runner):
+    study = submit("ann", 30, 100)
+    command = [sys.executable, "-c", textwrap.dedent(SERVER), store.address, str(tmp_path / "server"), runner[1]]
+    with subprocess.Popen(command) as server:
+        until(lambda: len(ended(store, study)) >= 2)
+        server.kill()
+        os.kill(holders.process_of(store.queue.lease(study).holder).pid, signal.SIGKILL)
+    assert state(store, study) == "running"
+    scheduler = schedule()
+    until(lambda: state(store, study) == "finished")
+    assert len(ended(store, study)) == 30
+    assert scheduler.counts()["crashed"] == 1
+
+
+def test_studies_that_were_never_queued_are_none_of_its_business(store, submit, schedule, until):
+    queued = submit("ann")
+    own = store.create_study(store.study(queued).study_spec(), [("size_bytes", "bytes", "minimize")])
+    store.set_state(own.id, "running")  # as a killed `autoq search` leaves it
+    scheduler = schedule()
+    until(lambda: state(store, queued) == "finished")
+    assert state(store, own.id) == "running"
+    assert scheduler.counts()["crashed"] == 0
+
+
+def test_a_queued_study_that_somebody_runs_elsewhere_is_not_run_twice(store, submit, schedule, until):
+    study, other = submit("ann"), submit("bob")
+    with holding(store, study):
+        scheduler = schedule(slots=2)
+        until(lambda: state(store, other) == "finished")
+        assert ended(store, study) == []
+        assert scheduler.counts()["started"] == 1
+    until(lambda: state(store, study) == "finished")
+
+
+def test_a_server_loads_no_model():
+    probe = (
+        "import sys, autoq.service.scheduler, autoq.service.exporting, autoq.service.jobs\n"
+        "print(sorted({'torch', 'transformers', 'optuna', 'ray', 'plotly', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"
