@@ -269,47 +269,23 @@ class Study:
 
         return recover_trial(self._store, self.id, number, Training(steps, tokens, windows, rate, seed), observer)
 
-    def plot_frontier(self, x: str | None = None, y: str | None = None) -> go.Figure:
-        """The frontier and the baselines as a Plotly figure: size against quality unless told otherwise.
+    def plot(self, figure: str, *, theme: str = "light", **options: object) -> go.Figure:
+        """One of the dashboard's figures as a Plotly figure, in a `light` or `dark` theme.
 
-        Bars are one standard error. Raises `UnknownName` for an objective that is not of this study.
+        Raises `UnknownName` with the choices for a figure, an option, an objective or a theme that is not there, and
+        `BadInput` for other values.
         """
-        from autoq.display.compare import quality_objective, sort_objective
-
         graph = _optional("plotly.graph_objects")
-        record = self.record
-        names = [objective.name for objective in record.objectives]
-        x = x or sort_objective(record.objectives).name
-        y = y or (quality_objective(record.objectives) or record.objectives[0]).name
-        for name in (x, y):
-            if name not in names:
-                raise UnknownName("objective of this study", name, names)
-        frontier = self._store.frontier(self.id)
-        complete = self._store.trials(self.id, states=("complete",))
-        groups = {
-            "frontier": [trial for trial in frontier if trial.baseline is None],
-            "baselines": [trial for trial in complete if trial.baseline is not None],
-        }
-        figure = graph.Figure()
-        for label, trials in groups.items():
-            trials.sort(key=lambda trial: trial.best_measurements()[x].value)
-            across = [trial.best_measurements()[x] for trial in trials]
-            up = [trial.best_measurements()[y] for trial in trials]
-            figure.add_scatter(
-                x=[m.value for m in across],
-                y=[m.value for m in up],
-                error_y={"type": "data", "array": [m.stderr or 0.0 for m in up]},
-                mode="markers",
-                name=label,
-                text=[trial.baseline or f"trial {trial.number}" for trial in trials],
-                customdata=[[f"{b.kind}, {b.part} part"] for b in up],
-                hovertemplate="%{text}<br>%{x:.4s}<br>%{y:.4g} (%{customdata[0]})<extra></extra>",
-            )
-        units = {objective.name: objective.unit for objective in record.objectives}
-        figure.update_layout(
-            title=record.name, xaxis_title=f"{x} ({units[x]})", yaxis_title=f"{y} ({units[y]})", template="plotly_white"
-        )
-        return figure
+        view = importlib.import_module("autoq.dashboards.study_view")
+        made = view.figure(self._store, self.id, figure, **options)
+        return graph.Figure(made.themed(theme)).update_layout(title_text=made.title)
+
+    def plot_frontier(self, x: str | None = None, y: str | None = None, **options: Any) -> go.Figure:
+        """The frontier, the baselines and what they beat: size against quality unless told otherwise.
+
+        Bars are one standard error. `options` and errors are those of `plot`.
+        """
+        return self.plot("frontier", x=x, y=y, **options)
 
 
 def _optional(module: str) -> Any:

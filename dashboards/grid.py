@@ -118,9 +118,10 @@ class Grid:
         }
 
 
-def steps(values: Mapping[int, int], names: Sequence[str]) -> tuple[dict[str, Any], dict[int, str]]:
+def steps(
+    values: Mapping[int, int], names: Sequence[str], shades: Sequence[str]
+) -> tuple[dict[str, Any], dict[int, str]]:
     """A colour scale of as many steps as there are names, for values 0, 1, …; and the colour of each value."""
-    shades = palette.spread(len(names))
     scale: list[list[float | str]] = []
     for place, shade in enumerate(shades):
         scale += [[place / len(names), shade], [(place + 1) / len(names), shade]]
@@ -141,7 +142,9 @@ def _place(name: str, layer: Layer | None) -> tuple[str, int | None, str]:
 
 def _broken(module: str) -> str:
     """A module's name as a header, in two lines."""
-    head, dot, tail = drawing.safe(module).rpartition("." if module != OUTSIDE else " ")
+    if module == OUTSIDE:
+        return "outside the<br>blocks"
+    head, dot, tail = drawing.safe(module).rpartition(".")
     return f"{head}{dot}<br>{tail}" if head else tail
 
 

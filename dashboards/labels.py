@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-WIDTH, HEIGHT = 720.0, 380.0  # of a plot, in pixels; a wider one has more room
+WIDTH, HEIGHT = 720.0, 300.0  # of a plot, in pixels; a wider one has more room
 _LETTER, _LINE, _GAP, _DOT = 7.0, 16.0, 9.0, 5.0
 _PLACES = (
     *("middle right", "middle left", "top center", "bottom center"),

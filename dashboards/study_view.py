@@ -16,7 +16,7 @@ from autoq.layer import Layer
 
 from . import figures
 from .columns import Trials
-from .volume import Curve
+from .volume import Curve, sparkline
 
 if TYPE_CHECKING:
     from autoq.store import Store, StudyRecord, TrialRecord
@@ -135,6 +135,11 @@ class View:
         """The hypervolume of the trials so far."""
         self._curve = Curve.of(self.study.objectives, self.trials, self._curve)
         return self._curve
+
+    def sparkline(self) -> dict[str, object]:
+        """The hypervolume in at most 60 numbers and as an SVG path, for a list: `{"values", "path"}`."""
+        with self._lock:
+            return sparkline(self.refresh().volume().share.tolist())
 
     def other(self, study: str) -> View:
         """Another study of the same database. Raises `NotFound`."""

@@ -160,7 +160,7 @@ PACKAGES: dict[str, set[str]] = {
     "starlette": {"service"},
     "uvicorn": {"service"},
     "prometheus_client": {"service"},
-    "jinja2": {"service"},
+    "jinja2": {"service", "dashboards"},
     "httpx": {"client"},
     "hqq": set(),
 }

@@ -38,7 +38,8 @@ class Json(TypeDecorator[Any]):
 
     def process_result_value(self, value: Any, dialect: sa.Dialect) -> Any:
         """From the database."""
-        return None if value is None else json.loads(value)
+        # Most details and violations are empty, and there are several of them to a trial.
+        return None if value is None else {} if value == "{}" else json.loads(value)
 
 
 class Moment(TypeDecorator[datetime]):

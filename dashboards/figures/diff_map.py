@@ -33,13 +33,15 @@ def build(facts: Facts, a: int | None = None, b: int | None = None, by: str = "l
     b = next((n for n in (chosen.get("knee"), chosen.get("best")) if n is not None and n != a), a) if b is None else b
     if a is None or b is None:
         message = "no trial is complete yet"
-        return Figure(drawing.empty(message), Table(columns, ()), f"{facts.study.name}: difference", f"{message}.")
+        return Figure(
+            drawing.empty(message), Table(columns, ()), f"{facts.study.name}: difference", drawing.sentence([message])
+        )
     title = f"{facts.study.name}: {facts.trials.label(a)} to {facts.trials.label(b)}"
     document = diff.document(facts.study, facts.trial(a), facts.trial(b), facts.layers)
     differing: Mapping[str, Mapping[str, Any]] = document["layers"]
     if not differing:
         message = "the two have the same assignment"
-        return Figure(drawing.empty(message), Table(columns, ()), title, f"{message}.")
+        return Figure(drawing.empty(message), Table(columns, ()), title, drawing.sentence([message]))
     first, second = facts.trial(a).assignment, facts.trial(b).assignment
     assert first is not None
     assert second is not None

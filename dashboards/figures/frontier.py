@@ -367,7 +367,7 @@ class _Sketch:
             cells.append([value if value == value else None for value in self.best[third].value.tolist()])
         cells.append([_HOW[how] for how in self.points.how.tolist()])
         ties = self.ties or {}
-        cells.append([", ".join(map(str, ties.get(number, ()))) or None for number in numbers_])
+        cells.append([", ".join(map(str, ties[n])) if ties.get(n) else None for n in numbers_])
         return tuple(zip(*cells, strict=True))
 
     def note(self) -> str:

@@ -7,6 +7,7 @@ its attention module.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -15,7 +16,7 @@ from autoq.kv_cache import KeyValue
 from autoq.layer import Layer
 from autoq.scheme import Scheme, Sparse, code_bits, kernel_activation
 
-from .. import drawing
+from .. import drawing, palette
 from ..grid import Grid, Spot, steps
 from ..picks import default_trial
 from . import Cell, Column, Facts, Figure, Table
@@ -34,7 +35,9 @@ def build(facts: Facts, trial: int | None = None, by: str = "bits") -> Figure:
     trial = default_trial(facts) if trial is None else trial
     if trial is None:
         message = "no trial is complete yet"
-        return Figure(drawing.empty(message), Table(_COLUMNS, ()), f"{facts.study.name}: layers", f"{message}.")
+        return Figure(
+            drawing.empty(message), Table(_COLUMNS, ()), f"{facts.study.name}: layers", drawing.sentence([message])
+        )
     record = facts.trial(trial)
     assignment = record.assignment
     assert assignment is not None
@@ -45,8 +48,8 @@ def build(facts: Facts, trial: int | None = None, by: str = "bits") -> Figure:
     title = f"{facts.study.name}: layers of {label}"
     cells = [_Cell(spot, schemes, layers, assignment.trained) for spot in grid.spots]
     rows: list[tuple[Cell, ...]] = [cell.row() for cell in cells]
-    values, names = _by_bits(cells) if by == "bits" else _by_scheme(cells)
-    scale, colors = steps(values, names)
+    values, names, shades = _by_bits(cells) if by == "bits" else _by_scheme(cells)
+    scale, colors = steps(values, names, shades)
     scale["colorbar"] |= {"title": {"text": "bits per code" if by == "bits" else "scheme", "side": "right"}}
     texts = {i: cell.text if by == "bits" else cell.scheme_text for i, cell in enumerate(cells)}
     hovers = {i: cell.hover for i, cell in enumerate(cells)}
@@ -125,22 +128,23 @@ class _Cell:
         return (spot.label, spot.block, module, len(spot.names), schemes, bits, self.nbytes, self.stored, marks)
 
 
-def _by_bits(cells: Sequence[_Cell]) -> tuple[dict[int, int], list[str]]:
+def _by_bits(cells: Sequence[_Cell]) -> tuple[dict[int, int], list[str], list[str]]:
     """A step for every width that occurs; a cell of several takes the one nearest to its mean."""
     levels = sorted({bits for cell in cells for bits in cell.bits})
     values = {
         i: min(range(len(levels)), key=lambda place: abs(levels[place] - cell.mean_bits))
         for i, cell in enumerate(cells)
     }
-    return values, [f"{level}" for level in levels]
+    # A width has the same colour in every map: by its logarithm, from 2 to 16 bits.
+    return values, [f"{level}" for level in levels], [palette.at(min(max(math.log2(b) - 1, 0) / 3, 1)) for b in levels]
 
 
-def _by_scheme(cells: Sequence[_Cell]) -> tuple[dict[int, int], list[str]]:
+def _by_scheme(cells: Sequence[_Cell]) -> tuple[dict[int, int], list[str], list[str]]:
     """A step for every scheme that occurs, by rising bits."""
     width = {scheme: min(cell.bits) for cell in cells for scheme in cell.schemes}
     levels = sorted(width, key=lambda scheme: (width[scheme], scheme))
     values = {i: levels.index(cell.schemes.most_common(1)[0][0]) for i, cell in enumerate(cells)}
-    return values, [drawing.safe(level, 26) for level in levels]
+    return values, [drawing.safe(level, 26) for level in levels], palette.spread(len(levels))
 
 
 def _note(cells: Sequence[_Cell], by: str) -> str:

@@ -40,7 +40,7 @@ def build(facts: Facts, show: str = "frontier") -> Figure:
     title = f"{facts.study.name}: all objectives"
     if not len(place):
         message = "no trial is complete yet"
-        return Figure(drawing.empty(message), Table(columns, ()), title, f"{message}.")
+        return Figure(drawing.empty(message), Table(columns, ()), title, drawing.sentence([message]))
     values = {name: best[name].value[place] for name in names}
     shading = (quality_objective(objectives) or objectives[0]).name
     dimensions, logs = [], {}

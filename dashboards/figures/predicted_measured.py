@@ -21,6 +21,7 @@ from . import Cell, Column, Facts, Figure, Table, finite
 from .options import ObjectiveName, Option, objectives
 
 OPTIONS: Mapping[str, Option] = {"objective": ObjectiveName()}
+MOST = 5000  # trials that are drawn and judged
 _BAND = (0.1, 0.9)  # quantiles of measured / predicted between which four of five trials came out
 
 
@@ -41,6 +42,9 @@ def build(facts: Facts, objective: str | None = None) -> Figure:
     if not len(place):
         message = f"no trial has both a prediction and a measurement of {name}"
         return Figure(drawing.empty(message), Table(columns, ()), title, drawing.sentence([message]))
+    every = len(place)
+    if every > MOST:  # evenly over the study
+        place = place[np.linspace(0, every - 1, MOST).round().astype(np.intp)]
     predicted, measured, error = _pairs(trials, name, of_sampler, place)
     both = np.concatenate([predicted, measured])
     log = drawing.is_log("auto", both) and bool(both.min() > 0)
@@ -72,6 +76,8 @@ def build(facts: Facts, objective: str | None = None) -> Figure:
     )
     cells: tuple[tuple[Cell, ...], ...] = tuple(rows)
     note = _note(name, of_sampler, predicted, measured, error)
+    if every > MOST:
+        note += f" {MOST} trials of {every}, evenly over the study."
     return Figure({"data": traces, "layout": layout}, Table(columns, cells), title, note)
 
 

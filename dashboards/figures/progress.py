@@ -39,7 +39,7 @@ def build(facts: Facts) -> Figure:
     finished = np.where(np.isfinite(trials.finished), trials.finished, trials.created)
     if not ended.any():
         message = "no trial has ended yet"
-        return Figure(drawing.empty(message), Table(_COLUMNS, ()), title, f"{message}.")
+        return Figure(drawing.empty(message), Table(_COLUMNS, ()), title, drawing.sentence([message]))
     began = float(np.nanmin(trials.created))
     minutes = np.maximum((finished - began) / 60, 0.0)
     last = float(minutes[ended].max()) or 1 / 60

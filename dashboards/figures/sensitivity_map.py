@@ -28,7 +28,7 @@ def build(facts: Facts, scheme: str | None = None) -> Figure:
     title = f"{facts.study.name}: sensitivity"
     if not losses:
         message = "this study has predicted no losses"
-        return Figure(drawing.empty(message), Table(columns, ()), title, f"{message}.")
+        return Figure(drawing.empty(message), Table(columns, ()), title, drawing.sentence([message]))
     scheme = scheme or lightest(facts)
     there = {name: own[scheme] for name, own in losses.items() if scheme in own}
     grid = Grid.of(there, facts.layers)

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from autoq.display import numbers
 
 from .. import drawing, palette
@@ -39,7 +37,7 @@ def build(facts: Facts, trial: int | None = None, most: int = MOST) -> Figure:
         message = (
             "no trial is complete yet" if trial is None else "no layer has a lighter scheme whose loss was predicted"
         )
-        return Figure(drawing.empty(message), Table(columns, ()), title, f"{message}.")
+        return Figure(drawing.empty(message), Table(columns, ()), title, drawing.sentence([message]))
     head = most - most // 3
     shown = ranked if len(ranked) <= most else [*ranked[:head], *ranked[-(most // 3) :]]
     names = [drawing.safe(each.layer, 40) for each in shown]
@@ -70,18 +68,14 @@ def build(facts: Facts, trial: int | None = None, most: int = MOST) -> Figure:
                 "hovertemplate": _hover(f"{unit} more"),
             }
         )
-    rates = [_rate(each) for each in shown] + [step.rate for _, step in offered]
-    log = min(rates) > 0 and max(rates) / min(rates) > 10
     layout = {
-        "xaxis": drawing.axis(f"predicted loss avoided ({drawing.safe(unit)})", "", log),
+        "xaxis": drawing.axis(f"predicted loss avoided ({drawing.safe(unit)})", ""),
         "yaxis": {"type": "category", "autorange": "reversed", "showgrid": False},
         "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
         "height": 20 * len(shown) + 140,
         "margin": {"t": 56},
         "meta": {"trial": trial},
     }
-    if log:
-        layout["xaxis"]["range"] = drawing.ends(np.array(rates), log=True)  # type: ignore[index]
     table = Table(columns, tuple(_row(each) for each in shown))
     return Figure({"data": traces, "layout": layout}, table, title, _note(ranked, shown))
 

@@ -73,6 +73,7 @@ COMMANDS = [
         "search",
         "resume",
         "recover",
+        "report",
         "sensitivity",
         "export",
         "verify",
@@ -382,3 +383,15 @@ def test_infeasible_baselines_stand_with_a_word(autoq, database):
     lines = autoq("frontier", "bare").stdout.splitlines()
     assert "unquantized" in lines[2]
     assert lines[-1] == "study bare: no feasible trial is complete yet"
+
+
+def test_report_writes_one_file(autoq, tmp_path):
+    done = autoq("report", "demo", "--out", "demo.html")
+    assert done.exit_code == 0, done.output
+    assert done.stdout == ""
+    text = (tmp_path / "demo.html").read_text(encoding="utf-8")
+    assert text.startswith("<!doctype html>")
+    assert "uniform-int4" in text
+    missing = autoq("report", "nothing", "--out", "x.html")
+    assert missing.exit_code == 2
+    assert not (tmp_path / "x.html").exists()

@@ -87,15 +87,33 @@ def test_a_study_without_a_frontier_has_nothing_to_pick(database):
     assert package.open("demo-2").frontier().empty
 
 
-def test_the_figure_holds_the_frontier_and_the_baselines(study):
-    figure = study.plot_frontier()
-    frontier, baselines = figure.data
-    assert list(frontier.x) == [72e6, 79.8e6, 80e6]
-    assert list(frontier.error_y.array) == [0.02, 0.006, 0.006]
-    assert list(baselines.text) == ["uniform-int4", "uniform-int8", "unquantized"]
-    assert figure.layout.xaxis.title.text == "size_bytes (bytes)"
-    with pytest.raises(UnknownName):
+def test_the_figure_is_the_dashboards_own(study):
+    figure = study.plot_frontier(y_scale="log")
+    traces = {trace.name: trace for trace in figure.data if trace.customdata is not None}
+    frontier = traces["frontier, measured on the report part"]
+    assert list(frontier.customdata) == [4, 3]
+    assert list(frontier.x) == [79.8e6, 80e6]
+    assert list(frontier.error_y.array) == [0.006, 0.006]
+    assert list(traces["frontier, measured on the search part"].customdata) == [5]
+    assert list(traces["dominated"].customdata) == [6]
+    # A loss of nothing has no place on a logarithmic axis.
+    assert list(traces["baselines, measured on the report part"].customdata) == [2, 1]
+    assert figure.layout.xaxis.title.text == "size_bytes"
+    assert figure.layout.yaxis.title.text == "kl_nats_per_token (nats/token)"
+    linear = study.plot_frontier(y_scale="linear", color="none")
+    assert [len(trace.x) for trace in linear.data if trace.name == "baselines, measured on the report part"] == [3]
+    with pytest.raises(UnknownName, match="no objective of this study 'accuracy'"):
         study.plot_frontier(x="accuracy")
+
+
+def test_every_figure_can_be_plotted(study):
+    dark = study.plot("layer_map", theme="dark", trial="uniform-int4", by="scheme")
+    assert dark.layout.title.text == "demo: layers of uniform-int4"
+    assert dark.layout.template.layout.paper_bgcolor == "#15181d"
+    with pytest.raises(UnknownName, match="no figure 'layermap'; did you mean 'layer_map'"):
+        study.plot("layermap")
+    with pytest.raises(UnknownName, match="no theme 'sepia'"):
+        study.plot("frontier", theme="sepia")
 
 
 def test_what_is_not_installed_says_how_to_get_it(study, monkeypatch):
