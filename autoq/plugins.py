@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -47,6 +48,7 @@ def load(folder: Folder, name: str, base: Callable[..., P]) -> P:
 
 
 _loaded: dict[tuple[str, str], Any] = {}
+_parsing = threading.Lock()  # Python 3.11 counts the depth of trees in one place for all threads
 
 
 def _instance(folder: Folder, name: str, base: type) -> Any:
@@ -70,4 +72,5 @@ def summary(folder: Folder, name: str) -> str:
     found = importlib.util.find_spec(f"autoq.{folder}")
     assert found is not None and found.submodule_search_locations is not None, folder
     source = Path(next(iter(found.submodule_search_locations)), f"{name}.py").read_text(encoding="utf-8")
-    return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+    with _parsing:
+        return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]

@@ -47,6 +47,12 @@ def tiny_models() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def believable() -> ModuleType:
+    """`tests/support/believable_study.py`: studies as a search leaves them, without a model."""
+    return _support("believable_study")
+
+
+@pytest.fixture(scope="session")
 def tiny_model_dir(tiny_models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Family -> folder of a tiny bfloat16 checkpoint, made when first asked for. Read only."""
     return _made_once(tiny_models, tmp_path_factory)

@@ -25,6 +25,7 @@ from autoq.service.headers import Believed, Secured
 from autoq.service.heavy import Backroom, Scheduler
 from autoq.service.limits import Bodies, Rate
 from autoq.service.metrics import Measured, Metrics
+from autoq.service.routes import pages
 from autoq.service.schemas import ErrorAnswer
 from autoq.service.settings import Settings
 from autoq.service.submitting import Submissions
@@ -81,6 +82,7 @@ def create_app(
     app.state.views = Views(store)
     app.state.submissions = Submissions(store, settings)
     app.state.backroom, app.state.scheduler = backroom, scheduler
+    app.state.error_page = pages.error_page
     errors.install(app)
     for found in sorted(pkgutil.iter_modules(routes.__path__), key=lambda module: module.name):
         app.include_router(importlib.import_module(f"autoq.service.routes.{found.name}").router)

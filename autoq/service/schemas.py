@@ -423,3 +423,54 @@ class ReadyAnswer(Shape):
     database: bool
     schema_current: bool
     scheduler: bool
+
+
+# Figures
+
+
+class TableShape(Shape):
+    """The numbers of a picture; `total` rows, of which the first are here."""
+
+    headers: list[str]
+    units: list[str]
+    rows: list[list[str | float | bool | None]]
+    total: int
+
+
+class FigureAnswer(Shape):
+    """A picture in Plotly's JSON schema, `{"data", "layout"}`, its table, and how to read it."""
+
+    plotly: dict[str, Any]
+    table: TableShape
+    title: str
+    note: str
+
+
+class PointObjectiveShape(Shape):
+    """An objective; what is measured beside the study's own has no direction."""
+
+    name: str
+    unit: str
+    direction: Literal["minimize", "maximize", ""]
+
+
+class PointsAnswer(Shape):
+    """Trials by columns: one list per fact, and per objective one list per fact of its measurement."""
+
+    study: str
+    state: StudyStateName
+    changes: int
+    objectives: list[PointObjectiveShape]
+    columns: dict[str, list[Any]]
+    measured: dict[str, dict[str, list[Any]]]
+
+
+class OverviewAnswer(Shape):
+    """A study in one sentence about trial `trial`, and its hypervolume as an SVG path in a box of 128 by 40."""
+
+    study: str
+    changes: int
+    budget: int | None
+    headline: str | None
+    trial: int | None
+    spark: str

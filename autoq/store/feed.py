@@ -157,6 +157,13 @@ class Feed:
         with self._database.reading() as connection:
             return {(row.study_id, row.name): row.body for row in connection.execute(query)}
 
+    def derived(self, study_id: int, number: int) -> list[int]:
+        """The numbers of the trials that were trained from one."""
+        t = m.trials.c
+        query = sa.select(t.number).where(t.study_id == study_id, t.parent == number).order_by(t.number)
+        with self._database.reading() as connection:
+            return list(connection.execute(query).scalars())
+
     def predictions(self, study_id: int, quality: str, since: int) -> dict[int, tuple[float, float]]:
         """Trial number -> what its sampler predicted of `quality`, and what was measured of it, for ended proposals
         that changed after `since`."""

@@ -1,0 +1,20 @@
+/** Figures in cards. */
+import { studyPath } from "./api.js";
+import { h } from "./dom.js";
+import { Figure, saveButtons } from "./figure.js";
+
+/** A card with a figure in it. */
+export function figureCard(title, study, name, { wide = false, options = () => ({}), tools = [], kinds = ["csv", "svg"], tall = false, ...more } = {}) {
+  const root = h("div", { class: `figure${tall ? " tall" : ""}` });
+  const figure = new Figure(root, {
+    name: `${study}-${name}`,
+    label: `${title}. The same numbers are in the table below.`,
+    address: (given) => `${studyPath(study, "figures", name)}?${new URLSearchParams(given)}`,
+    ...more,
+  });
+  const card = h("section", { class: `card${wide ? " wide" : ""}` },
+    h("div", { class: "card-head" }, h("h2", {}, title), h("div", { class: "tools" }, tools)), root);
+  figure.footer(saveButtons(figure, kinds));
+  const load = () => figure.load(options());
+  return { card, figure, load };
+}

@@ -1,0 +1,23 @@
+/** Sign in: the token goes to the server once, which answers with a cookie that no script can read. */
+import { ask } from "./api.js";
+import { at, complain } from "./dom.js";
+import { view } from "./view.js";
+
+/** Where to go afterwards: a path of this server and nowhere else. */
+function next() {
+  const wanted = new URL(view("next", "/"), location.origin);
+  return wanted.origin === location.origin ? wanted.pathname + wanted.search : "/";
+}
+
+at("login").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  try {
+    await ask("/api/v1/session", { method: "POST", body: { token: at("token").value.trim() } });
+    location.assign(next());
+  } catch (problem) {
+    complain(problem);
+    at("token").setAttribute("aria-invalid", "true");
+    at("token").select();
+  }
+});
+at("token").focus();
