@@ -63,7 +63,7 @@ class Gptq(InputMethod):
         rows, columns = weight.shape
         hessian = second_moments(scheme, statistics, columns)
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-        factor = _factor(hessian[order][:, order]).float()
+        factor = inverse_factor(hessian[order][:, order], DAMPING).float()
         moments = hessian.float()
         weight = weight.float()
         scales, zeros = plain_grid(weight, scheme)
@@ -80,18 +80,20 @@ class Gptq(InputMethod):
             plain = encode(own, scale, zero, scheme.bits)
             found = torch.empty_like(plain)
             turned = [matrix[:, order].t().contiguous().expand(-1, len(own)) for matrix in (own, scale, zero)]
-            found[:, order] = _solve(turned[0], turned[1], turned[2], factor, scheme.bits).t()
+            found[:, order] = solve(turned[0], turned[1], turned[2], factor, scheme.bits).t()
             errors = [row_errors(own - (each - zero) * scale, moments) for each in (found, plain)]
             codes[part] = torch.where((errors[0] < errors[1])[:, None], found, plain)
         return IntegerWeight.of(scheme, codes, scales, zeros)
 
 
-def _factor(hessian: Tensor) -> Tensor:
-    """The upper U of (H + λI)⁻¹ = Uᵀ U, float64, for H (in, in) whose diagonal has the mean 1."""
+def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """The upper U of (H + λI)⁻¹ = Uᵀ U, float64, for H (in, in) whose diagonal has the mean 1; λ is at least `damping`.
+
+    Inputs that were always zero are unrelated to all others in it.
+    """
     damped = hessian.clone()
     diagonal = damped.diagonal()
     diagonal[diagonal == 0] = 1.0
-    damping = DAMPING
     while True:
         # H = R Rᵀ with R upper is a Cholesky factorization of H in reversed order, and then U = R⁻¹.
         reverse = (damped + damping * torch.eye(len(damped), dtype=damped.dtype)).flip(0, 1)
@@ -104,7 +106,7 @@ def _factor(hessian: Tensor) -> Tensor:
     return factor
 
 
-def _solve(weight: Tensor, scale: Tensor, zero: Tensor, factor: Tensor, bits: int) -> Tensor:
+def solve(weight: Tensor, scale: Tensor, zero: Tensor, factor: Tensor, bits: int) -> Tensor:
     """Codes (in, rows), float32 whole numbers, for `weight`, `scale` and `zero` (in, rows) in the factor's order."""
     work = weight.clone()
     codes = torch.empty_like(work)
