@@ -49,7 +49,11 @@ def pods() -> list[tuple[str, dict[str, Any]]]:
     """Every pod template of the manifests, with the name of its group."""
     (cluster,) = documents("kuberay.yaml")
     groups = [cluster["spec"]["headGroupSpec"], *cluster["spec"]["workerGroupSpecs"]]
-    return [(group.get("groupName", "head"), group["template"]) for group in groups]
+    found = [(group.get("groupName", "head"), group["template"]) for group in groups]
+    kinds = ("Deployment", "StatefulSet")
+    return found + [
+        (d["metadata"]["name"], d["spec"]["template"]) for d in documents("kubernetes.yaml") if d["kind"] in kinds
+    ]
 
 
 def test_ray_reads_the_launcher_s_file() -> None:
@@ -100,6 +104,45 @@ def test_every_pod_is_valid_and_confined(name: str, template: dict[str, Any]) ->
         assert "memory" in container["resources"]["limits"], (
             f"{name}: without a limit one worker takes its neighbours down"
         )
+
+
+@pytest.mark.parametrize("document", documents("kubernetes.yaml"), ids=lambda d: f"{d['kind']} {d['metadata']['name']}")
+def test_every_object_of_the_server_is_valid(document: dict[str, Any]) -> None:
+    kubernetes_validate.validate(document, "1.33", strict=True)
+
+
+def test_the_objects_of_the_server_name_each_other() -> None:
+    found = {(d["kind"], d["metadata"]["name"]): d["spec"] for d in documents("kubernetes.yaml")}
+    server = found["Deployment", "autoq"]["template"]["spec"]
+    claims = {volume["persistentVolumeClaim"]["claimName"] for volume in server["volumes"]}
+    assert all(("PersistentVolumeClaim", claim) in found for claim in claims)
+    for name in ("autoq", "autoq-db"):
+        template = found["Deployment" if name == "autoq" else "StatefulSet", name]["template"]
+        assert found["Service", name]["selector"].items() <= template["metadata"]["labels"].items()
+    (container,) = server["containers"]
+    ports = [port["containerPort"] for port in container["ports"]]
+    assert [port["targetPort"] for port in found["Service", "autoq"]["ports"]] == ports
+    assert str(ports[0]) == container["args"][container["args"].index("--port") + 1]
+    host = container["args"][container["args"].index("--allow-host") + 1]
+    assert [rule["host"] for rule in found["Ingress", "autoq"]["rules"]] == [host]
+    secrets = [variable.get("valueFrom", {}).get("secretKeyRef") for variable in container["env"]]
+    assert {secret["name"] for secret in secrets if secret} == {
+        "autoq-db",
+        documents("kuberay.yaml")[0]["metadata"]["name"],
+    }
+
+
+def test_the_server_is_started_with_options_that_there_are() -> None:
+    import typer
+
+    from autoq.cli import app
+
+    command = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
+    known = {option for parameter in command.params for option in parameter.opts}
+    (server,) = (d for d in documents("kubernetes.yaml") if d["kind"] == "Deployment")
+    (container,) = server["spec"]["template"]["spec"]["containers"]
+    assert container["args"][0] == "serve"
+    assert {word for word in container["args"] if word.startswith("--")} <= known
 
 
 def test_the_image_installs_extras_that_there_are() -> None:
