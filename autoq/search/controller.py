@@ -321,7 +321,7 @@ class _Run:
             return False
         if budget.wall_time is not None and self._elapsed() >= budget.wall_time:
             return False
-        if self.hold.asked() is not None:
+        if self.hold.stops() is not None:
             return False
         self._tell()
         return not self._waits()

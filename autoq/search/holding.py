@@ -5,7 +5,8 @@
 
 A thread renews the lease and writes what the workers do. Whoever lost the lease (its machine slept, its database could
 not be reached) cannot write through `hold.store` any more, and stops at the next look. What is asked of a study,
-`cancel` or `yield` to another one, is looked up between trials and whenever a stage has made progress.
+`cancel` or `yield` to another one, is looked up between trials and whenever a stage has made progress. It yields only
+what has got something done since it began: a model may take longer to load than turns are long.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from autoq.store.queue_records import RequestKind
 LEASE_SECONDS = 15.0  # what a study waits after its process was lost together with its machine
 BEAT_SECONDS = 4.0
 LOOK_SECONDS = 0.5  # between two looks at what is asked
+# Stages whose steps are steps ahead. Others also tell of what a former run has done: loading, calibrating, what the
+# search begins with, what is reported already.
+_NEW = {"quantize", "time"}
 _TRIAL = re.compile(r"trial-(\d+)")
 
 
@@ -49,6 +53,7 @@ class Hold:
         self.study_id, self.epoch, self.queued = study_id, epoch, queued
         self.executor: Executor | None = None
         self.device = ""
+        self.progressed = False
         self._seen: set[str] = set()
         self._asked: RequestKind | None = None
         self._looked = -LOOK_SECONDS
@@ -70,9 +75,14 @@ class Hold:
             self._looked = time.monotonic()
         return self._asked
 
+    def stops(self) -> RequestKind | None:
+        """What is asked, if it is to be done now."""
+        asked = self.asked()
+        return asked if asked == "cancel" or self.progressed else None
+
     def watch(self) -> None:
         """Raises `StopRequested` if the study is to stop, `LeaseLost` if it is another process's."""
-        if (kind := self.asked()) is not None:
+        if (kind := self.stops()) is not None:
             raise StopRequested(kind)
 
     def state_after(self, problem: BaseException, otherwise: StudyState) -> StudyState:
@@ -176,28 +186,34 @@ class Watching(Observer):
 
     def __init__(self, told: Observer, hold: Hold) -> None:
         self._told, self._hold = told, hold
+        self._stage = ""
 
     def study(self, name: str, facts: Mapping[str, Any]) -> None:
         self._hold.device = str(facts.get("device", ""))
         self._told.study(name, facts)
 
     def stage(self, name: str, total: int | None) -> None:
+        self._stage = name
         self._told.stage(name, total)
         self._hold.watch()
 
     def advance(self, steps: int = 1) -> None:
         self._told.advance(steps)
+        self._hold.progressed |= self._stage in _NEW
         self._hold.watch()
 
     def trial(self, trial: TrialRecord, done: int, budget: int) -> None:
         # Others may be out, and are waited for.
+        self._hold.progressed |= trial.state != "duplicate"
         self._told.trial(trial, done, budget)
 
     def reported(self, trial: TrialRecord) -> None:
+        self._hold.progressed = True
         self._told.reported(trial)
 
     def trained(self, step: int, steps: int, loss: float, seconds_left: float) -> None:
         self._told.trained(step, steps, loss, seconds_left)
+        self._hold.progressed = True
         self._hold.watch()
 
     def note(self, text: str) -> None:

@@ -377,7 +377,6 @@ def _costs(
     else:
         observer.stage("time", 1)
         table = run_job(executor, Job("costs", "cost_table", {"choices": choices}, exclusive=True)).value
-        observer.advance()
         if table.restlessness > RESTLESS:
             observer.note(
                 f"the machine's speed moved by {table.restlessness:.0%} while latencies were timed: predictions are "
@@ -385,6 +384,9 @@ def _costs(
             )
         else:
             store.put_costs(_costs_key(problem, device), device, asdict(table))
+        store.put_table(study_id, "costs", asdict(table))
+        observer.advance()  # after it is stored: whoever hears of it may end the study here
+        return table
     store.put_table(study_id, "costs", asdict(table))
     return table
 

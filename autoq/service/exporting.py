@@ -2,9 +2,8 @@
 
     AUTOQ_DB=… python -m autoq.service.exporting EXPORT_ID FOLDER
 
-writes the export of that row into `FOLDER/EXPORT_ID/NAME`, where the name is made of study, trial and target and of
-nothing that a client sent, loads it in its runtime and holds it against what was measured. Latency is not timed: a
-server does other things at the same time.
+writes the export of that row into `FOLDER/EXPORT_ID` (no word of a client is part of a path), loads it in its runtime
+and holds it against what was measured. Latency is not timed: a server does other things at the same time.
 
 `Exporter` is the server's side, driven by the scheduler's thread: one export at a time, again where its process died,
 and old ones removed. An export that is `finished` has in its `result` the `manifest`, `verify` (the report, or why none
@@ -39,7 +38,7 @@ _CLEAN_SECONDS = 60.0
 
 
 def name_of(export: ExportRecord) -> str:
-    """The folder that somebody who gets the export sees."""
+    """What the folder is called by somebody who gets the export, and in the lines to paste."""
     return f"{export.study}-{export.trial}-{export.target}"
 
 
@@ -68,7 +67,7 @@ class Exporter:
     def path(self, export_id: int) -> Path | None:
         """The folder of a finished export, None where it is not (any more) there. Raises `NotFound`."""
         export = self._store.queue.export(export_id)
-        path = self.folder / str(export.id) / name_of(export)
+        path = self.folder / str(export.id)
         return path if export.state == "finished" and path.is_dir() else None
 
     def look(self) -> None:
@@ -111,7 +110,7 @@ class Exporter:
             elif self._store.queue.set_export(export.id, "removed", ("finished",), "removed to make room"):
                 shutil.rmtree(self.folder / str(export.id), ignore_errors=True)
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
-            if path.name.isdecimal() and path.is_dir() and path.name not in kept:
+            if path.stem.isdecimal() and path.is_dir() and path.stem not in kept:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _start(self, export: ExportRecord) -> None:
@@ -169,11 +168,13 @@ def write(store: Store, export_id: int, folder: Path) -> bool:
 
     if not store.queue.set_export(export_id, "running", ("queued",), None, told):
         return False
-    own = folder / str(export_id)
+    work, there = folder / f"{export_id}.work", folder / str(export_id)
     try:
-        shutil.rmtree(own, ignore_errors=True)
-        own.mkdir(parents=True)
-        result = _written(store, export, own / name_of(export), note)
+        for left in (work, there):
+            shutil.rmtree(left, ignore_errors=True)
+        work.mkdir(parents=True)
+        result = _written(store, export, work / name_of(export), note)
+        (work / name_of(export)).rename(there)
     except (AutoQError, OSError) as problem:
         said = " ".join(str(problem).split())
     except Exception as bug:
@@ -181,7 +182,8 @@ def write(store: Store, export_id: int, folder: Path) -> bool:
         said = f"internal error: {type(bug).__name__}: {next(iter(str(bug).splitlines()), '')}"
     else:
         return store.queue.set_export(export_id, "finished", ("running",), None, {"stage": "finished"}, result)
-    shutil.rmtree(own, ignore_errors=True)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
     store.queue.set_export(export_id, "failed", ("running",), said)
     return False
 

@@ -112,6 +112,11 @@ class Scheduler:
         self._thread = threading.Thread(target=self._loop, name="scheduler", daemon=True)
         self._thread.start()
 
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs and its last look succeeded."""
+        return self._thread is not None and self._thread.is_alive() and self.problem is None
+
     def wake(self) -> None:
         """Look at the queue now: something was queued or cancelled."""
         self._wake.set()
@@ -149,7 +154,7 @@ class Scheduler:
             try:
                 self.look()
                 self.problem = None
-            except AutoQError as problem:  # the database cannot be used now: what runs goes on
+            except (AutoQError, OSError) as problem:  # no database, no disk, no process to be had: what runs goes on
                 self.problem = str(problem)
             self._wake.wait(LOOK_SECONDS)
             self._wake.clear()
