@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import math
@@ -15,6 +16,7 @@ import typer
 
 from autoq.cli.app import DEFAULT_DB, Db, Json, app, examples
 from autoq.cli.output import open_store, print_json, show
+from autoq.cli.run import ExecutorName
 from autoq.errors import AutoQError, BadInput
 
 
@@ -47,13 +49,23 @@ def serve(
     allow_hub: Annotated[
         bool, typer.Option("--allow-hub", help="Users may name models and datasets on the hub.")
     ] = False,
+    slots: Annotated[int, typer.Option(min=0, help="Studies that run at a time; 0 only shows what is stored.")] = 1,
+    cpus: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads of each study.")] = None,
+    executor: Annotated[
+        ExecutorName, typer.Option(help="What users' studies may run on; with ray, up to --slots workers each.")
+    ] = ExecutorName.local,
+    folder: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where logs and exports are kept; default: in AutoQ's cache.")
+    ] = None,
 ) -> None:
-    """Serve the API and the dashboard.
+    """Serve the API and the dashboard, and run the studies that are submitted.
 
     On this machine nobody needs a token until there is one. Other machines are let in with tokens only.
     """
     gc.enable()
     from autoq.service.app import create_app
+    from autoq.service.backroom import Backroom
+    from autoq.service.scheduler import Scheduler
     from autoq.service.serving import Certificate, listen, refuse_exposed, run
     from autoq.service.settings import Settings, Sources
     from autoq.store import Store
@@ -62,12 +74,13 @@ def serve(
         raise BadInput("--ssl-keyfile needs --ssl-certfile")
     if root_path and (not root_path.startswith("/") or root_path.endswith("/")):
         raise BadInput(f"--root-path {root_path!r} must begin with / and not end with one")
-    for option, folders in (("--models", models), ("--data", data)):
-        for folder in folders or ():
-            if not folder.is_dir():
-                raise BadInput(f"{option}: there is no folder {str(folder)!r}")
+    for option, roots in (("--models", models), ("--data", data)):
+        for root in roots or ():
+            if not root.is_dir():
+                raise BadInput(f"{option}: there is no folder {str(root)!r}")
     certificate = None if ssl_certfile is None else Certificate(ssl_certfile, ssl_keyfile)
-    sources = Sources(tuple(models or ()), tuple(data or ()), allow_hub)
+    workers = slots if executor is ExecutorName.ray else 0
+    sources = Sources(tuple(models or ()), tuple(data or ()), allow_hub, workers)
     settings = Settings(
         host=host,
         port=port,
@@ -79,15 +92,29 @@ def serve(
     with Store.open(db) as store:
         for warning in refuse_exposed(store, settings):
             sys.stderr.write(f"autoq: {warning}\n")
-        with listen(host, port) as listening:
-            settings = dataclasses.replace(settings, port=listening.getsockname()[1])
+        with contextlib.ExitStack() as stack:
+            listening = stack.enter_context(listen(host, port))
+            scheduler = Scheduler(store, slots, cpus=cpus, folder=folder) if slots else None
+            backroom = Backroom(store.address) if slots else None
+            settings = dataclasses.replace(
+                settings,
+                port=listening.getsockname()[1],
+                exports=None if scheduler is None else scheduler.exporter.folder,
+            )
             scheme = "https" if certificate is not None else "http"
 
             def up() -> None:
                 sys.stdout.write(f"AutoQ serves {store.url} at {scheme}{settings.url.removeprefix('http')}\n")
                 sys.stdout.flush()
+                if backroom is not None:
+                    backroom.start()  # which takes processor time that the first answers need
 
-            run(create_app(store, settings), listening, up, certificate, tls_terminated)
+            if backroom is not None:
+                stack.callback(backroom.stop)
+            if scheduler is not None:
+                stack.callback(scheduler.stop)
+                scheduler.start()
+            run(create_app(store, settings, backroom, scheduler), listening, up, certificate, tls_terminated)
 
 
 class RoleName(StrEnum):

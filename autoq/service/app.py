@@ -75,7 +75,7 @@ def create_app(
         generate_unique_id_function=lambda route: route.name,
         separate_input_output_schemas=False,
     )
-    metrics = Metrics(store)
+    metrics = Metrics(store, scheduler)
     app.state.store, app.state.settings, app.state.metrics = store, settings, metrics
     app.state.kept = answers.Kept()
     app.state.hub = Hub(store, metrics, settings.limits.event_streams)

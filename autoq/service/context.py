@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, cast
 
 from fastapi import Depends, Path, Request
@@ -80,6 +81,14 @@ def _visible(
     return found
 
 
+def _queue(request: Request) -> Iterator[None]:
+    """After the route: let the scheduler look at what was queued or cancelled."""
+    yield
+    if (scheduler := request.app.state.scheduler) is not None:
+        scheduler.wake()
+
+
+WAKES = Depends(_queue)  # a dependency of routes that queue something
 Stored = Annotated[Store, Depends(_store)]
 Configured = Annotated[Settings, Depends(_settings)]
 Asks = Annotated[Asker, Depends(_asker)]

@@ -34,6 +34,7 @@ _STATUS: tuple[tuple[type[AutoQError], int], ...] = (
     (AutoQError, 409),  # asked for well, and what is stored does not have it
 )
 _FIELD = re.compile(r"([A-Za-z_]\w*(?:\.[\w*:%-]+)*): ")
+_UNREACHABLE = "the database cannot be used at the moment"
 _SAID = {400: "the request cannot be read", 404: "there is nothing here", 405: "this address does not take {method}"}
 
 
@@ -82,11 +83,11 @@ async def _autoq(request: Request, problem: Exception) -> Response:
     status, headers = status_of(problem), dict(getattr(problem, "headers", {}))
     if status == 429:
         headers.setdefault("Retry-After", "30")
-    if status == 503:
+    if isinstance(problem, StoreError):
         headers.setdefault("Retry-After", "5")
         log.warning("%s", problem)
         request.app.state.metrics.database_errors.inc()
-        return _answer(request, status, "the database cannot be used at the moment", None, headers)
+        return _answer(request, status, _UNREACHABLE, None, headers)
     return _answer(request, status, str(problem), field_of(problem), headers)
 
 
@@ -144,7 +145,7 @@ class Bugs:
             if begun:
                 raise
             status = status_of(problem)
-            message = "the database cannot be used at the moment" if status == 503 else str(problem)
+            message = _UNREACHABLE if isinstance(problem, StoreError) else str(problem)
             answer = error_response(status, message, field_of(problem), getattr(problem, "headers", {}))
             await answer(scope, receive, send)
         except Exception:

@@ -24,6 +24,11 @@ class Backroom(Protocol):
 class Scheduler(Protocol):
     """What runs the queue."""
 
-    @property
-    def alive(self) -> bool:
-        """Whether it does."""
+    problem: str | None
+    """Why it cannot at the moment; None: it can."""
+
+    def wake(self) -> None:
+        """Something was queued or cancelled: look at once."""
+
+    def counts(self) -> dict[str, int]:
+        """What it has started, what gave way, what crashed, and its slots."""

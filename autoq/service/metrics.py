@@ -11,6 +11,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from autoq.service.heavy import Scheduler
 from autoq.store import Store
 
 _BUCKETS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -21,7 +22,7 @@ class Metrics:
 
     media_type = CONTENT_TYPE_LATEST
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, scheduler: Scheduler | None = None) -> None:
         self.registry = CollectorRegistry()
         self.requests = Histogram(
             "autoq_request_seconds",
@@ -34,7 +35,7 @@ class Metrics:
         self.database_errors = Counter(
             "autoq_database_errors", "Requests that the database failed", registry=self.registry
         )
-        self.registry.register(_Stored(store))
+        self.registry.register(_Stored(store, scheduler))
 
     def text(self) -> bytes:
         """The text that Prometheus reads."""
@@ -44,8 +45,8 @@ class Metrics:
 class _Stored(Collector):
     """Counts that are asked for when they are read."""
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    def __init__(self, store: Store, scheduler: Scheduler | None) -> None:
+        self.store, self.scheduler = store, scheduler
 
     def describe(self) -> Iterator[Metric]:
         """Nothing is asked of the database before it is needed."""
@@ -64,6 +65,8 @@ class _Stored(Collector):
                 family.add_metric((state,), count)
             yield family
         yield GaugeMetricFamily("autoq_queue_length", "Studies that wait", studies.get("queued", 0))
+        for name, count in ({} if self.scheduler is None else self.scheduler.counts()).items():
+            yield GaugeMetricFamily(f"autoq_scheduler_{name}", f"Of the scheduler: {name.replace('_', ' ')}", count)
 
 
 class Measured:

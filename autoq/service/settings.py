@@ -27,11 +27,13 @@ class Limits:
 
 @dataclass(frozen=True)
 class Sources:
-    """Which models and texts those may name who are no admins: folders below these roots, and the hub or not."""
+    """Which models and texts those may name who are no admins: folders below these roots, and the hub or not; and
+    how many workers they may ask of Ray (0: none)."""
 
     models: tuple[Path, ...] = ()
     data: tuple[Path, ...] = ()
     hub: bool = False
+    ray_workers: int = 0
 
 
 @dataclass(frozen=True)

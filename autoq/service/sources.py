@@ -47,6 +47,10 @@ def _refusals(spec: StudySpec, sources: Sources) -> Iterator[tuple[str, str]]:
         yield "recipes", f"are files of this server; only an admin may name some (got {short(spec.recipes[0])})"
     if spec.workers.address is not None:
         yield "workers.address", f"only an admin may name a cluster (got {short(spec.workers.address)})"
+    if spec.workers.executor == "ray" and not sources.ray_workers:
+        yield "workers.executor", "must be local on this server (got 'ray')"
+    elif spec.workers.count > max(sources.ray_workers, 1):
+        yield "workers.count", f"must be at most {sources.ray_workers} on this server (got {spec.workers.count})"
 
 
 def _below(roots: Sequence[Path], option: str) -> str:

@@ -114,9 +114,16 @@ class Desk:
 
 @dataclass
 class Runs:
-    """A scheduler that lives."""
+    """A scheduler that has nothing to do."""
 
-    alive: bool = True
+    problem: str | None = None
+    woken: int = 0
+
+    def wake(self):
+        self.woken += 1
+
+    def counts(self):
+        return {"slots": 2, "started": self.woken}
 
 
 @dataclass

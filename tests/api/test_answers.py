@@ -251,7 +251,7 @@ def test_metrics_are_what_prometheus_reads(open_server, client):
 
 def test_readiness_follows_the_scheduler(open_server, client):
     assert client.get("/readyz").json() == {"ready": True, "database": True, "schema_current": True, "scheduler": True}
-    open_server.app.state.scheduler.alive = False
+    open_server.app.state.scheduler.problem = "no process to be had"
     assert client.get("/readyz").status_code == 503
 
 

@@ -12,7 +12,8 @@ from autoq.errors import Conflict, NotFound, UnknownName
 from autoq.service import archive
 from autoq.service.answers import answer, tagged
 from autoq.service.auth import Asker
-from autoq.service.context import Asks, Configured, Stored, Visible
+from autoq.service.context import WAKES, Asks, Configured, Stored, Visible
+from autoq.service.exporting import name_of
 from autoq.service.requests import ExportBody
 from autoq.service.schemas import ExportsAnswer, ExportShape
 from autoq.store import ExportRecord, Store
@@ -33,7 +34,7 @@ def _export(store: Store, asker: Asker, export_id: int) -> ExportRecord:
     return found
 
 
-@router.post("/studies/{study}/exports", response_model=ExportShape, status_code=201)
+@router.post("/studies/{study}/exports", response_model=ExportShape, status_code=201, dependencies=[WAKES])
 def create_export(store: Stored, settings: Configured, asker: Asks, study: Visible, body: ExportBody) -> Response:
     """Queue an export of a trial. What is there already, or on its way, is given back as it is."""
     record = store.study(study.id)
@@ -77,7 +78,7 @@ def download_export(store: Stored, settings: Configured, asker: Asks, export: Id
     folder = None if settings.exports is None else settings.exports / str(found.id)
     if found.state != "finished" or folder is None or not folder.is_dir():
         raise Conflict(f"export {export} is {found.state}; only a finished one can be downloaded")
-    name = f"{found.study}-{found.trial}-{found.target}"
+    name = name_of(found)
     files = archive.plan(folder, name)
     headers = {
         "Content-Disposition": f'attachment; filename="{name}.tar"',

@@ -9,8 +9,9 @@ from fastapi import APIRouter, Header, Query, Request, Response
 
 from autoq import documents
 from autoq.errors import AutoQError, BadInput, StoreError
+from autoq.service import jobs
 from autoq.service.answers import answer
-from autoq.service.context import Asks, Configured, Stored, Visible
+from autoq.service.context import WAKES, Asks, Configured, Stored, Visible
 from autoq.service.errors import Refusal, field_of
 from autoq.service.requests import CheckBody, RefineBody, ResumeBody, SubmitBody
 from autoq.service.schemas import CheckAnswer, OfferAnswer, StudyAnswer
@@ -31,7 +32,7 @@ _AGAIN: dict[int | str, dict[str, Any]] = {
 }
 
 
-@router.post("/studies", response_model=StudyAnswer, status_code=201, responses=_AGAIN)
+@router.post("/studies", response_model=StudyAnswer, status_code=201, responses=_AGAIN, dependencies=[WAKES])
 async def submit_study(
     request: Request, settings: Configured, asker: Asks, body: SubmitBody, key: Key = None
 ) -> Response:
@@ -61,39 +62,24 @@ async def check_spec(request: Request, settings: Configured, asker: Asks, body: 
     return answer(told)
 
 
-@router.post("/studies/{study}/cancel", response_model=StudyAnswer)
+@router.post("/studies/{study}/cancel", response_model=StudyAnswer, dependencies=[WAKES])
 def cancel_study(store: Stored, study: Visible) -> Response:
     """End a study: at once while it waits, after the trials that are out while it runs. 409 where it has ended."""
     return answer(store.queue.cancel(study.id).to_json())
 
 
-@router.post("/studies/{study}/resume", response_model=StudyAnswer)
+@router.post("/studies/{study}/resume", response_model=StudyAnswer, dependencies=[WAKES])
 def resume_study(store: Stored, settings: Configured, study: Visible, body: ResumeBody | None = None) -> Response:
     """Queue a study that has ended: to the end of its budget, or to more trials."""
     trials = None if body is None else body.trials
     return answer(store.queue.enqueue(study.id, trials, limit=settings.limits.waiting_studies).to_json())
 
 
-@router.post("/studies/{study}/refine", response_model=StudyAnswer)
+@router.post("/studies/{study}/refine", response_model=StudyAnswer, dependencies=[WAKES])
 def refine_study(store: Stored, settings: Configured, study: Visible, body: RefineBody) -> Response:
     """Queue up to `n` trials of what the study's model offers within limits."""
-    from autoq.study import bounds
-
-    record = store.study(study.id)
-    if not (body.max or body.min):
-        raise BadInput("max: refining needs a limit to refine at; give max or min")
-    limits = bounds(record, body.max, body.min)
-    names = [objective.name for objective in record.objectives]
-    if body.best is not None and body.best not in names:
-        raise BadInput(f"best: must be an objective of this study: {', '.join(names)} (got {body.best[:80]!r})")
-    job = {
-        "kind": "refine",
-        "max": {name: bound.max for name, bound in limits.items() if bound.max is not None},
-        "min": {name: bound.min for name, bound in limits.items() if bound.min is not None},
-        "best": body.best,
-        "n": body.n,
-    }
-    return answer(store.queue.enqueue(study.id, job=job, limit=settings.limits.waiting_studies).to_json())
+    limit = settings.limits.waiting_studies
+    return answer(jobs.refine(store, study.id, body.max, body.min, body.n, body.best, limit).to_json())
 
 
 @router.get("/studies/{study}/offer", response_model=OfferAnswer)
