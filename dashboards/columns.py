@@ -6,6 +6,7 @@ figure. As columns it takes 60 bytes a trial and 25 for each measured value, and
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
@@ -16,12 +17,18 @@ from numpy.typing import NDArray
 from autoq.measurement import Part
 from autoq.search.sampler_view import PREDICTED
 from autoq.store import TrialRecord, TrialState
+from autoq.store.loading import MeasurementRow, TrialRow
 from autoq.store.records import Origin
 
 STATES: tuple[TrialState, ...] = get_args(TrialState)
 ORIGINS: tuple[Origin, ...] = get_args(Origin)
 KINDS = ("measured", "predicted", "computed")
 PARTS: tuple[Part, ...] = ("report", "search")
+
+ESTIMATE = "estimate"  # of a trial that was stopped: what all tokens would most likely have given
+_STATE = {name: place for place, name in enumerate(STATES)}
+_ORIGIN = {name: place for place, name in enumerate(ORIGINS)}
+_KIND = {name: place for place, name in enumerate(KINDS)}
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -107,35 +114,67 @@ class Trials:
     @classmethod
     def of(cls, records: Iterable[TrialRecord] = ()) -> Trials:
         """The columns of some records."""
-        rows = sorted(records, key=lambda trial: trial.number)
+        ordered = sorted(records, key=lambda trial: trial.number)
+        rows = [
+            (
+                *(t.id, t.number, t.state, t.origin, t.baseline, t.duplicate_of, t.feasible, t.on_frontier),
+                *(t.created_at, t.finished_at, t.seconds, _number(t.sampler_attrs.get(PREDICTED))),
+            )
+            for t in ordered
+        ]
+        measured = [
+            (t.id, v.objective, v.part, v.kind, v.value, v.stderr, v.unit, _number(v.detail.get(ESTIMATE)))
+            for t in ordered
+            for v in t.measurements.values()
+        ]
+        return cls._of(rows, measured)
+
+    @classmethod
+    def of_rows(cls, rows: Iterable[TrialRow], measured: Iterable[MeasurementRow]) -> Trials:
+        """The columns of what `Store.trial_columns` gives, in the order of the numbers."""
+        return cls._of(
+            [(*row[:-1], _within(row[-1], PREDICTED)) for row in rows],
+            [(*row[:-1], _within(row[-1], ESTIMATE)) for row in measured],
+        )
+
+    @classmethod
+    def _of(cls, rows: Sequence[TrialRow], measurements: Sequence[MeasurementRow]) -> Trials:
+        """From rows whose last value is a number: what was predicted, and what a stopped trial is estimated at."""
+        if not rows:
+            return cls({name: _empty(kind, fill, 0) for name, (kind, fill) in _BASE.items()}, {}, {}, {})
+        fields = [*zip(*rows, strict=True)]
+        _, number, state, origin, baseline, duplicate, feasible, front, created, finished, seconds, predicted = fields
         columns = {
-            "number": [t.number for t in rows],
-            "state": [STATES.index(t.state) for t in rows],
-            "origin": [ORIGINS.index(t.origin) for t in rows],
-            "feasible": [-1 if t.feasible is None else int(t.feasible) for t in rows],
-            "on_frontier": [t.on_frontier for t in rows],
-            "duplicate_of": [-1 if t.duplicate_of is None else t.duplicate_of for t in rows],
-            "created": [t.created_at.timestamp() for t in rows],
-            "finished": [np.nan if t.finished_at is None else t.finished_at.timestamp() for t in rows],
-            "seconds": [np.nan if t.seconds is None else t.seconds for t in rows],
-            "predicted": [_number(t.sampler_attrs.get(PREDICTED)) for t in rows],
+            "number": number,
+            "state": [_STATE[each] for each in state],
+            "origin": [_ORIGIN[each] for each in origin],
+            "feasible": [-1 if each is None else int(each) for each in feasible],
+            "on_frontier": front,
+            "duplicate_of": [-1 if each is None else each for each in duplicate],
+            "created": [each.timestamp() for each in created],
+            "finished": [np.nan if each is None else each.timestamp() for each in finished],
+            "seconds": [np.nan if each is None else each for each in seconds],
+            "predicted": predicted,
         }
+        places = {row[0]: place for place, row in enumerate(rows)}
+        grouped: dict[Measurable, list[MeasurementRow]] = {}
+        for row in measurements:
+            grouped.setdefault((row[1], row[2]), []).append(row)
         measured: dict[Measurable, dict[str, NDArray[np.generic]]] = {}
         units: dict[str, str] = {}
-        for place, trial in enumerate(rows):
-            for key, m in trial.measurements.items():
-                if key not in measured:
-                    measured[key] = {name: _empty(*kind, len(rows)) for name, kind in _MEASURED.items()}
-                    units.setdefault(m.objective, m.unit)
-                row = measured[key]
-                row["value"][place] = m.value
-                row["stderr"][place] = np.nan if m.stderr is None else m.stderr
-                row["expected"][place] = float(m.detail.get("estimate", m.value))
-                row["kind"][place] = KINDS.index(m.kind)
+        for key, group in grouped.items():
+            ids, _, _, kinds, values, errors, unit, estimates = zip(*group, strict=True)
+            units.setdefault(key[0], unit[0])
+            place = np.array([places[each] for each in ids])
+            arrays = measured[key] = {name: _empty(*kind, len(rows)) for name, kind in _MEASURED.items()}
+            arrays["value"][place] = values
+            arrays["stderr"][place] = [np.nan if each is None else each for each in errors]
+            arrays["expected"][place] = np.where(np.isnan(estimates), values, estimates)
+            arrays["kind"][place] = [_KIND[each] for each in kinds]
         return cls(
             {name: np.array(columns[name], dtype=kind) for name, (kind, _) in _BASE.items()},
             measured,
-            {t.number: t.baseline for t in rows if t.baseline is not None},
+            {n: name for n, name in zip(number, baseline, strict=True) if name is not None},
             units,
         )
 
@@ -221,6 +260,11 @@ class Trials:
 
 def _empty(kind: type, fill: float, length: int) -> NDArray[np.generic]:
     return np.full(length, fill, dtype=kind)
+
+
+def _within(text: str, key: str) -> float:
+    """The number of that name in an object of JSON, NaN where there is none."""
+    return _number(json.loads(text).get(key)) if key in text else float("nan")
 
 
 def _number(value: object) -> float:

@@ -1,8 +1,9 @@
 """Layers as a grid: blocks down, modules across, and what stands outside the blocks in rows of its own.
 
 A layer's row is the numbered list that it is in (`model.layers.3`) and its column is the rest of its name, with the
-numbers of experts as `*`: all experts of a block are one cell. Stacks of one model (encoder, decoder) have rows of
-their own. Shapes say which block a layer is in; without them its name does.
+numbers within it as `*`: all experts of a block are one cell. Other layers that would share a cell keep their numbers.
+Stacks of one model (encoder, decoder) have rows of their own. Shapes say which block a layer is in; without them its
+name does.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class Spot:
     row: str
     column: str
     block: int | None
+    path: str = ""  # of all layers in it, with * for the numbers that tell them apart
     names: list[str] = field(default_factory=list)
 
     @property
@@ -36,7 +38,7 @@ class Spot:
         """The layer's name, or how many of them there are and what they are called."""
         if len(self.names) == 1:
             return self.names[0]
-        return f"{len(self.names)} × {re.sub(r'[.][0-9]+[.]', '.*.', self.names[0])}"
+        return f"{len(self.names)} × {self.path}"
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,13 @@ class Grid:
         """The grid of layers, in the order of the model where that is known."""
         order = {name: place for place, name in enumerate(layers)}
         listed = sorted(names, key=lambda name: (order.get(name, len(order)), _natural(name)))
-        placed = {name: _place(name, layers.get(name)) for name in listed}
+        placed = _apart({name: _place(name, layers.get(name)) for name in listed}, layers)
         stacks = list(dict.fromkeys(stack for stack, block, _ in placed.values() if block is not None))
         short = _short(stacks)
         spots: dict[tuple[str, str], Spot] = {}
         for name, (stack, block, module) in placed.items():
             row = name if block is None else f"{short[stack]}{block}"
-            spots.setdefault((row, module), Spot(row, module, block)).names.append(name)
+            spots.setdefault((row, module), Spot(row, module, block, f"{stack}.{block}.{module}")).names.append(name)
         inner = [spot for spot in spots.values() if spot.block is not None]
         inner.sort(key=lambda spot: (stacks.index(placed[spot.names[0]][0]), spot.block or 0))
         before, after = _outer([spot for spot in spots.values() if spot.block is None])
@@ -138,6 +140,29 @@ def _place(name: str, layer: Layer | None) -> tuple[str, int | None, str]:
                 module = re.sub(r"(?<=\.)\d+(?=\.)", "*", name[number.end() :])
                 return name[: number.start() - 1], int(number[0]), module[1:]
     return name, None, OUTSIDE
+
+
+Place = tuple[str, int | None, str]
+
+
+def _apart(placed: Mapping[str, Place], layers: Mapping[str, Layer]) -> dict[str, Place]:
+    """Only experts share a cell: other layers that a number alone tells apart keep it in their module's name."""
+    shared: dict[Place, list[str]] = {}
+    for name, place in placed.items():
+        shared.setdefault(place, []).append(name)
+    numbered = {
+        (stack, module)
+        for (stack, block, module), names in shared.items()
+        if block is not None and len(names) > 1 and not all(_is_expert(name, layers.get(name)) for name in names)
+    }
+    return {
+        name: (stack, block, name.removeprefix(f"{stack}.{block}.") if (stack, module) in numbered else module)
+        for name, (stack, block, module) in placed.items()
+    }
+
+
+def _is_expert(name: str, layer: Layer | None) -> bool:
+    return layer.stack is not None if layer is not None else ".experts." in name
 
 
 def _broken(module: str) -> str:

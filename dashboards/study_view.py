@@ -51,11 +51,11 @@ class View:
                 # Trials that change while they are read have a later count, and are read again next time.
                 after: int | None = None
                 while True:
-                    page = self._store.trials(self.id, after=after, limit=PAGE, changed_since=self._seen)
-                    self._trials = self._trials.merged(Trials.of(page))
-                    if len(page) < PAGE:
+                    rows, measured = self._store.trial_columns(self.id, after, PAGE, self._seen)
+                    self._trials = self._trials.merged(Trials.of_rows(rows, measured))
+                    if len(rows) < PAGE:
                         break
-                    after = page[-1].number
+                    after = rows[-1][1]
                 self._seen = study.changes
             self._study = study
         return self

@@ -25,6 +25,13 @@ _TRIAL = (
 )
 
 
+# id, number, state, origin, baseline, duplicate_of, feasible, on the frontier, created_at, finished_at, seconds,
+# sampler's attributes as JSON text
+TrialRow = tuple[Any, ...]
+# trial's id, objective, part, kind, value, standard error, unit, detail as JSON text
+MeasurementRow = tuple[Any, ...]
+
+
 def pack(assignment: Assignment) -> bytes:
     """The stored form: zlib of the canonical JSON. 210 layers are 10 KB of JSON and about 1 KB of this."""
     return zlib.compress(assignment.json.encode(), level=9)
@@ -82,6 +89,33 @@ def load_trials(
     measured = _load_measurements(connection, ids) if rows else {}
     assignments = _load_assignments(connection, ids) if rows and with_assignments else {}
     return [_trial(row, measured.get(row.id, {}), assignments.get(row.hash)) for row in rows]
+
+
+def load_columns(
+    connection: sa.Connection, where: Sequence[sa.ColumnElement[bool]], limit: int | None = None
+) -> tuple[list[TrialRow], list[MeasurementRow]]:
+    """Trials and their measurements as plain rows, for whoever reads all of them: a fifth of the time of records.
+
+    Trials in the order of `load_trials`, measurements by trial, objective and part. JSON stays text.
+    """
+    t, v, f = m.trials.c, m.measurements.c, m.frontier.c
+    member = (f.study_id == t.study_id) & (f.trial_id == t.id)
+    attrs = sa.type_coerce(t.sampler_attrs, sa.Text)
+    chosen = (
+        sa.select(
+            *(t.id, t.number, t.state, t.origin, t.baseline, t.duplicate_of, t.feasible, f.trial_id.is_not(None)),
+            *(t.created_at, t.finished_at, t.seconds, attrs),
+        )
+        .select_from(m.trials.join(m.frontier, member, isouter=True))
+        .where(*where)
+        .order_by(t.study_id, t.number)
+        .limit(limit)
+    )
+    rows = [tuple(row) for row in connection.execute(chosen)]
+    ids = chosen.with_only_columns(t.id).subquery()
+    values = (v.trial_id, v.objective, v.part, v.kind, v.value, v.stderr, v.unit, sa.type_coerce(v.detail, sa.Text))
+    query = sa.select(*values).join(ids, ids.c.id == v.trial_id).order_by(v.trial_id, v.objective, v.part)
+    return rows, [tuple(row) for row in connection.execute(query)] if rows else []
 
 
 def _load_measurements(connection: sa.Connection, ids: sa.Subquery) -> dict[int, dict[tuple[str, Part], Measurement]]:

@@ -26,7 +26,16 @@ from autoq.store import models as m
 from autoq.store.accounts import Accounts
 from autoq.store.database import Database, Fence, open_database
 from autoq.store.feed import Feed
-from autoq.store.loading import load_study, load_summaries, load_trials, load_values, unpack
+from autoq.store.loading import (
+    MeasurementRow,
+    TrialRow,
+    load_columns,
+    load_study,
+    load_summaries,
+    load_trials,
+    load_values,
+    unpack,
+)
 from autoq.store.queue import Queue
 from autoq.store.records import Descent, Origin, StudyRecord, StudyState, StudySummary, TrialRecord, TrialState
 from autoq.store.remarks import Remarks
@@ -346,6 +355,22 @@ class Store:
         with self._database.reading() as connection:
             found = load_trials(connection, where, with_assignments=with_assignments, limit=limit)
             if not found:
+                _required_study(connection, study_id)
+            return found
+
+    def trial_columns(
+        self, study_id: int, after: int | None = None, limit: int | None = None, changed_since: int | None = None
+    ) -> tuple[list[TrialRow], list[MeasurementRow]]:
+        """What `trials` finds, as plain rows of `load_columns`: for whoever reads all trials of a large study."""
+        t = m.trials.c
+        where = [t.study_id == study_id]
+        if after is not None:
+            where.append(t.number > after)
+        if changed_since is not None:
+            where.append(t.changed > changed_since)
+        with self._database.reading() as connection:
+            found = load_columns(connection, where, limit)
+            if not found[0]:
                 _required_study(connection, study_id)
             return found
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import sqlalchemy as sa
 
 from autoq.assignment import Assignment
-from autoq.errors import StoreError
+from autoq.errors import NotFound, StoreError
 from autoq.measurement import Measurement
 from autoq.scheme import parse_scheme
 from autoq.spec import build_spec
@@ -87,3 +88,30 @@ def test_tables_that_studies_share(store):
     assert store.sensitivities("a") == {"up": {"rtn-int4-g64": 0.25}}
     assert store.costs("a") == {"latency": 1}
     assert store.sensitivities("b") is None
+
+
+def test_trials_as_rows_are_those_of_the_records(store):
+    study = store.create_study(SPEC, [KL, SIZE])
+    for number in range(4):
+        chosen = Assignment({"up": parse_scheme(f"rtn-int{number + 2}-channel")})
+        trial = store.start_trial(study.id, number, chosen, "sampler", None, {"frontier:predicted": 0.5})
+        if number == 1:
+            store.fail_trial(trial.id, 1, "ValueError", "no", "trace", 1.0, "w")
+        elif number < 3:
+            store.finish_trial(trial.id, 1, searched(512, {"of": 1}), {}, 1.0, "w")
+    rows, measured = store.trial_columns(study.id)
+    records = store.trials(study.id)
+    told = [
+        (
+            *(t.id, t.number, t.state, t.origin, t.baseline, t.duplicate_of, t.feasible, t.on_frontier),
+            *(t.created_at, t.finished_at, t.seconds, dict(t.sampler_attrs)),
+        )
+        for t in records
+    ]
+    assert [(*row[:-1], json.loads(row[-1])) for row in rows] == told
+    values = [(v.objective, v.value, dict(v.detail)) for t in records for v in t.measurements.values()]
+    assert [(row[1], row[4], json.loads(row[7])) for row in measured] == values
+    assert [row[1] for row in store.trial_columns(study.id, after=0, limit=2)[0]] == [1, 2]
+    assert store.trial_columns(study.id, changed_since=store.study(study.id).changes) == ([], [])
+    with pytest.raises(NotFound):
+        store.trial_columns(10**6)

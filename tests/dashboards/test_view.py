@@ -13,6 +13,9 @@ from autoq.dashboards import study_view
 from autoq.dashboards.columns import Trials
 from autoq.dashboards.study_view import View
 from autoq.errors import NotFound
+from autoq.measurement import Measurement
+
+from .conftest import assignment
 
 
 def same(a: Trials, b: Trials) -> None:
@@ -42,6 +45,28 @@ def test_columns_merge_to_the_same_in_any_pieces(database, sizes, rng: random.Ra
     assert merged.place(1000) is None
 
 
+@pytest.mark.parametrize("name", ["ordinary", "empty", "failed", "names that are markup", "four objectives"])
+def test_rows_give_what_records_give(database, name):
+    store, ids = database
+    same(Trials.of_rows(*store.trial_columns(ids[name])), Trials.of(store.trials(ids[name])))
+    same(Trials.of_rows(*store.trial_columns(ids[name], 4, 7)), Trials.of(store.trials(ids[name], after=4, limit=7)))
+
+
+def test_estimates_of_stopped_trials_count(maker):
+    study = maker.study()
+    trial = maker.store.start_trial(study, 0, assignment(0), "sampler", None, {"frontier:predicted": 0.25})
+    found = [
+        Measurement("kl_nats_per_token", 0.5, "nats/token", "measured", "search", 0.1, detail={"estimate": 0.4}),
+        Measurement("size_bytes", 1e8, "bytes", "computed", "search"),
+    ]
+    maker.store.stop_trial(trial.id, 1, found, {}, 1.0, "w")
+    trials = View(maker.store, study).refresh().trials
+    assert trials.measured("kl_nats_per_token", "search").expected.tolist() == [0.4]
+    assert trials.measured("kl_nats_per_token", "search").value.tolist() == [0.5]
+    assert trials.predicted.tolist() == [0.25]
+    same(trials, Trials.of(maker.store.trials(study)))
+
+
 def test_columns_hold_what_records_hold(database):
     store, ids = database
     records = store.trials(ids["ordinary"])
@@ -64,9 +89,9 @@ class Counting:
     def __getattr__(self, name):
         return getattr(self.store, name)
 
-    def trials(self, *arguments, **more):
-        found = self.store.trials(*arguments, **more)
-        self.read += len(found)
+    def trial_columns(self, *arguments):
+        found = self.store.trial_columns(*arguments)
+        self.read += len(found[0])
         return found
 
 
