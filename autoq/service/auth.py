@@ -141,7 +141,8 @@ class Guard:
             headers = Headers(scope=scope)
             page = "text/html" in headers.get("accept", "") and not scope["path"].startswith("/api/")
             if refusal == 401 and page and scope["method"] == "GET":
-                there = quote(scope["path"], safe="/")
+                query = scope.get("query_string", b"").decode("latin-1")
+                there = quote(scope["path"] + (f"?{query}" if query else ""), safe="/")
                 answer: Any = RedirectResponse(f"{scope.get('root_path', '')}{LOGIN}?next={there}", 303)
             elif refusal == 401:
                 answer = error_response(401, "a valid token is needed: Authorization: Bearer …", None, _CHALLENGE)

@@ -73,7 +73,7 @@ def _answer(request: Request, status: int, message: str, field: str | None, head
     page = getattr(request.app.state, "error_page", None)
     wants_page = "text/html" in request.headers.get("accept", "") and not request.url.path.startswith("/api/")
     if page is not None and wants_page:
-        shown: Response = page(status, message)
+        shown: Response = page(request, status, message)
         return shown
     return error_response(status, message, field, headers)
 

@@ -1,5 +1,10 @@
 /** Talking to the server: JSON in and out, and one line for what went wrong. */
 
+const ROOT = document.body.dataset.root ?? ""; // where a proxy has put this server
+
+/** An address of this server as a browser asks for it. */
+export const href = (path) => ROOT + path;
+
 /** What the server refused, in its own words; `field` where it names one. */
 export class Problem extends Error {
   constructor(message, status, field = null) {
@@ -30,7 +35,7 @@ export async function ask(path, { method = "GET", body, headers = {}, signal, ca
   if (body !== undefined && !sent["Content-Type"]) sent["Content-Type"] = "application/json";
   let answer;
   try {
-    answer = await fetch(path, {
+    answer = await fetch(href(path), {
       method, signal, cache, headers: sent,
       body: body === undefined || typeof body === "string" ? body : JSON.stringify(body),
     });
@@ -38,8 +43,8 @@ export async function ask(path, { method = "GET", body, headers = {}, signal, ca
     if (problem.name === "AbortError") throw problem;
     throw new Problem("the server does not answer; is autoq serve still running?", 0);
   }
-  if (answer.status === 401 && location.pathname !== "/login") {
-    location.assign(`/login?next=${encodeURIComponent(location.pathname + location.search)}`);
+  if (answer.status === 401 && location.pathname !== href("/login")) {
+    location.assign(`${href("/login")}?next=${encodeURIComponent(location.pathname + location.search)}`);
   }
   const text = await answer.text();
   let found = null;
@@ -60,4 +65,4 @@ export const studyPath = (study, ...rest) => [API, "studies", study, ...rest].ma
 
 /** The page of a study, or of a trial of it. */
 export const studyPage = (study, number = null) =>
-  `/studies/${encodeURIComponent(study)}${number === null ? "" : `/trials/${number}`}`;
+  `${ROOT}/studies/${encodeURIComponent(study)}${number === null ? "" : `/trials/${number}`}`;

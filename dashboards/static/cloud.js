@@ -72,6 +72,7 @@ export class Cloud {
     const side = number.length > 5000 ? 2.4 : 3.4;
     this.at = new Float32Array(2 * number.length);
     for (const wanted of [false, true]) {
+      context.globalAlpha = Math.min(0.8, Math.max(0.28, 2500 / number.length));
       context.fillStyle = wanted ? this.colours.on : this.colours.off;
       for (let i = 0; i < number.length; i += 1) {
         if (this.kept?.has(number[i]) === !wanted || (!this.kept && !wanted)) continue;

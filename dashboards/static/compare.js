@@ -2,7 +2,7 @@
 import { ask, studyPath } from "./api.js";
 import { at, complain, fill, h } from "./dom.js";
 import { Figure, saveButtons } from "./figure.js";
-import { counted, objectiveName } from "./format.js";
+import { axisTitle, counted, objectiveName } from "./format.js";
 import { setView, view } from "./view.js";
 
 let studies = [];
@@ -12,7 +12,15 @@ const figure = new Figure(at("frontiers"), {
   name: "frontiers",
   label: "Frontiers of the chosen studies. The same numbers are in the table below.",
   address: (options) => `${studyPath(chosen[0], "figures", "compare")}?${new URLSearchParams(options)}`,
-  prepare: ({ data, layout }) => ({ data: data.map((trace) => ({ ...trace, type: trace.type === "scattergl" ? "scatter" : trace.type })), layout: { ...layout, uirevision: `${view("x")}|${view("y")}` } }),
+  prepare: ({ data, layout }) => {
+    const objectives = studies.find((study) => study.study === chosen[0])?.objectives ?? [];
+    for (const axis of ["x", "y"]) {
+      const objective = objectives.find((own) => own.name === layout.meta?.[axis]);
+      if (objective && layout[`${axis}axis`]) layout[`${axis}axis`].title = { text: axisTitle(objective) };
+    }
+    for (const trace of data) if (trace.type === "scattergl") trace.type = "scatter";
+    return { data, layout: { ...layout, uirevision: `${view("x")}|${view("y")}` } };
+  },
 });
 
 function tools() {

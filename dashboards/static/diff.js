@@ -3,6 +3,7 @@ import { ask, studyPage, studyPath } from "./api.js";
 import { at, complain, fill, h, pageData, table } from "./dom.js";
 import { counted, number, objectiveName, withError } from "./format.js";
 import { figureCard } from "./cards.js";
+import { alike, union } from "./maps.js";
 import { view } from "./view.js";
 
 const { study } = pageData();
@@ -44,14 +45,23 @@ async function show() {
     const found = await ask(`${studyPath(name, "diff")}?${new URLSearchParams({ a, b })}`);
     const link = (n) => h("a", { href: studyPage(name, n) }, `trial ${n}`);
     fill(at("facts"), h("span", {}, link(found.a), " against ", link(found.b)));
-    const sides = [found.a, found.b].map((n) => figureCard(`Trial ${n}`, name, "layer_map", { options: () => ({ trial: n, by: "scheme" }) }));
+    let schemes = null;
+    const sides = [found.a, found.b].map((n) => figureCard(`Trial ${n}`, name, "layer_map", {
+      options: () => ({ trial: n, by: "scheme" }),
+      prepare: (plotly) => (schemes ? alike(plotly, schemes) : plotly),
+    }));
     const map = figureCard("Where they differ", name, "diff_map", { wide: true, options: () => ({ a: found.a, b: found.b }) });
     fill(at("diff"),
       h("div", { class: "twins" }, h("section", { class: "card wide" }, h("h2", {}, "What the difference costs"), objectives(found))),
       h("div", { class: "twins" }, sides.map((side) => side.card)),
       h("div", { class: "twins" }, map.card),
       h("section", { class: "card" }, h("h2", {}, "Layers that differ"), layers(found)));
-    for (const each of [...sides, map]) each.load();
+    map.load();
+    await Promise.all(sides.map((side) => side.load()));
+    if (sides.every((side) => side.figure.figure)) {
+      schemes = union(sides.map((side) => side.figure.figure));
+      for (const side of sides) side.figure.redraw();
+    }
   } catch (problem) {
     complain(problem);
   }

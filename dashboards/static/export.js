@@ -1,5 +1,5 @@
 /** Ship a trial: for a target, as a job of the server, verified in the target's runtime. */
-import { ask, studyPath } from "./api.js";
+import { ask, href, studyPath } from "./api.js";
 import { fill, h, say } from "./dom.js";
 import { ago, size, withError } from "./format.js";
 
@@ -86,5 +86,5 @@ function job(each) {
     bytes ? h("p", { class: "note" }, size(bytes)) : null,
     verified(result.verify),
     result.lines ? copyable(Array.isArray(result.lines) ? result.lines.join("\n") : String(result.lines)) : null,
-    each.state === "finished" ? h("a", { class: "button small", href: `/api/v1/exports/${each.id}/download`, download: "" }, "Download") : null);
+    each.state === "finished" ? h("a", { class: "button small", href: href(`/api/v1/exports/${each.id}/download`), download: "" }, "Download") : null);
 }

@@ -1,6 +1,6 @@
 /** One figure: fetched as data, drawn by Plotly, with its note, its table, and one line where it cannot be had. */
 import { ask } from "./api.js";
-import { fill, h, table } from "./dom.js";
+import { debounced, fill, h, table } from "./dom.js";
 import { CONFIG, download, plotly, themed } from "./plot.js";
 
 const SHOWN = 400; // rows of a table that are put on the page
@@ -34,6 +34,14 @@ export class Figure {
     root.setAttribute("aria-busy", "true");
     this.figure = null;
     document.addEventListener("theme", () => this.figure && this.redraw());
+    // What is left out of a narrow picture comes back in a wide one.
+    let width = root.clientWidth;
+    const fit = debounced(() => {
+      const now = root.clientWidth;
+      if (this.figure && now && Math.abs(now - width) > 40) this.redraw();
+      width = now || width;
+    }, 250);
+    addEventListener("resize", fit);
   }
 
   /** What stands at the right of "Show as table". */

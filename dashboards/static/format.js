@@ -85,6 +85,9 @@ export function objectiveName(name) {
   return task ? `${text}, ${task}` : text;
 }
 
+/** An axis title for people. */
+export const axisTitle = ({ name, unit }) => (unit === "bytes" || !unit ? objectiveName(name) : `${objectiveName(name)} (${unit})`);
+
 /** Text with a unit as a number in an objective's own unit, null where it is none: `90MB`, `1.5 GB`, `0.06`. */
 export function parseQuantity(text, unit) {
   const found = /^\s*([+-]?[\d.]+(?:e[+-]?\d+)?)\s*([kmgt]?i?b?)\s*$/i.exec(text);

@@ -3,16 +3,13 @@ import { studyPath } from "./api.js";
 import { Cloud, numbers } from "./cloud.js";
 import { fill, h, perFrame, say } from "./dom.js";
 import { Figure, saveButtons } from "./figure.js";
-import { objectiveName, quantity } from "./format.js";
+import { axisTitle, objectiveName, quantity } from "./format.js";
 import { colour, plotly } from "./plot.js";
 import { fits, trialName } from "./points.js";
 import { setView, view } from "./view.js";
 
 const PALE = 0.13;
 const SVG = "http://www.w3.org/2000/svg";
-
-/** An axis title for people. */
-const axisTitle = ({ name, unit }) => (unit === "bytes" || !unit ? objectiveName(name) : `${objectiveName(name)} (${unit})`);
 
 /** A symbol of Plotly's as a small picture. */
 function glyph(symbol, size) {
@@ -166,7 +163,7 @@ export class Frontier {
 
   #showLegend(traces) {
     fill(this.legend, traces.filter((trace) => trace.name && trace.showlegend !== false).map((trace) => h("li", {}, glyph(trace.marker?.symbol ?? "circle", trace.marker?.size ?? 8), trace.name)),
-      this.cloudPoints ? h("li", {}, glyph("circle", 4), "dominated") : null);
+      this.cloudPoints && !traces.some((trace) => trace.name === "dominated") ? h("li", {}, glyph("circle", 4), "dominated") : null);
   }
 
   #rings() {

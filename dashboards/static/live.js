@@ -1,5 +1,7 @@
 /** What happens on the server, as it happens; where events do not come, by asking now and then. */
 
+import { href } from "./api.js";
+
 const LEAST = 700; // milliseconds between two looks
 const ASK = 5000;
 
@@ -36,7 +38,7 @@ export function follow(address, names, look, wanted = () => true) {
   const ask = () => {
     asking ??= setInterval(() => wanted() && soon({ type: "ask", data: null }), ASK);
   };
-  const source = new EventSource(address);
+  const source = new EventSource(href(address));
   const heard = (event) => {
     let data = null;
     try {

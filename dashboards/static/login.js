@@ -1,12 +1,12 @@
 /** Sign in: the token goes to the server once, which answers with a cookie that no script can read. */
-import { ask } from "./api.js";
+import { ask, href } from "./api.js";
 import { at, complain } from "./dom.js";
 import { view } from "./view.js";
 
 /** Where to go afterwards: a path of this server and nowhere else. */
 function next() {
-  const wanted = new URL(view("next", "/"), location.origin);
-  return wanted.origin === location.origin ? wanted.pathname + wanted.search : "/";
+  const wanted = new URL(view("next", href("/")), location.origin);
+  return wanted.origin === location.origin ? wanted.pathname + wanted.search : href("/");
 }
 
 at("login").addEventListener("submit", async (event) => {

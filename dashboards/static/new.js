@@ -1,5 +1,5 @@
 /** Submit a study: a form for what most need, YAML for all there is; each follows the other. */
-import { ask, studyPage } from "./api.js";
+import { ask, href, studyPage } from "./api.js";
 import { at, complain, debounced, fill, h } from "./dom.js";
 import { objectiveName } from "./format.js";
 import { yaml } from "./yaml.js";
@@ -185,12 +185,12 @@ async function start() {
       h("fieldset", {}, h("legend", {}, "How long"),
         h("div", { class: "two" },
           input("budget.trials", "Trials", { number: true }), input("budget.wall_time", "Time, at most", { placeholder: "no limit", hint: "Such as 30m" }),
-          input("budget.report_points", "Points measured again", { number: true, hint: "On data that the search never saw" }),
+          input("budget.report_points", "Report points", { number: true, hint: "Measured again on other data" }),
           select("sampler.name", "Sampler", known(samplers))))),
     h("section", { class: "card" },
       h("div", { class: "card-head" }, h("h2", {}, "Spec"), h("span", { class: "note" }, "What is typed here shows in the form, and the other way round.")),
       text, verdict, h("div", { class: "actions" }, submit, deep),
-      h("details", {}, h("summary", {}, "On the command line"), h("pre", { tabindex: "0" }, `autoq submit spec.yaml --server ${location.origin}`))));
+      h("details", {}, h("summary", {}, "On the command line"), h("pre", { tabindex: "0" }, `autoq submit spec.yaml --server ${location.origin}${href("")}`))));
   for (const control of controls.values()) control.show();
   text.value = `${yaml(spec)}\n`;
   check();

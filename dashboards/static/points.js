@@ -19,6 +19,7 @@ export class Points {
 
   /** Take over what changed: a document of the same shape with fewer trials. */
   merge(document) {
+    this.known = {}; // what was derived from the trials so far
     this.study = document.study;
     this.state = document.state;
     this.changes = document.changes;
@@ -50,11 +51,14 @@ export class Points {
 
   /** Complete trials, in the order of their numbers. */
   get complete() {
-    return [...this.trials.values()].filter((trial) => trial.state === "complete").sort((a, b) => a.number - b.number);
+    this.known.complete ??= [...this.trials.values()].filter((trial) => trial.state === "complete").sort((a, b) => a.number - b.number);
+    return this.known.complete;
   }
 
+  /** Those that no other one beats. */
   get frontier() {
-    return this.complete.filter((trial) => trial.on_frontier);
+    this.known.frontier ??= this.complete.filter((trial) => trial.on_frontier);
+    return this.known.frontier;
   }
 
   /** How many trials ended how. */

@@ -1,5 +1,6 @@
 /** What every page has: colours, shortcuts. */
-import { at } from "./dom.js";
+import { ask, href } from "./api.js";
+import { at, fill, h } from "./dom.js";
 
 const NEXT = { "": "light", light: "dark", dark: "" };
 const LOOKS = { "": ["◐", "as the system"], light: ["☀", "light"], dark: ["☾", "dark"] };
@@ -39,7 +40,7 @@ document.addEventListener("keydown", (event) => {
   if (typing(event) || at("keys-dialog").open) return;
   if (going > Date.now() && event.key in PLACES) {
     going = 0;
-    location.assign(PLACES[event.key]);
+    location.assign(href(PLACES[event.key]));
   } else if (event.key === "g") {
     going = Date.now() + 1200;
   } else if (event.key === "?") {
@@ -58,3 +59,16 @@ at("theme").addEventListener("click", nextTheme);
 at("keys").addEventListener("click", () => at("keys-dialog").showModal());
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => document.dispatchEvent(new Event("theme")));
 showTheme();
+
+/** Who looks, where the server asks for it, and how to leave. */
+async function showUser() {
+  const found = await ask("/api/v1/session").catch(() => null);
+  if (!found?.user) return;
+  at("user").hidden = false;
+  fill(at("user"), `${found.user}, ${found.role} `, h("button", { type: "button", class: "link", onclick: async () => {
+    await ask("/api/v1/session", { method: "DELETE" });
+    location.assign(href("/login"));
+  } }, "sign out"));
+}
+
+if (location.pathname !== href("/login")) showUser();

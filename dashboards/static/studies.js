@@ -1,5 +1,5 @@
 /** All studies, as they stand: filtered, sorted and searched here, followed by events. */
-import { ask, studyPage, studyPath } from "./api.js";
+import { ask, href, studyPage, studyPath } from "./api.js";
 import { at, complain, debounced, fill, h, say } from "./dom.js";
 import { ago, counted } from "./format.js";
 import { follow } from "./live.js";
@@ -117,7 +117,7 @@ function show() {
   rows.clear();
   if (!studies.length) {
     fill(at("studies"), h("div", { class: "empty" }, h("h2", {}, "No study yet"), h("p", {}, "Submit one here, or start one on the command line; it appears by itself."),
-      h("pre", { tabindex: "0" }, "autoq search demo --trials 48"), h("a", { class: "button primary", href: "/new" }, "New study")));
+      h("pre", { tabindex: "0" }, "autoq search demo --trials 48"), h("a", { class: "button primary", href: href("/new") }, "New study")));
     return;
   }
   fill(at("studies"), list.length ? list.map((study) => {

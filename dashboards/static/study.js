@@ -26,8 +26,9 @@ function values(points, trial) {
 }
 
 class Page {
-  constructor(points) {
+  constructor(points, told) {
     this.points = points;
+    this.told = told; // the trial that the headline is about
     this.chosen = view("pick").split(",").filter(Boolean).map(Number).filter((number) => points.trials.has(number));
     this.watchers = [];
     this.limits = new Limits(at("limits"), points, () => this.changed());
@@ -126,14 +127,14 @@ class Page {
     fill(at("actions"), studyActions(name, points.state, { refresh: () => this.refresh(), state: () => this.points.state }));
   }
 
-  /** Fetch what has changed, and show it. */
+  /** Fetch what has changed, and show it; whether there was anything. */
   async refresh() {
     const before = this.points.frontier.length;
     const state = this.points.state;
     const known = this.points.objectives.length;
     const changes = this.points.changes;
     this.points.merge(await ask(`${studyPath(name, "points")}?since=${changes}`));
-    if (this.points.changes === changes && this.points.state === state) return;
+    if (this.points.changes === changes && this.points.state === state) return false;
     if (this.points.objectives.length !== known) this.limits.build();
     this.limits.refresh();
     this.showHead();
@@ -143,6 +144,7 @@ class Page {
     const counts = this.points.counts;
     const grown = this.points.frontier.length - before;
     say(`${counted(counts.complete ?? 0, "trial")} complete, ${this.points.frontier.length} on the frontier${grown > 0 ? `, ${grown} new` : ""}${this.points.state !== state ? `; the study is ${this.points.state}` : ""}`);
+    return true;
   }
 
   #keys() {
@@ -156,36 +158,34 @@ class Page {
   }
 }
 
-async function headline(page) {
-  try {
-    const { headline: text, trial } = await ask(studyPath(name, "overview"));
-    const [begin, ...rest] = (text ?? "").split(new RegExp(`(?<=[Tt]rial ${trial})\\b`));
-    const cut = begin.search(/[Tt]rial \d+$/);
-    if (trial === null || cut < 0) fill(at("headline"), text ?? "");
-    else fill(at("headline"), begin.slice(0, cut), h("a", { href: studyPage(name, trial) }, begin.slice(cut)), rest.join(""));
-    if (page.told !== trial) {
-      page.told = trial;
-      for (const watcher of page.watchers) watcher();
-    }
-  } catch {
-    // A sentence about the study; everything else stands without it.
-  }
+/** The sentence about the study, with a link to the trial that it is about. */
+function showHeadline({ headline: text, trial }) {
+  const [begin, ...rest] = (text ?? "").split(new RegExp(`(?<=[Tt]rial ${trial})\\b`));
+  const cut = begin.search(/[Tt]rial \d+$/);
+  if (trial === null || cut < 0) fill(at("headline"), text ?? "");
+  else fill(at("headline"), begin.slice(0, cut), h("a", { href: studyPage(name, trial) }, begin.slice(cut)), rest.join(""));
 }
+
+/** A sentence about the study; everything else stands without it. */
+const overview = () => ask(studyPath(name, "overview")).catch(() => ({ headline: null, trial: null }));
 
 async function start() {
   let page;
   try {
-    page = new Page(new Points(await ask(studyPath(name, "points"))));
+    const [points, told] = await Promise.all([ask(studyPath(name, "points")), overview()]);
+    page = new Page(new Points(points), told.trial);
+    showHeadline(told);
   } catch (problem) {
     complain(problem);
     throw problem;
   }
-  headline(page);
   follow(studyPath(name, "events"), ["change", "gone"], async () => {
     try {
-      await page.refresh();
+      if (!(await page.refresh())) return;
       complain(null);
-      headline(page);
+      const told = await overview();
+      page.told = told.trial;
+      showHeadline(told);
     } catch (problem) {
       complain(problem);
     }

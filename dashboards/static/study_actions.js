@@ -1,5 +1,5 @@
 /** What can be done with a study: stop it, go on with it, take its numbers away. */
-import { ask, studyPath } from "./api.js";
+import { ask, href, studyPath } from "./api.js";
 import { complain, h, say } from "./dom.js";
 
 const GOING = new Set(["queued", "running"]);
@@ -20,11 +20,11 @@ export function studyActions(name, state, { refresh }) {
       button.disabled = false;
     }
   };
-  const link = (text, path) => h("a", { class: "button", href: path, download: `${name}-${text.toLowerCase().replaceAll(" ", "-")}` }, text);
+  const link = (text, path) => h("a", { class: "button", href: href(path), download: `${name}-${text.toLowerCase().replaceAll(" ", "-")}` }, text);
   return [
     GOING.has(state) ? h("button", { type: "button", class: "danger", onclick: act("cancel", "The study ends after the trials that are out.") }, "Cancel") : null,
     GOING.has(state) || state === "created" ? null : h("button", { type: "button", onclick: act("resume", "The study is queued again.", {}) }, "Resume"),
     link("Frontier JSON", studyPath(name, "frontier")),
-    h("a", { class: "button", href: `/compare?studies=${encodeURIComponent(name)}` }, "Compare"),
+    h("a", { class: "button", href: href(`/compare?studies=${encodeURIComponent(name)}`) }, "Compare"),
   ];
 }

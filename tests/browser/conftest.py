@@ -41,7 +41,9 @@ import sys, uvicorn
 from autoq.service.app import create_app
 from autoq.store import Store
 with Store.open(sys.argv[1]) as store:
-    uvicorn.run(create_app(store), host="127.0.0.1", port=int(sys.argv[2]), log_level="warning")
+    uvicorn.run(
+        create_app(store), host="127.0.0.1", port=int(sys.argv[2]), log_level="warning", timeout_graceful_shutdown=1
+    )
 """
 
 

@@ -15,7 +15,8 @@ from starlette.testclient import TestClient
 
 from autoq import plugins
 from autoq.service.app import create_app
-from autoq.store import Store
+from autoq.spec import build_spec
+from autoq.store import Prepared, Store
 
 ROOT = Path(__file__).parents[2]
 
@@ -180,11 +181,21 @@ def test_modules_say_what_they_are_for() -> None:
         assert len(text.splitlines()) <= 500, file.name
 
 
-def test_no_figure_shows_another_user_s_study(server: Any) -> None:
-    ada = server.client("ada-viewer")
-    assert ada.get("/api/v1/studies/mine/figures/compare?studies=mine").status_code == 200
-    hidden = ada.get("/api/v1/studies/mine/figures/compare?studies=theirs")
-    missing = ada.get("/api/v1/studies/mine/figures/compare?studies=no-such")
-    assert (hidden.status_code, missing.status_code) == (404, 404)
-    assert hidden.json()["error"]["message"] == missing.json()["error"]["message"].replace("no-such", "theirs")
-    assert server.client("bob-admin").get("/api/v1/studies/mine/figures/compare?studies=theirs").status_code == 200
+def test_no_figure_shows_another_user_s_study(believable: ModuleType, tmp_path: Path) -> None:
+    with Store.open(str(tmp_path / "two.db")) as store:
+        for owner, name in (("ada", "mine"), ("bob", "theirs")):
+            spec = build_spec({"name": name, "model": {"id": "demo:smollm2"}})
+            store.queue.submit(owner, None, name, spec, Prepared(believable.OBJECTIVES, {}))
+        ada, _ = store.accounts.create("a", "ada", "viewer")
+        admin, _ = store.accounts.create("b", "bob", "admin")
+        with TestClient(create_app(store), base_url="http://localhost:8800") as client:
+
+            def ask(secret: str, others: str) -> Any:
+                address = f"/api/v1/studies/mine/figures/compare?studies={others}"
+                return client.get(address, headers={"Authorization": f"Bearer {secret}"})
+
+            assert ask(ada, "mine").status_code == 200
+            hidden, missing = ask(ada, "theirs"), ask(ada, "no-such")
+            assert (hidden.status_code, missing.status_code) == (404, 404)
+            assert hidden.json()["error"]["message"] == missing.json()["error"]["message"].replace("no-such", "theirs")
+            assert ask(admin, "theirs").status_code == 200

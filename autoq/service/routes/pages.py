@@ -32,15 +32,18 @@ def _templates() -> jinja2.Environment:
     return environment
 
 
-def _page(template: str, here: str, status: int = 200, **values: Any) -> HTMLResponse:
-    html = _templates().get_template(template).render(here=here, **values)
+def _page(request: Request, template: str, here: str, status: int = 200, **values: Any) -> HTMLResponse:
+    root = request.scope.get("root_path", "")
+    html = _templates().get_template(template).render(root=root, here=here, **values)
     # What is shown changes with every trial; the files that it names never do.
     return HTMLResponse(html, status, headers={"Cache-Control": "no-cache"})
 
 
-def error_page(status: int, message: str) -> HTMLResponse:
+def error_page(request: Request, status: int, message: str) -> HTMLResponse:
     """What a browser is shown instead of a page."""
-    return _page("error.html", "", status=status, title=_TITLES.get(status, "This did not work"), message=message)
+    return _page(
+        request, "error.html", "", status=status, title=_TITLES.get(status, "This did not work"), message=message
+    )
 
 
 @functools.cache
@@ -50,37 +53,41 @@ def _plot_templates() -> dict[str, Any]:
 
 
 @router.get("/")
-def studies_page() -> HTMLResponse:
+def studies_page(request: Request) -> HTMLResponse:
     """All studies."""
-    return _page("studies.html", "/")
+    return _page(request, "studies.html", "/")
 
 
 @router.get("/new")
-def new_page() -> HTMLResponse:
+def new_page(request: Request) -> HTMLResponse:
     """Submit a study."""
-    return _page("new.html", "/new")
+    return _page(request, "new.html", "/new")
 
 
 @router.get("/compare")
-def compare_page() -> HTMLResponse:
+def compare_page(request: Request) -> HTMLResponse:
     """Several studies on one frontier: `?studies=a,b`."""
-    return _page("compare.html", "/compare", templates=_plot_templates())
+    return _page(request, "compare.html", "/compare", templates=_plot_templates())
 
 
 @router.get("/login")
-def login_page() -> HTMLResponse:
+def login_page(request: Request) -> HTMLResponse:
     """Sign in with a token."""
-    return _page("login.html", "/login")
+    return _page(request, "login.html", "/login")
 
 
 @router.get("/studies/{study}")
-def study_page(store: Stored, study: Visible) -> HTMLResponse:
+def study_page(request: Request, store: Stored, study: Visible) -> HTMLResponse:
     """One study, its frontier first."""
-    return _page("study.html", "", templates=_plot_templates(), data={"study": store.study(study.id).to_json()})
+    return _page(
+        request, "study.html", "", templates=_plot_templates(), data={"study": store.study(study.id).to_json()}
+    )
 
 
 @router.get("/studies/{study}/trials/{number}")
-def trial_page(store: Stored, study: Visible, number: Annotated[int, Path(ge=0, le=2**31 - 1)]) -> HTMLResponse:
+def trial_page(
+    request: Request, store: Stored, study: Visible, number: Annotated[int, Path(ge=0, le=2**31 - 1)]
+) -> HTMLResponse:
     """One trial, whole."""
     trial = store.trial(study.id, number)
     assert trial.assignment is not None
@@ -91,13 +98,13 @@ def trial_page(store: Stored, study: Visible, number: Annotated[int, Path(ge=0, 
         "derived": store.feed.derived(study.id, number),
     }
     data = {"study": store.study(study.id).to_json(), "trial": facts}
-    return _page("trial.html", "", templates=_plot_templates(), data=data)
+    return _page(request, "trial.html", "", templates=_plot_templates(), data=data)
 
 
 @router.get("/studies/{study}/diff")
-def diff_page(store: Stored, study: Visible) -> HTMLResponse:
+def diff_page(request: Request, store: Stored, study: Visible) -> HTMLResponse:
     """Two trials side by side: `?a=31&b=uniform-int4`."""
-    return _page("diff.html", "", templates=_plot_templates(), data={"study": store.study(study.id).to_json()})
+    return _page(request, "diff.html", "", templates=_plot_templates(), data={"study": store.study(study.id).to_json()})
 
 
 @router.get("/static/{digest}/{name}")
