@@ -220,6 +220,8 @@ def cached(make: Maker) -> int:
     study = make.study((KL, PEAK), "cached")
     make.tables(study)
     caches = [f"model.layers.{block}.self_attn" for block in range(BLOCKS)]
+    losses = {name: {"kv4": 0.001, "kv8": 0.00001, "keep": 0.0} for name in caches}
+    make.store.put_table(study, "sensitivity", LOSSES | losses)
     for number in range(6):
         found = [
             Measurement(KL[0], 0.5 / (number + 1), KL[1], "measured", "search", 0.01),

@@ -271,7 +271,6 @@ class TestSpace:
         for stack in stacks:
             members = [layer for layer in info.layers if layer.stack == stack]
             assert list(variables[stack].members) == members
-            assert variables[stack].nbytes(parse_scheme("keep")) == sum(layer.parameters * 2 for layer in members)
 
     def test_apart_each_has_its_own(self, info):
         names = {variable.name for variable in self.space(info, experts="apart").variables}

@@ -292,3 +292,35 @@ def test_hidden_states_that_are_kept_are_not_those_of_another_cache(spec):
     fresh = [Evaluator(spec("llama")).measure(a, "search")[0].value for a in (one, other)]
     assert [evaluator.measure(a, "search")[0].value for a in (one, other, one, other)] == fresh * 2
     assert fresh[0] != fresh[1]
+
+
+def test_weights_are_trained_with_the_caches_that_they_will_run_with(spec, tmp_path, monkeypatch):
+    from autoq.evaluation import Evaluator
+
+    evaluator = Evaluator(spec())
+    int2 = parse_scheme("rtn-int2-g32")
+    layers = {layer.name: int2 if layer.kind == "linear" else Keep() for layer in evaluator.info.layers}
+    read, swap = [], evaluator.model.swap
+
+    def seen(weights, activations=None, caches=None):
+        read.append(set(caches or {}))
+        swap(weights, activations, caches)
+
+    monkeypatch.setattr(evaluator.model, "swap", seen)
+    losses = []
+    found, _ = evaluator.recover(
+        Assignment(layers, caches=dict.fromkeys(CACHES, KeyValue(4))),
+        steps=12,
+        tokens=None,
+        windows=1,
+        rate=1.0,
+        seed=0,
+        checkpoints=str(tmp_path / "left"),
+        tell=lambda step, loss, left: losses.append(loss),
+        note=lambda text: None,
+    )
+    assert found
+    assert len(losses) == 12
+    assert read
+    assert all(names == set(CACHES) for names in read)
+    assert not any(hasattr(module, "autoq_cache") for module in evaluator.model.model.modules())
