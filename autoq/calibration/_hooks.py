@@ -1,4 +1,8 @@
-"""Hooks that add up what the curvature proxy is made of while a model runs forward and backward."""
+"""Hooks that add up what the curvature proxy is made of while a model runs forward and backward.
+
+Layers that read one tensor (q, k and v; gate and up) share all that is made of it: ranges, second moments, histograms
+and projections are formed once for each input, not for each layer.
+"""
 
 from __future__ import annotations
 
@@ -12,47 +16,58 @@ import torch.nn.functional as F  # noqa: N812 - the field's own abbreviation
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from autoq.calibration.histogram import Binned, Histogram
+from autoq.calibration._gradients import Signs, add_rows, factors, plus, product, squares
+from autoq.calibration.histogram import Histogram, sums_by_row
 from autoq.errors import NotFinite
 from autoq.layer import MOST_HESSIAN_INPUTS
 from autoq.models.loaded import LoadedModel
 
+_PANEL = 512  # rows of a second moment that are made at once, at least
 
-@dataclass
+
+@dataclass(eq=False)
+class Moments:
+    """Running second moments of the inputs that some layers read together, all of them always."""
+
+    upper: Tensor  # (in, in) sum over positions of x xᵀ; with a lower part that nobody has made
+
+
+@dataclass(eq=False)
 class Sums:
     """Running sums of one module over passes; G (out, in) is the gradient of a pass with respect to the weight."""
 
     output_square: Tensor | None = None  # (out,) diagonal of G Gᵀ; of an embedding (columns,) that of Gᵀ G
-    input_square: Tensor | None = None  # (in, in) Gᵀ G
-    inputs: list[Tensor] = field(default_factory=list)  # or rows (≤ tokens, in) whose sum of squares is Gᵀ G
+    inputs: list[Tensor] = field(default_factory=list)  # rows (k, in) whose sum of squares is Gᵀ G
+    input_square: Tensor | None = None  # (in, in) the same of further rows
     row_square: Tensor | None = None  # (rows,) diagonal of an embedding's G Gᵀ
     grad_square: Tensor | None = None  # (out,) squared gradients of the output, summed over positions
     step_square: Tensor | None = None  # () squared 8-bit step of the input, times the sum of a pass's squared gradients
     token_step_square: Tensor | None = None  # () the same with the step of each position's own largest magnitude
-    plain_square: Tensor | None = None  # (in,) sum over positions of the squared input
-    positions: int = 0  # in `plain_square`
+    plain_square: Tensor | None = None  # (in,) sum over positions of the squared input, where no moments tell
+    positions: int = 0  # inputs seen
     low: Tensor | None = None  # (in,) the least input, at most 0
     high: Tensor | None = None
-    hessian: Tensor | None = None  # (in, in) sum over positions of x xᵀ; never written to, as others may hold it
+    moments: list[Moments] = field(default_factory=list)
     read: tuple[Tensor, ...] = ()  # or the inputs themselves, (positions, in) of each pass
     counts: Histogram = field(default_factory=Histogram)  # of the inputs
     saliency: Histogram = field(default_factory=Histogram)  # the same, each weighted by its position's Σ g²
 
 
-@dataclass
+@dataclass(eq=False)
 class _Read:
-    """The input that was read last. Layers that read it one after the other (q, k, v) share what is made of it."""
+    """An input as it was read, and by whom."""
 
     input: Tensor
     rows: Tensor  # (positions, in), detached
+    values: Tensor  # the same in float32
     low: Tensor  # (in,)
     high: Tensor
-    square: Tensor  # (in,) summed over positions
-    binned: Binned
     peaks: Tensor  # (positions,) largest magnitudes
-    product: Tensor | None = None  # (in, in) summed over positions, or a copy of the rows
-    before: Tensor | None = None  # the sum that `product` was added to first
-    after: Tensor | None = None
+    largest: float
+    step_square: float
+    readers: list[Sums] = field(default_factory=list)
+    weights: list[tuple[Sums, Tensor]] = field(default_factory=list)  # (positions,) squared gradients by reader
+    mixed: Tensor | None = None  # (positions, k) its random projections
 
 
 class LookUps(TorchFunctionMode):
@@ -79,11 +94,16 @@ class Gatherer:
         self.model = model
         self.tokens = tokens
         self.by_module: dict[nn.Module, Sums] = {}
+        self._signs = Signs()
+        self._moments: dict[tuple[int, ...], Moments] = {}
         self._look_ups = LookUps()
+        self._backward = True
         self._last: _Read | None = None
+        self._unbinned: list[_Read] = []
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
+        """Hooks on every layer while passes run."""
         handles = []
         for layer in self.model.info.layers:
             for module in self.model.modules_of(layer):
@@ -96,13 +116,26 @@ class Gatherer:
             for handle in handles:
                 handle.remove()
             self._last = None
+            self._unbinned.clear()
+
+    @contextlib.contextmanager
+    def passing(self, backward: bool) -> Iterator[None]:
+        """One pass: forward and, where `backward`, then backward."""
+        self._backward = backward
+        self._signs.draw()
+        with torch.enable_grad() if backward else torch.no_grad():
+            yield
+        self._settle()
+        for read in self._unbinned:  # whose readers the loss does not all depend on
+            _bin(read)
+        self._unbinned.clear()
 
     def _on_forward(self, module: nn.Module, name: str) -> Callable[..., Any]:
         own = self.by_module[module]
 
         def hook(_: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> None:
             output = linear_output(outputs)
-            if not output.requires_grad:
+            if self._backward and not output.requires_grad:
                 output.requires_grad_()
             if isinstance(module, nn.Embedding):
                 on_gradient = self._rows_seen(own, self._look_ups.ids, module.num_embeddings)
@@ -111,7 +144,8 @@ class Gatherer:
                     on_gradient = self._inputs_seen(own, inputs[0])
                 except NotFinite as problem:
                     raise NotFinite(f"layer {name}: {problem}") from problem
-            output.register_hook(lambda grad: on_gradient(grad.detach().reshape(-1, grad.shape[-1])))  # type: ignore[no-untyped-call]
+            if self._backward:
+                output.register_hook(lambda grad: on_gradient(grad.detach().reshape(-1, grad.shape[-1])))  # type: ignore[no-untyped-call]
 
         return hook
 
@@ -123,7 +157,7 @@ class Gatherer:
             read, place = torch.unique(ids.reshape(-1).cpu(), return_inverse=True)
             whole = torch.zeros(len(read), grad.shape[1]).index_add_(0, place, grad.float().cpu())
             square = whole.square()
-            own.output_square = _plus(own.output_square, square.sum(0))
+            own.output_square = plus(own.output_square, square.sum(0))
             if own.row_square is None:
                 own.row_square = torch.zeros(rows)
             own.row_square[read] += square.sum(1)
@@ -131,82 +165,104 @@ class Gatherer:
         return on_gradient
 
     def _inputs_seen(self, own: Sums, x: Tensor) -> Callable[[Tensor], None]:
-        if self._last is None or self._last.input is not x:
-            rows = x.detach().reshape(-1, x.shape[-1])
-            low, high = torch.aminmax(rows, dim=0)
-            low, high = low.float().clamp(max=0), high.float().clamp(min=0)
-            peaks = rows.abs().amax(1).float()
-            self._last = _Read(x, rows, low, high, _squares(rows, 0), Binned(rows), peaks)
+        if self._last is None or self._last.input is not x or own in self._last.readers:
+            self._settle()
+            self._last = _read(x)
+            self._unbinned.append(self._last)
         last = self._last
-        step_square = float((last.high.max() - last.low.min()) / 255) ** 2
+        last.readers.append(own)
         own.low = last.low if own.low is None else torch.minimum(own.low, last.low)
         own.high = last.high if own.high is None else torch.maximum(own.high, last.high)
-        own.plain_square = last.square if own.plain_square is None else own.plain_square + last.square
         own.positions += len(last.rows)
-        own.counts.add(last.binned)
-        self._add_second_moments(own, last)
-        rows, binned, peaks = last.rows, last.binned, last.peaks
 
         def on_gradient(grad: Tensor) -> None:
-            square = _squares(grad, 0)
-            by_position = _squares(grad, 1)
-            own.saliency.add(binned, by_position.unsqueeze(1).expand(rows.shape))
-            own.token_step_square = _plus(own.token_step_square, (peaks / 127).square() @ by_position)
-            own.grad_square = _plus(own.grad_square, square)
-            own.step_square = _plus(own.step_square, step_square * square.sum())
-            whole = product(grad, rows)
-            own.output_square = _plus(own.output_square, _squares(whole, 1))
-            if self.tokens >= whole.shape[1]:
-                own.input_square = _plus(own.input_square, product(whole, whole, short=rows.dtype is torch.bfloat16))
-            elif len(grad) >= whole.shape[0]:
-                own.inputs.append(whole)
-            else:  # g gᵀ = Rᵀ R, so xᵀ g gᵀ x are the squares of the rows of R x, which are fewer
-                own.inputs.append(torch.linalg.qr(grad.float().t(), mode="r").R @ rows.float())
+            by_position, by_output = squares(grad)
+            own.token_step_square = plus(own.token_step_square, (last.peaks / 127).square() @ by_position)
+            own.step_square = plus(own.step_square, last.step_square * by_output.sum())
+            own.grad_square = plus(own.grad_square, by_output)
+            last.weights.append((own, by_position))
+            if len(last.weights) == len(last.readers):
+                _bin(last)
+                self._unbinned.remove(last)
+            output_square, rows, last.mixed = factors(grad, last.rows, self._signs, last.mixed)
+            own.output_square = plus(own.output_square, output_square)
+            own.input_square = add_rows(own.inputs, own.input_square, rows)
 
         return on_gradient
 
-    def _add_second_moments(self, own: Sums, last: _Read) -> None:
-        """Layers whose sums were one tensor before and that read the same again hold one tensor after."""
+    def _settle(self) -> None:
+        """Add what was read last to its readers' second moments: now it is known who all of them are."""
+        if self._last is None:
+            return
+        last, self._last = self._last, None
         inputs = last.rows.shape[1]
-        if inputs > MOST_HESSIAN_INPUTS:
-            return
-        if self.tokens < inputs:  # fewer numbers than the matrix has
-            if last.product is None:
-                last.product = last.rows.clone()
-            own.read = (*own.read, last.product)
-            return
-        if last.product is None:
-            last.product, last.before = product(last.rows, last.rows), own.hessian
-            last.after = last.product if own.hessian is None else own.hessian + last.product
-            own.hessian = last.after
-        elif own.hessian is last.before:
-            own.hessian = last.after
+        if inputs <= MOST_HESSIAN_INPUTS and self.tokens >= inputs:
+            key = tuple(sorted(map(id, last.readers)))
+            if key not in self._moments:
+                self._moments[key] = Moments(last.values.new_zeros(inputs, inputs))
+                for own in last.readers:
+                    own.moments.append(self._moments[key])
+            _add_upper(self._moments[key].upper, last)
         else:
-            own.hessian = last.product if own.hessian is None else own.hessian + last.product
+            square = last.values.square().sum(0)
+            # Fewer numbers than the matrix has.
+            kept = () if inputs > MOST_HESSIAN_INPUTS else (last.rows.clone(),)
+            for own in last.readers:
+                own.plain_square = square if own.plain_square is None else own.plain_square + square
+                own.read += kept
+        last.values = last.rows
+        if not self._backward:
+            _bin(last)
+            self._unbinned.remove(last)
 
 
-def product(a: Tensor, b: Tensor, short: bool = False) -> Tensor:
-    """aᵀ b float32 for `a` (n, i) and `b` (n, j), summed in float32.
-
-    Of bfloat16 numbers the products are exact, so units for them do it without a loss, several times faster;
-    `short` lets them round the numbers of other types, too.
-    """
-    if not (short or a.dtype is b.dtype is torch.bfloat16) or a.device.type != "cpu":
-        return a.float().t() @ b.float()
-    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        return a.float().t() @ b.float()
-    finally:
-        matmul.fp32_precision = before
+def _read(x: Tensor) -> _Read:
+    """An input and its ranges. Raises `NotFinite`."""
+    rows = x.detach().reshape(-1, x.shape[-1])
+    values = rows.float()
+    if not len(values):
+        nothing = values.new_zeros(values.shape[1])
+        return _Read(x, rows, values, nothing, nothing, values.new_zeros(0), 0.0, 0.0)
+    low, high = values.amin(0).clamp_(max=0), values.amax(0).clamp_(min=0)
+    least, most = float(low.min()), float(high.max())
+    if not most - least < torch.inf:
+        raise NotFinite("its inputs are NaN or infinite on the calibration data")
+    return _Read(x, rows, values, low, high, rows.abs().amax(1).float(), max(-least, most), ((most - least) / 255) ** 2)
 
 
-def _squares(values: Tensor, dim: int) -> Tensor:
-    """Sum of squares over `dim`, float32. Values stay as they are: a gradient goes on."""
-    norms: Tensor = torch.linalg.vector_norm(values, dim=dim, dtype=torch.float32)
-    return norms.square_()
+def _panels(inputs: int) -> Iterator[tuple[int, int]]:
+    width = -(-inputs // max(1, inputs // _PANEL))
+    for start in range(0, inputs, width):
+        yield start, min(start + width, inputs)
 
 
-def _plus(total: Tensor | None, more: Tensor) -> Tensor:
-    return more if total is None else total.add_(more)
+def _add_upper(total: Tensor, read: _Read) -> None:
+    """Add the sum over positions of x xᵀ, panel by panel of its rows, from each panel's first column on."""
+    for start, end in _panels(len(total)):
+        product(read.values[:, start:end], read.values[:, start:], read.rows.dtype, total[start:end, start:])
+
+
+def mean_moments(own: Sums) -> Tensor:
+    """E[x xᵀ] (in, in) of all inputs that a module read, exactly symmetric."""
+    first, *others = (each.upper for each in own.moments)
+    result = first / own.positions
+    for other in others:
+        result += other / own.positions
+    for start, end in _panels(len(result)):
+        # Of a product that is not computed as one of its own transpose, halves may round differently.
+        corner = result[start:end, start:end]
+        corner.copy_((corner + corner.t()) / 2)
+        result[end:, start:end] = result[start:end, end:].t()
+    return result
+
+
+def _bin(read: _Read) -> None:
+    """Add an input to its readers' histograms."""
+    weights = [torch.ones(len(read.rows)), *(weights.cpu() for _, weights in read.weights)]
+    (counts, *saliencies), exponent = sums_by_row(read.rows, torch.stack(weights, 1), read.largest)
+    counts = counts.long()
+    for own in read.readers:
+        own.counts.add_sums(counts, exponent)
+    for (own, _), saliency in zip(read.weights, saliencies, strict=True):
+        own.saliency.add_sums(saliency, exponent)
+    read.weights.clear()

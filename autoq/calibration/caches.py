@@ -82,7 +82,8 @@ def losses(
     try:
         with torch.enable_grad():
             for window in windows:
-                go_back(model, window.unsqueeze(0).to(model.device), generator)
+                output = model.outputs(window.unsqueeze(0).to(model.device))
+                go_back(output, model.info.task, generator)
     finally:
         model.restore()
     outputs = len(windows) * model.positions(windows.shape[1])

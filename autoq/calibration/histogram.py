@@ -10,39 +10,63 @@ widen ranges too, to where the new values lie, and then share out counts between
 
 from __future__ import annotations
 
+import functools
 import math
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from autoq.errors import NotFinite
 
 BINS = 16384
+_PORTION = 2**19  # values at once: few sums of all bins, and temporary values that are not mapped anew each time
 MIN_EXPONENT = -100  # magnitudes below 2^-100 share the two bins beside 0
 
 
-class Binned:
-    """Values, of any shape, float dtype and device, by the bins of the least range that holds them.
+def _exponent(largest: float) -> int:
+    """Of the least range that holds magnitudes up to `largest`. Raises `NotFinite`."""
+    if not math.isfinite(largest):
+        raise NotFinite("its inputs are NaN or infinite on the calibration data")
+    # The k of 2^(k-1) <= largest < 2^k.
+    return max(math.frexp(largest)[1], MIN_EXPONENT) if largest > 0 else MIN_EXPONENT
 
-    Raises `NotFinite` for NaN or infinity.
+
+def _places(values: Tensor, exponent: int) -> Tensor:
+    """The bin of each value, int32 of their shape, in the range [-2^exponent, 2^exponent) that holds them all."""
+    width = _log_width(exponent)
+    # Where float32 makes numbers smaller, a small negative one would become -0. Floors of bfloat16 are bfloat16.
+    exact = values if values.dtype is torch.bfloat16 else values.float()
+    scaled = values.double() * 2.0**-width if width > 0 else exact * 2.0**-width
+    return scaled.floor_().to(torch.int32).add_(BINS // 2)
+
+
+@functools.lru_cache(maxsize=8)
+def _ones(count: int) -> NDArray[np.float64]:
+    return np.ones(count)
+
+
+def sums_by_row(x: Tensor, weights: Tensor, largest: float) -> tuple[Tensor, int]:
+    """Sums (k, BINS) float64 of several weights (n, k), each the same for all values of a row of `x` (n, m).
+
+    And the exponent of their range, the least that holds `largest`, the largest magnitude among the values. It is the
+    product of a sparse matrix (BINS, n), as many times 1 as a value of the row lies in the bin, and the weights: one
+    walk over the values for all of them, and no weight is written out for each value.
     """
+    from scipy.sparse import csc_array  # importing it takes longer than most commands
 
-    def __init__(self, x: Tensor) -> None:
-        # On the CPU, where the order of additions is always the same.
-        values = x.detach().reshape(-1).float().cpu()
-        largest = float(values.abs().max()) if values.numel() else 0.0
-        if not math.isfinite(largest):
-            raise NotFinite("its inputs are NaN or infinite on the calibration data")
-        # The k of 2^(k-1) <= largest < 2^k.
-        self.exponent = max(math.frexp(largest)[1], MIN_EXPONENT) if largest > 0 else MIN_EXPONENT
-        # Float64, for in float32 the quotient of a small negative value may be -0.
-        places = (values.double() * 2.0 ** -_log_width(self.exponent)).floor_()
-        self.places = places.to(torch.int16)  # counted from the first bin that holds no negative values
-
-    def sums(self, weights: Tensor | None = None) -> Tensor:
-        """How many values a bin holds (BINS,) int64, or the sum float64 of their `weights`, which has their shape."""
-        own = None if weights is None else weights.detach().reshape(-1).double().cpu()
-        return torch.bincount(self.places.long() + BINS // 2, weights=own, minlength=BINS)
+    exponent, (rows, columns) = _exponent(largest), x.shape
+    total = np.zeros((BINS, weights.shape[1]))
+    at_once = max(1, min(rows, _PORTION // max(1, columns)))
+    ones, starts = _ones(at_once * columns), np.arange(at_once + 1, dtype=np.int32) * columns
+    shares = weights.detach().double().cpu().numpy()
+    for start in range(0, rows, at_once):
+        portion = x[start : start + at_once].detach().cpu()
+        places = _places(portion, exponent).reshape(-1).numpy()
+        matrix = csc_array((ones[: len(places)], places, starts[: len(portion) + 1]), shape=(BINS, len(portion)))
+        total += matrix @ shares[start : start + at_once]
+    return torch.from_numpy(np.ascontiguousarray(total.T)), exponent
 
 
 def _log_width(exponent: int) -> int:
@@ -65,14 +89,21 @@ class Histogram:
         self.sums = torch.zeros(BINS, dtype=torch.int64) if sums is None else sums  # (BINS,), on the CPU
         self.exponent = exponent
 
-    def add(self, x: Tensor | Binned, weights: Tensor | None = None) -> None:
-        """Count values, each as its of `weights` if there are any, which make the sums float64.
+    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """Count values, of any shape, each as its of `weights` if there are any, which make the sums float64.
 
-        Raises what `Binned` raises, and then has counted nothing.
+        Raises `NotFinite` for NaN or infinity, and then has counted nothing.
         """
-        binned = x if isinstance(x, Binned) else Binned(x)
-        self.widen(binned.exponent)
-        self.sums = self.sums + _widened(binned.sums(weights), self.exponent - binned.exponent)
+        # On the CPU, where the order of additions is always the same.
+        values = x.detach().reshape(-1).cpu()
+        exponent = _exponent(float(values.abs().max()) if values.numel() else 0.0)
+        own = None if weights is None else weights.detach().reshape(-1).double().cpu()
+        self.add_sums(torch.bincount(_places(values, exponent), weights=own, minlength=BINS), exponent)
+
+    def add_sums(self, sums: Tensor, exponent: int) -> None:
+        """Add the sums (BINS,) of values that span [-2^exponent, 2^exponent)."""
+        self.widen(exponent)
+        self.sums = self.sums + _widened(sums, self.exponent - exponent)
 
     def widen(self, exponent: int) -> None:
         """Make the range at least [-2^exponent, 2^exponent)."""

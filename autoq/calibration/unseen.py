@@ -94,7 +94,12 @@ def _input_square(others: Sequence[Mapping[str, Tensor]], shares: Tensor) -> dic
             return {"inputs": together * len(together) ** 0.5}
         return {"input_square": together.t() @ together}
     return {
-        "input_square": torch.stack(
-            [own["input_square"] * share for own, share in zip(others, shares, strict=True)]
-        ).sum(0)
+        "input_square": torch.stack([_square(own) * share for own, share in zip(others, shares, strict=True)]).sum(0)
     }
+
+
+def _square(own: Mapping[str, Tensor]) -> Tensor:
+    """H (in, in), however it is kept."""
+    if "input_square" in own:
+        return own["input_square"]
+    return own["inputs"].t() @ own["inputs"] / len(own["inputs"])

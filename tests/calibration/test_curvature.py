@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from autoq.calibration import curvature
 from autoq.calibration.curvature import bound, dynamic_noise, gather, is_whole, proxy, save, static_noise
 from autoq.calibration.histogram import Histogram
 from autoq.errors import AutoQError, NotFinite
@@ -50,7 +51,8 @@ class Toy:
             x = self.x[ids] * (run + 1)
             y = self.layer(x)
             self.inputs.append(x[0])
-            y.register_hook(lambda grad: self.gradients.insert(0, grad[0]))
+            if y.requires_grad:
+                y.register_hook(lambda grad: self.gradients.insert(0, grad[0]))
             hidden = hidden + y
         return self.gate * (hidden / self.size[ids]).tanh() @ self.head.t()
 
@@ -72,7 +74,7 @@ def test_a_layer_of_one_output_costs_what_the_fisher_matrix_says(columns, task, 
     """With one output the Kronecker product is the whole matrix. A layer that runs twice in a pass pays for both."""
     toy = Toy(columns, 1, task, runs)
     found = gather(toy, WINDOWS, 0)["layer"]
-    assert ("inputs" in found) == (columns == 40)
+    assert "inputs" in found  # two rows in all
     delta = torch.randn(1, columns, generator=torch.Generator().manual_seed(1))
     weight = toy.layer.weight
     assert proxy(found, weight, weight + delta) == pytest.approx(by_sequence(*toy.seen(), delta), rel=1e-4)
@@ -87,6 +89,7 @@ def test_factors_are_those_of_the_gradients_of_the_weight(outputs):
         x, g = (each.view(2, 12, -1) for each in toy.seen())
         whole = g.transpose(1, 2) @ x
         assert torch.allclose(found["output_square"], whole.square().sum((0, 2)) / 24, rtol=1e-4)
+        assert ("input_square" in found) == (columns == 5)
         square = found["input_square"] if columns == 5 else found["inputs"].t() @ found["inputs"] / len(found["inputs"])
         expected = (whole.transpose(1, 2) @ whole).sum(0) / whole.square().sum()
         assert torch.allclose(square, expected, atol=1e-5 * float(expected.abs().max()))
@@ -134,6 +137,27 @@ def test_what_is_not_weighted_and_how_steps_are():
     own = g.square().sum(1)
     exact = float(own @ steps.square() / own.sum()) / 12
     assert dynamic_noise(found, INT8, True) == pytest.approx(exact)
+
+
+def test_gradients_come_of_the_first_windows_and_inputs_of_all(monkeypatch):
+    monkeypatch.setattr(curvature, "GRADIENT_TOKENS", 13)
+    toy = Toy(5, 8)
+    found = gather(toy, WINDOWS, 0)["layer"]
+    monkeypatch.undo()
+    whole, first = gather(Toy(5, 8), WINDOWS, 0)["layer"], gather(Toy(5, 8), WINDOWS[:1], 0)["layer"]
+    for name in ("input_mean_square", "hessian", "input_range", "input_peak", "input_counts", "input_exponent"):
+        assert torch.equal(found[name], whole[name]), name
+    for name in ("output_square", "input_square", "grad_square", "step_square", "token_step_square"):
+        assert torch.equal(found[name], first[name]), name
+    assert found["input_saliency"].sum() == pytest.approx(float(first["input_saliency"].sum()))
+
+
+def test_of_a_mixture_all_windows_go_backward(monkeypatch):
+    monkeypatch.setattr(curvature, "GRADIENT_TOKENS", 13)
+    toy = Toy(5, 8)
+    toy.info.layers[0].stack = "experts"
+    gather(toy, WINDOWS, 0)
+    assert len(toy.gradients) == 2
 
 
 def test_noise_of_floats_hardly_depends_on_whose_range_it_is():
