@@ -388,6 +388,16 @@ class Evaluator(QuantizedModel):
         found = recover(self, assignment, plan, tokens, Path(checkpoints), tell, note)
         return {name: (digest(layer), pack(layer)) for name, layer in found.layers.items()}, dict(found.facts)
 
+    def sequence(
+        self, assignment: Assignment, tell: Callable[[int, int], None]
+    ) -> tuple[dict[str, tuple[str, bytes]], dict[str, Any]]:
+        """Quantize the layers of `assignment` anew by what they read in the quantized model, block after block: layer
+        -> digest and content, and facts. `tell` hears how many blocks are done, of how many."""
+        from autoq.sequential import sequenced
+
+        found = sequenced(self, assignment, tell)
+        return {name: (digest(layer), pack(layer)) for name, layer in found.layers.items()}, dict(found.facts)
+
     # -- the reference ----------------------------------------------------------------------------
 
     def _shape(self, data: Tensor) -> tuple[int, int]:

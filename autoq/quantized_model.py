@@ -37,7 +37,7 @@ CURVATURE_TOKENS = 4096  # more of them changed nothing
 
 
 @contextlib.contextmanager
-def _naming(layer: str, scheme: Scheme) -> Iterator[None]:
+def naming(layer: str, scheme: Scheme) -> Iterator[None]:
     """Name the layer and the scheme in what a method raises: it knows neither."""
     try:
         yield
@@ -102,13 +102,14 @@ class QuantizedModel:
     def quantized(self, name: str, scheme: Scheme) -> QuantizedWeight:
         """A layer under `scheme`, from the bank or made now."""
         statistics, calibration = self._statistics_for(name, scheme)
-        with _naming(name, scheme):
+        with naming(name, scheme):
             return self.bank.quantized(self.model.weight(name).cpu(), self._hash(name), scheme, statistics, calibration)
 
     def layers(self, assignment: Assignment, names: Iterable[str] | None = None) -> dict[str, QuantizedWeight]:
-        """The layers of an assignment (default: all that are not kept) as they ship, trained ones as they were trained.
+        """The layers of an assignment (default: all that are not kept) as they ship, those that the assignment names by
+        content as they were stored.
 
-        Raises `AutoQError` where a trained layer is not on this machine.
+        Raises `AutoQError` where one of these is not on this machine.
         """
         chosen = (n for n, s in assignment.items() if not isinstance(s, Keep)) if names is None else names
         return {name: self._layer(assignment, name) for name in chosen}
@@ -122,7 +123,7 @@ class QuantizedModel:
             content = trained.path_of(digest).read_bytes()
         except OSError:
             raise AutoQError(
-                f"layer {name} was trained, and its weights {digest[:12]}… are not on this machine"
+                f"layer {name} was trained or made in sequence, and its weights {digest[:12]}… are not on this machine"
             ) from None
         return unpack(content, scheme, (layer.out_features, layer.in_features), digest)
 
@@ -142,17 +143,26 @@ class QuantizedModel:
             return None, ""
         return functools.partial(self.statistics, name), self._statistics_path().stem
 
-    def activation(self, name: str, scheme: Scheme) -> Callable[[Tensor], Tensor] | None:
-        """What the target's kernel does to the layer's input, which it sees over its scales where it has some."""
+    def activation(
+        self, name: str, scheme: Scheme, weight: QuantizedWeight | None = None
+    ) -> Callable[[Tensor], Tensor] | None:
+        """What the target's kernel does to the layer's input, which it sees over its scales where it has some.
+
+        These are the scales of `weight`, where that is not what the scheme's method makes of the layer.
+        """
         activation = kernel_activation(scheme)
         scaled = isinstance(scheme, Integer) and scheme.scales_inputs and activation is not None
         if activation != "a8static" and not scaled:
             return self.target.activation(scheme)
-        if (name, scheme) not in self._calibrated:
+        if weight is not None or (name, scheme) not in self._calibrated:
             function = self.target.activation(scheme, self.statistics(name) if activation == "a8static" else None)
             if scaled and function is not None:
-                scales = self.quantized(name, scheme).tensors["input_scales"].float().to(self.model.device)
-                function = functools.partial(_over, scales, function)
+                made = weight or self.quantized(name, scheme)
+                function = functools.partial(
+                    _over, made.tensors["input_scales"].float().to(self.model.device), function
+                )
+            if weight is not None:
+                return function
             self._calibrated[name, scheme] = function
         return self._calibrated[name, scheme]
 
@@ -167,7 +177,8 @@ class QuantizedModel:
             if isinstance(scheme, Keep):
                 continue
             weights[name] = self._dequantized_of(assignment, name)
-            if (function := self.activation(name, scheme)) is not None:
+            own = self._layer(assignment, name) if name in assignment.trained else None
+            if (function := self.activation(name, scheme, own)) is not None:
                 activations[name] = function
         return weights, activations, {name: read(scheme.bits) for name, scheme in assignment.caches.items()}
 
@@ -188,7 +199,7 @@ class QuantizedModel:
         if isinstance(scheme, Keep):
             return original
         statistics, calibration = self._statistics_for(name, scheme)
-        with _naming(name, scheme):
+        with naming(name, scheme):
             dequantized = self.bank.dequantized(
                 original.cpu(), self._hash(name), scheme, original.dtype, statistics, calibration
             )

@@ -49,6 +49,7 @@ NUMBERS = {
     "chunks",
     "tasks",
     "recovery",
+    "sequential",
     "workers",
 }
 
@@ -68,6 +69,7 @@ IMPORTS: dict[str, set[str]] = {
     "chunks": {"models", "objectives", "reference"},
     "quantized_model": {"methods", "models", "targets", "calibration", "bank"},
     "recovery": {"methods", "models", "calibration", "objectives", "reference", "chunks", "quantized_model"},
+    "sequential": {"methods", "models", "calibration", "bank", "quantized_model"},
     "evaluation": {
         "models",
         "targets",
@@ -99,7 +101,7 @@ LAZY: dict[str, set[str]] = {
     "vocabulary": {"studies"},
     "targets": {"methods", "models"},
     "workers": {"evaluation"},
-    "evaluation": {"recovery"},
+    "evaluation": {"recovery", "sequential"},
     "search": {"calibration"},
     "tasks": {"calibration"},
     "shipping": {"evaluation", "models"},

@@ -36,6 +36,25 @@ def show(parts: Sequence[RenderableType]) -> None:
         out.print(part, soft_wrap=bool(getattr(part, "no_wrap", False)))
 
 
+def derived_summary(study: StudyRecord, parent: TrialRecord, found: TrialRecord, how: str) -> str:
+    """Each objective of a trial that was made of another one, beside the other's where they may be compared."""
+    from autoq.display.numbers import with_error
+
+    lines = [f"trial {found.number} is trial {parent.number}, {how}"]
+    for objective in study.objectives:
+        told: list[str] = []
+        for part in ("report", "search"):
+            old, new = (trial.measurements.get((objective.name, part)) for trial in (parent, found))
+            if new is None or (told and old is None):
+                continue
+            text = with_error(new.value, new.stderr, new.unit)
+            if old is not None and old.kind == new.kind:
+                text += f", was {with_error(old.value, old.stderr, old.unit)}"
+            told.append(f"{text} ({part} part)")
+        lines.append(f"  {objective.name}: {'; '.join(told)}")
+    return "\n".join(lines) + "\n"
+
+
 def print_frontier(
     store: Store,
     study: StudyRecord,
