@@ -18,7 +18,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from autoq import plugins, trained
+from autoq import folding, plugins, trained
 from autoq.assignment import Assignment
 from autoq.bank import Bank, unpack
 from autoq.cache import cache_dir
@@ -26,9 +26,12 @@ from autoq.calibration import curvature
 from autoq.calibration.text import windows
 from autoq.device import threads
 from autoq.errors import AutoQError, BadInput, NotFinite, SchemeRefused
+from autoq.layer import Layer
 from autoq.methods import Method, QuantizedWeight, Statistics
+from autoq.methods._weights import IntegerWeight
 from autoq.models import LoadedModel, load
 from autoq.models.caches import Read, read
+from autoq.models.folding import channels
 from autoq.scheme import Integer, Keep, Scheme, kernel_activation
 from autoq.spec import StudySpec
 from autoq.targets import load_target
@@ -52,6 +55,12 @@ def naming(layer: str, scheme: Scheme) -> Iterator[None]:
 def _over(scales: Tensor, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """What `function` does to an input that it gets over its scales (in,), in the input's own units and dtype."""
     return function(x.float() / scales).mul(scales).to(x.dtype)
+
+
+def _over_exactly(scales: Tensor, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The same for powers of two: the function sees the input's own dtype."""
+    own = scales.to(x.dtype)
+    return function(x / own) * own
 
 
 class QuantizedModel:
@@ -141,7 +150,36 @@ class QuantizedModel:
         """How to get a layer's statistics and what they are known by, for a scheme that is made from them."""
         if not plugins.load("methods", scheme.method, Method).uses_statistics(scheme):
             return None, ""
+        if folding.is_folded(scheme):
+            # Those of the first layer that shares the scales, so that all find the same.
+            first = self._sharing(name)[0].name
+            return lambda: self.together(name, self.statistics(first)), self._together_key(name)
         return functools.partial(self.statistics, name), self._statistics_path().stem
+
+    def together(self, name: str, statistics: Statistics) -> Statistics:
+        """`statistics` of a layer whose scales of inputs are folded, with the weights of all that share them. A key of
+        the bank is made of the same things."""
+        weights = torch.cat([self.model.weight(layer.name).cpu().float() for layer in self._sharing(name)])
+        source = self.info.layer(name).source
+        assert source is not None
+        return {**statistics, "together": weights, "channels": channels(source)}
+
+    def _together_key(self, name: str) -> str:
+        hashes = [f"{layer.name} {self._hash(layer.name)}" for layer in self._sharing(name)]
+        told = "\n".join([self._statistics_path().stem, *hashes, str(self.info.layer(name).source)])
+        return hashlib.sha256(told.encode()).hexdigest()[:32]
+
+    def _sharing(self, name: str) -> list[Layer]:
+        """The layers that share the scales of a layer's inputs: all that read its source, but for routers and a block's
+        experts."""
+        source = self.info.layer(name).source
+        assert source is not None, name
+        own = folding.readers(self.info.layers)[source.module]
+        return [
+            layer
+            for layer in own
+            if layer.source == source and layer.kind != "router" and (layer.stack is None or source.kind == "rows")
+        ]
 
     def activation(
         self, name: str, scheme: Scheme, weight: QuantizedWeight | None = None
@@ -158,9 +196,12 @@ class QuantizedModel:
             function = self.target.activation(scheme, self.statistics(name) if activation == "a8static" else None)
             if scaled and function is not None:
                 made = weight or self.quantized(name, scheme)
-                function = functools.partial(
-                    _over, made.tensors["input_scales"].float().to(self.model.device), function
-                )
+                assert isinstance(made, IntegerWeight)
+                scales = made.input_scales()
+                assert scales is not None
+                # Folded ones are powers of two, and inputs over them are numbers of their own type.
+                over = _over_exactly if folding.is_folded(scheme) else _over
+                function = functools.partial(over, scales.to(self.model.device), function)
             if weight is not None:
                 return function
             self._calibrated[name, scheme] = function

@@ -40,7 +40,8 @@ from autoq.assignment import Assignment
 from autoq.bank import digest
 from autoq.calibration import curvature
 from autoq.errors import BadInput
-from autoq.methods import Method, QuantizedWeight
+from autoq.folding import is_folded
+from autoq.methods import Method, QuantizedWeight, Statistics
 from autoq.models.prefix import Chain, cut, run
 from autoq.quantized_model import CURVATURE_TOKENS, QuantizedModel, naming
 from autoq.scheme import Keep, Scheme
@@ -120,6 +121,7 @@ class _Sequence:
         self.made: dict[str, QuantizedWeight] = {}
         self.weights: dict[str, Tensor] = {}
         self.activations: dict[str, Any] = {}
+        self.caches: Mapping[str, Any] = {}  # what is read of KV caches that are quantized
         data = model.parts.calibration
         self.data = data[: max(1, CURVATURE_TOKENS // data.shape[1])].to(self.model.device)
         found = cut(self.model, self.data[:1])
@@ -143,8 +145,9 @@ class _Sequence:
         """Put a part's layers in the place of those before, as the assignment has them."""
         own = {name: self.assignment[name] for name in names if name in self.assignment}
         trained = {name: content for name, content in self.assignment.trained.items() if name in own}
-        self.weights, self.activations = self.quantized_model.swappable(Assignment(own, trained))
-        self.model.swap(self.weights, self.activations)
+        found = self.quantized_model.swappable(Assignment(own, trained, self.assignment.caches))
+        self.weights, self.activations, self.caches = found
+        self.model.swap(self.weights, self.activations, self.caches)
 
     def _make(self, part: _Part, stage: _Stage) -> None:
         """Quantize a stage's layers by what they read now, and put them in their place."""
@@ -159,15 +162,18 @@ class _Sequence:
             scheme, original = self.assignment[name], self.model.weight(name)
             if name in found:
                 method = plugins.load("methods", scheme.method, Method)
+                told: Statistics = found[name]
+                if is_folded(scheme):  # what shares its scales reads the same
+                    told = self.quantized_model.together(name, told)
                 with naming(name, scheme):
-                    made = method.quantize(original.cpu(), scheme, found[name])
+                    made = method.quantize(original.cpu(), scheme, told)
                 self.made[name] = made
             else:
                 made = self.quantized_model.quantized(name, scheme)
             self.weights[name] = made.dequantize(original.dtype).to(original.device)
             if (function := self.quantized_model.activation(name, scheme, made)) is not None:
                 self.activations[name] = function
-        self.model.swap(self.weights, self.activations)
+        self.model.swap(self.weights, self.activations, self.caches)
 
     def _pass(self, part: _Part, index: int) -> None:
         """Run a window from the part's start on."""

@@ -31,6 +31,7 @@ VOCABULARY = {
         "cache",
         "device",
         "energy",
+        "folding",
         "kv_cache",
         "trained",
     ),
@@ -50,6 +51,7 @@ NUMBERS = {
     "tasks",
     "recovery",
     "sequential",
+    "folded_model",
     "workers",
 }
 
@@ -69,6 +71,7 @@ IMPORTS: dict[str, set[str]] = {
     "chunks": {"models", "objectives", "reference"},
     "quantized_model": {"methods", "models", "targets", "calibration", "bank"},
     "recovery": {"methods", "models", "calibration", "objectives", "reference", "chunks", "quantized_model"},
+    "folded_model": {"methods", "models"},
     "sequential": {"methods", "models", "calibration", "bank", "quantized_model"},
     "evaluation": {
         "models",
@@ -79,6 +82,8 @@ IMPORTS: dict[str, set[str]] = {
         "reference",
         "chunks",
         "quantized_model",
+        "folded_model",
+        "methods",
         "tasks",
     },
     "workers": {"search.executors"},

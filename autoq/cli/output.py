@@ -12,7 +12,7 @@ from autoq.documents import baselines, document, to_csv, within
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from autoq.store import Store, StudyRecord
+    from autoq.store import Store, StudyRecord, TrialRecord
 
 
 def open_store(db: str) -> Store:

@@ -84,9 +84,7 @@ def derive(
 class _Derivation:
     """The making of one trial of another one."""
 
-    def __init__(
-        self, hold: Hold, study: StudyRecord, parent: TrialRecord, origin: Origin, observer: Observer
-    ) -> None:
+    def __init__(self, hold: Hold, study: StudyRecord, parent: TrialRecord, origin: Origin, observer: Observer) -> None:
         self.hold, self.store, self.study, self.parent = hold, hold.store, study, parent
         self.origin: Origin = origin
         self.observer = observer
@@ -103,8 +101,8 @@ class _Derivation:
             raise BadInput(f"study {self.study.name!r} measures no quality; there is nothing to gain")
         with executor_of(spec) as executor:
             self.hold.executor = executor
-            # While layers are made a study on the command line stays finished: a process that is killed leaves nothing to
-            # be put right. A queue's is seen to run, and puts right what a former process left.
+            # While layers are made a study on the command line stays finished: a process that is killed leaves nothing
+            # to be put right. A queue's is seen to run, and puts right what a former process left.
             if self.hold.queued:
                 self.store.set_state(study_id, "running")
             trained.place(parent.assignment, self.store.trained_layers)
@@ -136,4 +134,6 @@ class _Derivation:
         if not self.hold.queued:
             return None
         running = self.store.running_trials(self.study.id)
-        return next((trial for trial in running if trial.parent == self.parent.number and trial.origin == self.origin), None)
+        return next(
+            (trial for trial in running if trial.parent == self.parent.number and trial.origin == self.origin), None
+        )
