@@ -1,7 +1,8 @@
 """Assignments: a scheme for every layer, with one canonical text and one hash.
 
-A layer that was trained is not determined by its scheme: it is named by the digest of its tensors besides, and its
-entry reads `rtn-int3-g64#DIGEST`. So a trained assignment has a hash of its own, though its schemes are another's.
+A layer that was trained, or quantized after those before it, is not determined by its scheme: it is named by the digest
+of its tensors besides, and its entry reads `rtn-int3-g64#DIGEST`. So a trained assignment has a hash of its own, though
+its schemes are another's.
 A KV cache has an entry only where it is quantized, by the name of its attention module: `kv4`.
 """
 
@@ -24,8 +25,8 @@ _SHOWN = 8  # digits of a digest that people compare
 class Assignment(Mapping[str, Scheme]):
     """Layer name -> scheme, immutable and hashable by content.
 
-    `trained` maps those layers whose tensors were trained to the digest of these tensors. `caches` maps the KV caches
-    that are quantized to their schemes; as a mapping the assignment is one of layers alone.
+    `trained` maps those layers whose tensors were trained, or made in sequence, to the digest of these tensors.
+    `caches` maps the KV caches that are quantized to their schemes; as a mapping the assignment is one of layers alone.
     """
 
     def __init__(

@@ -26,9 +26,11 @@ from autoq.chunks import chunks, mean_loss
 from autoq.device import fingerprint
 from autoq.energy.meters import opened
 from autoq.errors import ModelRefused, NotFinite
+from autoq.folded_model import folded, without_scales
 from autoq.kv_cache import KeyValue, parse_choice
 from autoq.layer import Layer
 from autoq.measurement import Comparison, Measurement, Part, Probe
+from autoq.methods import QuantizedWeight
 from autoq.models.caches import Read, read
 from autoq.models.prefix import PrefixStates
 from autoq.objectives import TokenObjective, distance_of
@@ -38,7 +40,7 @@ from autoq.reference import Reference, distance, make_reference
 from autoq.scheme import Float, Integer, Keep, Scheme, parse_scheme
 from autoq.spec import StudySpec
 from autoq.statistics import Rival, mean_and_stderr, shards
-from autoq.targets import CostTable
+from autoq.targets import CostTable, Exported
 from autoq.tasks.runner import TaskRunner
 
 SLOPE_TOKENS = 1024  # one backward pass over all of them at once, so memory grows with them
@@ -347,16 +349,17 @@ class Evaluator(QuantizedModel):
             same = (layer.kind, layer.out_features, layer.in_features, layer.has_bias, tuple(texts))
             first = representative.setdefault(same, name)
             if first == name:
-                weights[name] = [self.quantized(name, parse_scheme(text)) for text in texts]
+                # Kernels are timed by what ships: scales that are folded are no part of it.
+                weights[name] = [without_scales(self.quantized(name, parse_scheme(text))) for text in texts]
             else:
                 weights[name] = weights[first]
         return self.target.cost_table(self.model, weights, self.spec.target)
 
     def time(self, assignment: Assignment) -> list[Measurement]:
         """Latency of the assembled model, end to end on the target."""
-        weights = self.layers(assignment)
         wanted = set(self.spec.measured)
-        return [m for m in self.target.time(self.model, weights, self.spec.target) if m.objective in wanted]
+        with folded(self.model, self.layers(assignment)) as weights:
+            return [m for m in self.target.time(self.model, weights, self.spec.target) if m.objective in wanted]
 
     def meter(self, assignment: Assignment) -> list[Measurement]:
         """Energy of the assembled model by this machine's meters; empty where there are none."""
@@ -364,7 +367,13 @@ class Evaluator(QuantizedModel):
         with opened(self.target.runs_on) as meters:
             if not meters:
                 return []
-            return self.target.meter(self.model, self.layers(assignment), self.spec.target, meters)
+            with folded(self.model, self.layers(assignment)) as weights:
+                return self.target.meter(self.model, weights, self.spec.target, meters)
+
+    def export(self, weights: Mapping[str, QuantizedWeight], folder: Path) -> Exported:
+        """Write the checkpoint of `weights` for the target, all scales that must be folded in their places."""
+        with folded(self.model, weights) as shipped:
+            return self.target.export(self.model, shipped, folder, self.statistics)
 
     def recover(
         self,
@@ -386,6 +395,16 @@ class Evaluator(QuantizedModel):
 
         plan = Plan(steps, windows, WEIGHT_RATE * rate, SCALE_RATE * rate, seed)
         found = recover(self, assignment, plan, tokens, Path(checkpoints), tell, note)
+        return {name: (digest(layer), pack(layer)) for name, layer in found.layers.items()}, dict(found.facts)
+
+    def sequence(
+        self, assignment: Assignment, tell: Callable[[int, int], None]
+    ) -> tuple[dict[str, tuple[str, bytes]], dict[str, Any]]:
+        """Quantize the layers of `assignment` anew by what they read in the quantized model, block after block: layer
+        -> digest and content, and facts. `tell` hears how many blocks are done, of how many."""
+        from autoq.sequential import sequenced
+
+        found = sequenced(self, assignment, tell)
         return {name: (digest(layer), pack(layer)) for name, layer in found.layers.items()}, dict(found.facts)
 
     # -- the reference ----------------------------------------------------------------------------

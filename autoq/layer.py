@@ -18,6 +18,22 @@ MOST_HESSIAN_INPUTS = 16384
 
 
 @dataclass(frozen=True)
+class Source:
+    """What makes a layer's inputs, if a scale of each input can go there without a change of what the model computes.
+
+    `module` has outputs that are, but for what keeps the scale of each (a product with other numbers, a mean over
+    positions, ReLU), what the layer reads: outputs of a norm that multiplies by its weight (`gain`) or by one more
+    (`gain_plus_one`), and adds its bias if it has one; or those of a layer, which its weight has a row for (`rows`).
+    `channels` are runs of its outputs (first, count), in the order of the layer's inputs; the heads that share a value
+    read the same ones. Nothing but layers of this model reads these outputs: all whose source is the same module.
+    """
+
+    module: str
+    kind: Literal["gain", "gain_plus_one", "rows"]
+    channels: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
 class Layer:
     """One quantizable weight.
 
@@ -33,7 +49,8 @@ class Layer:
     other layers. Gate and up are one matrix, as the model holds them: a runtime that runs them as one demands one
     scheme, and for all others a method that works row by row gives the same codes. All matrices of a block's
     experts are one fusion group. `reach` is the share of tokens that the layer sees, if experts see equally many.
-    What weighs the experts is a layer of kind `router`.
+    What weighs the experts is a layer of kind `router`. `source` is what scales of the layer's inputs can be folded
+    into, or None.
     """
 
     name: str
@@ -47,6 +64,7 @@ class Layer:
     block: int | None = None
     stack: str | None = None
     reach: float = 1.0
+    source: Source | None = None
 
     @property
     def parameters(self) -> int:

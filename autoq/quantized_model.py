@@ -18,7 +18,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from autoq import plugins, trained
+from autoq import folding, plugins, trained
 from autoq.assignment import Assignment
 from autoq.bank import Bank, unpack
 from autoq.cache import cache_dir
@@ -26,9 +26,12 @@ from autoq.calibration import curvature
 from autoq.calibration.text import windows
 from autoq.device import threads
 from autoq.errors import AutoQError, BadInput, NotFinite, SchemeRefused
+from autoq.layer import Layer
 from autoq.methods import Method, QuantizedWeight, Statistics
+from autoq.methods._weights import IntegerWeight
 from autoq.models import LoadedModel, load
 from autoq.models.caches import Read, read
+from autoq.models.folding import channels
 from autoq.scheme import Integer, Keep, Scheme, kernel_activation
 from autoq.spec import StudySpec
 from autoq.targets import load_target
@@ -37,7 +40,7 @@ CURVATURE_TOKENS = 4096  # more of them changed nothing
 
 
 @contextlib.contextmanager
-def _naming(layer: str, scheme: Scheme) -> Iterator[None]:
+def naming(layer: str, scheme: Scheme) -> Iterator[None]:
     """Name the layer and the scheme in what a method raises: it knows neither."""
     try:
         yield
@@ -52,6 +55,12 @@ def _naming(layer: str, scheme: Scheme) -> Iterator[None]:
 def _over(scales: Tensor, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """What `function` does to an input that it gets over its scales (in,), in the input's own units and dtype."""
     return function(x.float() / scales).mul(scales).to(x.dtype)
+
+
+def _over_exactly(scales: Tensor, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The same for powers of two: the function sees the input's own dtype."""
+    own = scales.to(x.dtype)
+    return function(x / own) * own
 
 
 class QuantizedModel:
@@ -102,13 +111,14 @@ class QuantizedModel:
     def quantized(self, name: str, scheme: Scheme) -> QuantizedWeight:
         """A layer under `scheme`, from the bank or made now."""
         statistics, calibration = self._statistics_for(name, scheme)
-        with _naming(name, scheme):
+        with naming(name, scheme):
             return self.bank.quantized(self.model.weight(name).cpu(), self._hash(name), scheme, statistics, calibration)
 
     def layers(self, assignment: Assignment, names: Iterable[str] | None = None) -> dict[str, QuantizedWeight]:
-        """The layers of an assignment (default: all that are not kept) as they ship, trained ones as they were trained.
+        """The layers of an assignment (default: all that are not kept) as they ship, those that the assignment names by
+        content as they were stored.
 
-        Raises `AutoQError` where a trained layer is not on this machine.
+        Raises `AutoQError` where one of these is not on this machine.
         """
         chosen = (n for n, s in assignment.items() if not isinstance(s, Keep)) if names is None else names
         return {name: self._layer(assignment, name) for name in chosen}
@@ -122,7 +132,7 @@ class QuantizedModel:
             content = trained.path_of(digest).read_bytes()
         except OSError:
             raise AutoQError(
-                f"layer {name} was trained, and its weights {digest[:12]}… are not on this machine"
+                f"layer {name} was trained or made in sequence, and its weights {digest[:12]}… are not on this machine"
             ) from None
         return unpack(content, scheme, (layer.out_features, layer.in_features), digest)
 
@@ -140,19 +150,60 @@ class QuantizedModel:
         """How to get a layer's statistics and what they are known by, for a scheme that is made from them."""
         if not plugins.load("methods", scheme.method, Method).uses_statistics(scheme):
             return None, ""
+        if folding.is_folded(scheme):
+            # Those of the first layer that shares the scales, so that all find the same.
+            first = self._sharing(name)[0].name
+            return lambda: self.together(name, self.statistics(first)), self._together_key(name)
         return functools.partial(self.statistics, name), self._statistics_path().stem
 
-    def activation(self, name: str, scheme: Scheme) -> Callable[[Tensor], Tensor] | None:
-        """What the target's kernel does to the layer's input, which it sees over its scales where it has some."""
+    def together(self, name: str, statistics: Statistics) -> Statistics:
+        """`statistics` of a layer whose scales of inputs are folded, with the weights of all that share them. A key of
+        the bank is made of the same things."""
+        weights = torch.cat([self.model.weight(layer.name).cpu().float() for layer in self._sharing(name)])
+        source = self.info.layer(name).source
+        assert source is not None
+        return {**statistics, "together": weights, "channels": channels(source)}
+
+    def _together_key(self, name: str) -> str:
+        hashes = [f"{layer.name} {self._hash(layer.name)}" for layer in self._sharing(name)]
+        told = "\n".join([self._statistics_path().stem, *hashes, str(self.info.layer(name).source)])
+        return hashlib.sha256(told.encode()).hexdigest()[:32]
+
+    def _sharing(self, name: str) -> list[Layer]:
+        """The layers that share the scales of a layer's inputs: all that read its source, but for routers and a block's
+        experts."""
+        source = self.info.layer(name).source
+        assert source is not None, name
+        own = folding.readers(self.info.layers)[source.module]
+        return [
+            layer
+            for layer in own
+            if layer.source == source and layer.kind != "router" and (layer.stack is None or source.kind == "rows")
+        ]
+
+    def activation(
+        self, name: str, scheme: Scheme, weight: QuantizedWeight | None = None
+    ) -> Callable[[Tensor], Tensor] | None:
+        """What the target's kernel does to the layer's input, which it sees over its scales where it has some.
+
+        These are the scales of `weight`, where that is not what the scheme's method makes of the layer.
+        """
         activation = kernel_activation(scheme)
         scaled = isinstance(scheme, Integer) and scheme.scales_inputs and activation is not None
         if activation != "a8static" and not scaled:
             return self.target.activation(scheme)
-        if (name, scheme) not in self._calibrated:
+        if weight is not None or (name, scheme) not in self._calibrated:
             function = self.target.activation(scheme, self.statistics(name) if activation == "a8static" else None)
             if scaled and function is not None:
-                scales = self.quantized(name, scheme).tensors["input_scales"].float().to(self.model.device)
-                function = functools.partial(_over, scales, function)
+                made = weight or self.quantized(name, scheme)
+                assert isinstance(made, IntegerWeight)
+                scales = made.input_scales()
+                assert scales is not None
+                # Folded ones are powers of two, and inputs over them are numbers of their own type.
+                over = _over_exactly if folding.is_folded(scheme) else _over
+                function = functools.partial(over, scales.to(self.model.device), function)
+            if weight is not None:
+                return function
             self._calibrated[name, scheme] = function
         return self._calibrated[name, scheme]
 
@@ -167,7 +218,8 @@ class QuantizedModel:
             if isinstance(scheme, Keep):
                 continue
             weights[name] = self._dequantized_of(assignment, name)
-            if (function := self.activation(name, scheme)) is not None:
+            own = self._layer(assignment, name) if name in assignment.trained else None
+            if (function := self.activation(name, scheme, own)) is not None:
                 activations[name] = function
         return weights, activations, {name: read(scheme.bits) for name, scheme in assignment.caches.items()}
 
@@ -188,7 +240,7 @@ class QuantizedModel:
         if isinstance(scheme, Keep):
             return original
         statistics, calibration = self._statistics_for(name, scheme)
-        with _naming(name, scheme):
+        with naming(name, scheme):
             dequantized = self.bank.dequantized(
                 original.cpu(), self._hash(name), scheme, original.dtype, statistics, calibration
             )

@@ -15,6 +15,7 @@ databases and file names:
     kmeans4-channel               16 centroids per output row; kmeans4-tensor shares them
     nf4-g64, log4-g64             16 levels that nobody needs to ship, times a scale per group
     awq-int4-g64                  a scale per input too, by which the input is divided
+    awq-int4-g64-fold             such scales, powers of two, folded into what makes the inputs: none ships
     rtn-fp8-channel-a8dyn         8-bit floats (E4M3) on both sides
     rtn-fp8-b128x128              8-bit floats, a scale per block of 128 outputs by 128 inputs
     rtn-fp8_e5m2-g128, rtn-fp4-g64  other elements (E5M2, E2M1) under bfloat16 scales
@@ -66,7 +67,7 @@ OBSERVERS: Mapping[Activation, str] = {
 
 PARAMETER_BITS = 16  # a scale, a real zero point, a centroid: bfloat16
 MIN_BITS, MAX_BITS = 2, 8
-# Methods whose integers ship a scale per input, bfloat16: the kernel divides the layer's input by it.
+# Methods whose integers have a scale per input, bfloat16, that the layer's input is divided by.
 INPUT_SCALING = frozenset({"awq", "smooth"})
 
 
@@ -93,7 +94,8 @@ class Keep:
 class Integer:
     """Uniform integer levels: weight = (code - zero) * scale per group, channel or tensor.
 
-    By the method's name it `scales_inputs`: then weight = (code - zero) * scale / input scale.
+    By the method's name it `scales_inputs`: then weight = (code - zero) * scale / input scale. These scales ship with
+    the layer, or are `folded` into what makes its inputs: then they are powers of two, and nothing of them ships.
     """
 
     method: str
@@ -101,19 +103,27 @@ class Integer:
     granularity: Granularity
     zero: ZeroPoint = "integer"
     activation: Activation | None = None
+    folded: bool = False
 
     def __post_init__(self) -> None:
         _check_bits(self.bits)
+        if self.folded and not self.scales_inputs:
+            raise BadInput(f"{self.method} has no scales of inputs to fold; {', '.join(sorted(INPUT_SCALING))} have")
 
     def __str__(self) -> str:
         text = f"{self.method}-int{self.bits}-{self.granularity}"
         text += {"none": "-sym", "integer": "", "real": "-rz"}[self.zero]
-        return text + (f"-{self.activation}" if self.activation else "")
+        return text + (f"-{self.activation}" if self.activation else "") + ("-fold" if self.folded else "")
 
     @property
     def scales_inputs(self) -> bool:
-        """Whether a scale per input ships beside the weight, which the kernel must divide the input by."""
+        """Whether the weight is that of inputs over scales of their own."""
         return self.method in INPUT_SCALING
+
+    @property
+    def ships_input_scales(self) -> bool:
+        """Whether a scale per input ships beside the weight, which the kernel must divide the input by."""
+        return self.scales_inputs and not self.folded
 
     def nbytes(self, out_features: int, in_features: int, dtype_bytes: int) -> int:
         """Bytes that ship for a weight of shape (out, in): codes, scales, zero points and scales of inputs."""
@@ -132,7 +142,7 @@ class Integer:
             "integer": rows * _packed_row_bytes(groups, self.bits),
             "real": rows * groups * PARAMETER_BITS // 8,
         }[self.zero]
-        inputs = in_features * PARAMETER_BITS // 8 if self.scales_inputs else 0
+        inputs = in_features * PARAMETER_BITS // 8 if self.ships_input_scales else 0
         return scales + zeros + inputs + _static_scale_bytes(self.activation)
 
 
@@ -390,7 +400,7 @@ Scheme = Keep | Integer | Levels | Codebook | Float | Gguf | Sparse
 _ACTIVATION = "(?:-(?P<activation>" + "|".join(get_args(Activation)) + "))?"
 _INTEGER = re.compile(
     r"(?P<method>[a-z][a-z_]*)-int(?P<bits>\d)-(?P<granularity>tensor|channel|g\d{1,6})"
-    r"(?P<zero>-sym|-rz)?" + _ACTIVATION,
+    r"(?P<zero>-sym|-rz)?" + _ACTIVATION + "(?P<folded>-fold)?",
     re.ASCII,
 )
 _FLOAT = re.compile(
@@ -403,8 +413,8 @@ _GGUF = re.compile(r"gguf-(?P<type>[a-z][a-z0-9_]*)(?P<importance>-im)?", re.ASC
 _CODEBOOK = re.compile(r"(?P<method>[a-z][a-z_]*)(?P<bits>\d)-(?P<granularity>tensor|channel|g\d{1,6})", re.ASCII)
 _SPARSE = re.compile(r"(?P<method>[a-z][a-z_]*)(?P<pattern>\d\d)(?P<inner>-int\d-.*)?", re.ASCII)
 _FORMS = (
-    "keep, M-intB-G[-sym|-rz][-A], MB-G, M-FLOAT-G[-A], gguf-TYPE[-im] or MP[-intB-G[-sym]]; M is a method, G gSIZE, "
-    f"channel, tensor or bROWSxCOLUMNS, P 24 or 10 to 95, A {', '.join(get_args(Activation))}"
+    "keep, M-intB-G[-sym|-rz][-A][-fold], MB-G, M-FLOAT-G[-A], gguf-TYPE[-im] or MP[-intB-G[-sym]]; M is a method, G "
+    f"gSIZE, channel, tensor or bROWSxCOLUMNS, P 24 or 10 to 95, A {', '.join(get_args(Activation))}"
 )
 
 
@@ -425,7 +435,8 @@ def parse_scheme(text: str) -> Scheme:
     if found := _INTEGER.fullmatch(text):
         zero: ZeroPoint = {"-sym": "none", "-rz": "real"}.get(found["zero"] or "", "integer")  # type: ignore[assignment]
         activation: Activation | None = found["activation"]  # type: ignore[assignment]
-        return Integer(found["method"], int(found["bits"]), parse_granularity(found["granularity"]), zero, activation)
+        granularity, folded = parse_granularity(found["granularity"]), found["folded"] is not None
+        return Integer(found["method"], int(found["bits"]), granularity, zero, activation, folded)
     if found := _FLOAT.fullmatch(text):
         return Float(
             found["method"],

@@ -269,6 +269,16 @@ class Study:
 
         return recover_trial(self._store, self.id, number, Training(steps, tokens, windows, rate, seed), observer)
 
+    def sequential(self, number: int, *, observer: Observer | None = None) -> TrialRecord:
+        """Quantize a trial block after block, each layer whose method looks at its inputs by what it reads in the
+        quantized model, at the same schemes and bytes, as a new trial.
+
+        Raises `BadInput` where no layer is made by its inputs or the study is not finished.
+        """
+        from autoq.search.sequencing import sequence_trial
+
+        return sequence_trial(self._store, self.id, number, observer)
+
     def plot(self, figure: str, *, theme: str = "light", **options: object) -> go.Figure:
         """One of the dashboard's figures as a Plotly figure, in a `light` or `dark` theme.
 

@@ -21,35 +21,12 @@ MAPPED = {"workers": "autoq.workers", "studies": "autoq.studies", "dashboards": 
 
 VOCABULARY = {
     *("errors", "scheme", "layer", "assignment", "measurement", "statistics", "plugins"),
-    *(
-        "granularity",
-        "sparsity",
-        "spec",
-        "spec_errors",
-        "spec_units",
-        "strict_yaml",
-        "cache",
-        "device",
-        "energy",
-        "kv_cache",
-        "trained",
-    ),
+    *("granularity", "sparsity", "spec", "spec_errors", "spec_units", "strict_yaml"),
+    *("cache", "device", "energy", "folding", "kv_cache", "trained"),
 }
 NUMBERS = {
-    "methods",
-    "targets",
-    "kernels",
-    "models",
-    "calibration",
-    "objectives",
-    "bank",
-    "quantized_model",
-    "evaluation",
-    "reference",
-    "chunks",
-    "tasks",
-    "recovery",
-    "workers",
+    *("methods", "targets", "kernels", "models", "calibration", "objectives", "bank", "quantized_model"),
+    *("evaluation", "reference", "chunks", "tasks", "recovery", "sequential", "folded_model", "workers"),
 }
 
 # room -> what its modules may import at any time, besides the vocabulary and themselves
@@ -68,6 +45,8 @@ IMPORTS: dict[str, set[str]] = {
     "chunks": {"models", "objectives", "reference"},
     "quantized_model": {"methods", "models", "targets", "calibration", "bank"},
     "recovery": {"methods", "models", "calibration", "objectives", "reference", "chunks", "quantized_model"},
+    "folded_model": {"methods", "models"},
+    "sequential": {"methods", "models", "calibration", "bank", "quantized_model"},
     "evaluation": {
         "models",
         "targets",
@@ -77,6 +56,8 @@ IMPORTS: dict[str, set[str]] = {
         "reference",
         "chunks",
         "quantized_model",
+        "folded_model",
+        "methods",
         "tasks",
     },
     "workers": {"search.executors"},
@@ -100,7 +81,7 @@ LAZY: dict[str, set[str]] = {
     "vocabulary": {"studies"},
     "targets": {"methods", "models"},
     "workers": {"evaluation"},
-    "evaluation": {"recovery"},
+    "evaluation": {"recovery", "sequential"},
     "search": {"calibration"},
     "tasks": {"calibration"},
     "shipping": {"evaluation", "models"},

@@ -7,7 +7,7 @@ and projections are formed once for each input, not for each layer.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,6 +129,30 @@ class Gatherer:
         for read in self._unbinned:  # whose readers the loss does not all depend on
             _bin(read)
         self._unbinned.clear()
+
+    @contextlib.contextmanager
+    def reading(self, names: Iterable[str]) -> Iterator[None]:
+        """Add up what the layers `names` read, before their kernels round it; no gradients are waited for."""
+        handles = []
+        for name in names:
+            for module in self.model.modules_of(self.model.info.layer(name)):
+                self.by_module.setdefault(module, Sums())
+                handles.append(module.register_forward_pre_hook(self._on_read(module, name), prepend=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._last = None
+
+    def _on_read(self, module: nn.Module, name: str) -> Callable[..., Any]:
+        def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            try:
+                self._inputs_seen(self.by_module[module], inputs[0])
+            except NotFinite as problem:
+                raise NotFinite(f"layer {name}: {problem}") from problem
+
+        return hook
 
     def _on_forward(self, module: nn.Module, name: str) -> Callable[..., Any]:
         own = self.by_module[module]

@@ -59,7 +59,7 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -166,6 +166,19 @@ def gather(
     }
     unseen.fill(model.info, found, seen)
     return found
+
+
+def of_inputs(model: LoadedModel, names: Sequence[str], tokens: int, run: Callable[[], None]) -> dict[str, Statistics]:
+    """Statistics of what the layers `names` read while `run` runs the model, forward only, over `tokens` tokens in all.
+
+    As `gather` gives them, but for those that are made of gradients. A layer that did not run is left out.
+    """
+    gatherer = Gatherer(model, tokens)
+    with gatherer.reading(names):
+        run()
+    shared: dict[tuple[int, ...], dict[str, Tensor]] = {}
+    found = {name: _averages(model, model.info.layer(name), gatherer, 1, shared) for name in names}
+    return {name: own for name, own in found.items() if own}
 
 
 def _averages(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from autoq.reading import Frontier, Reader
-    from autoq.store import Store
+    from autoq.store import Store, StudyRecord, TrialRecord
 
 
 def open_store(db: str) -> Store:
@@ -51,6 +51,25 @@ def show(parts: Sequence[RenderableType]) -> None:
     out = console()
     for part in parts:
         out.print(part, soft_wrap=bool(getattr(part, "no_wrap", False)))
+
+
+def derived_summary(study: StudyRecord, parent: TrialRecord, found: TrialRecord, how: str) -> str:
+    """Each objective of a trial that was made of another one, beside the other's where they may be compared."""
+    from autoq.display.numbers import with_error
+
+    lines = [f"trial {found.number} is trial {parent.number}, {how}"]
+    for objective in study.objectives:
+        told: list[str] = []
+        for part in ("report", "search"):
+            old, new = (trial.measurements.get((objective.name, part)) for trial in (parent, found))
+            if new is None or (told and old is None):
+                continue
+            text = with_error(new.value, new.stderr, new.unit)
+            if old is not None and old.kind == new.kind:
+                text += f", was {with_error(old.value, old.stderr, old.unit)}"
+            told.append(f"{text} ({part} part)")
+        lines.append(f"  {objective.name}: {'; '.join(told)}")
+    return "\n".join(lines) + "\n"
 
 
 def print_frontier(found: Frontier, as_json: bool, limited: bool = False, as_csv: bool = False) -> None:

@@ -5,17 +5,14 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from autoq.cli.app import DEFAULT_DB, INTERRUPTED, Db, Json, StudyArgument, app, examples
-from autoq.cli.output import open_store, print_json
+from autoq.cli.output import derived_summary, open_store, print_json
 from autoq.cli.run import Quiet, terminable
 from autoq.documents import named_trial
-
-if TYPE_CHECKING:
-    from autoq.store import StudyRecord, TrialRecord
 
 
 @app.command(
@@ -64,19 +61,4 @@ def recover(
     if as_json:
         print_json(found.to_json())
     else:
-        sys.stdout.write(_summary(record, parent, found))
-
-
-def _summary(study: StudyRecord, parent: TrialRecord, found: TrialRecord) -> str:
-    """Each objective of both trials, where they may be compared."""
-    from autoq.display.numbers import with_error
-
-    lines = [f"trial {found.number} is trial {parent.number}, trained"]
-    before, after = parent.best_measurements(), found.best_measurements()
-    for objective in study.objectives:
-        old, new = before[objective.name], after[objective.name]
-        told = with_error(new.value, new.stderr, new.unit)
-        if (old.part, old.kind) == (new.part, new.kind):
-            told += f", was {with_error(old.value, old.stderr, old.unit)}"
-        lines.append(f"  {objective.name}: {told} ({new.part} part)")
-    return "\n".join(lines) + "\n"
+        sys.stdout.write(derived_summary(record, parent, found, "trained"))

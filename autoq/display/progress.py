@@ -34,6 +34,7 @@ STAGES = {
     "time": "timing kernels",
     "search": "searching",
     "recover": "training",
+    "sequence": "quantizing block after block",
     "report": "measuring the frontier on the report data",
 }
 

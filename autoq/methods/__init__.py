@@ -33,6 +33,7 @@ class Grid:
     formats: tuple[FloatFormat, ...] = ()
     blocks: tuple[PerBlock, ...] = ()  # granularities that only some formats know
     sparsity: tuple[Pattern, ...] = ()
+    folds: bool = False  # kernels know no scales of inputs, which must be folded into what comes before
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,9 @@ class QuantizedWeight(abc.ABC):
         """The weight's values, (out, in): computed in float32, then rounded once to `dtype`."""
 
 
-# Name -> tensor of one layer: second moments of its inputs, ranges, gradients.
+# Name -> tensor of one layer: second moments of its inputs, ranges, gradients. For a scheme whose scales of inputs are
+# folded also `together` (rows, in), the weights of all layers that must share these scales, and `channels` (in,), equal
+# for inputs that must share one.
 Statistics = Mapping[str, Tensor]
 
 

@@ -18,6 +18,8 @@ from autoq.methods._packing import pack_rows, unpack_rows
 from autoq.methods._sparse_weight import SparseWeight
 from autoq.scheme import Codebook, Float, Gguf, Granularity, Integer, Keep, Levels, PerGroup, PerTensor, Scheme, Sparse
 
+FOLDED = "folded_scales"  # the one tensor of a quantized weight that does not ship
+
 # Elements per block of rows: a block's float32 temporaries stay in a core's cache.
 BLOCK_ELEMENTS = 1 << 18
 
@@ -60,7 +62,8 @@ class IntegerWeight(QuantizedWeight):
 
     `tensors`: `codes` (out, ceil(in*bits/8)) uint8, a bit stream per row; `scales` (rows, groups)
     bfloat16; `zeros`, packed like the codes if integer, (rows, groups) bfloat16 if real, absent if
-    symmetric; `input_scales` (in,) bfloat16, positive, of schemes that scale inputs. Codes are unsigned; a
+    symmetric; `input_scales` (in,) bfloat16, positive, of schemes that scale inputs. Of a folded scheme these are
+    `folded_scales`, powers of two: they do not ship, and are gone where they are folded. Codes are unsigned; a
     symmetric code has its zero at 2**(bits-1). One scale for the whole tensor has rows = groups = 1.
     """
 
@@ -87,7 +90,7 @@ class IntegerWeight(QuantizedWeight):
             tensors["zeros"] = _exactly_bfloat16(zeros) if real else pack_rows(zeros.to(torch.uint8), scheme.bits)
         if scheme.scales_inputs:
             assert input_scales is not None and input_scales.shape == shape[1:], scheme
-            tensors["input_scales"] = _exactly_bfloat16(input_scales)
+            tensors[FOLDED if scheme.folded else "input_scales"] = _exactly_bfloat16(input_scales)
         return cls(scheme, shape, tensors)
 
     def codes(self) -> Tensor:
@@ -104,7 +107,13 @@ class IntegerWeight(QuantizedWeight):
 
     def input_scales(self) -> Tensor | None:
         """What each input is to be divided by before it meets the codes, (in,) float32; None where nothing is."""
-        return self.tensors["input_scales"].float() if self._integer.scales_inputs else None
+        scales = self.tensors.get(FOLDED, self.tensors.get("input_scales"))
+        return None if scales is None else scales.float()
+
+    @property
+    def nbytes(self) -> int:
+        """See `QuantizedWeight.nbytes`: scales that are folded elsewhere are none of them."""
+        return super().nbytes - (self.tensors[FOLDED].nbytes if FOLDED in self.tensors else 0)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         scheme, (rows, columns) = self._integer, self.shape
@@ -192,6 +201,8 @@ def restore(scheme: Scheme, shape: tuple[int, int], tensors: Mapping[str, Tensor
     kept = tensors.get("weight", tensors.get("values"))
     expected = expected_tensors(scheme, shape, torch.float32 if kept is None else kept.dtype)
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    if isinstance(scheme, Integer) and scheme.folded and FOLDED in tensors:
+        expected = expected | {FOLDED: (shape[1:], torch.bfloat16)}
     if found != expected:
         raise SchemeRefused(f"tensors {found} are not those of {scheme} for shape {shape}, which are {expected}")
     match scheme:
@@ -239,7 +250,7 @@ def expected_tensors(
         tensors["zeros"] = parameters
     elif scheme.zero == "integer":
         tensors["zeros"] = ((rows, math.ceil(groups * scheme.bits / 8)), torch.uint8)
-    if scheme.scales_inputs:
+    if scheme.ships_input_scales:
         tensors["input_scales"] = (shape[1:], torch.bfloat16)
     return tensors
 

@@ -19,6 +19,11 @@ Where we differ, and why:
   leave out layers whose input nobody can fold into. Here s ships with the layer, as bfloat16, and each layer has its
   own best one: the kernel divides x by it. It is rounded before W is scaled, and only ratios count: the largest is 1,
   so that W diag(s) never overflows; the least is `LEAST`.
+- For kernels that divide nothing (`awq-int4-g64-fold`) s is folded as the authors do it, and is then one of powers of
+two,
+  so that folding rounds nothing. α is searched for all layers that share s together: W is the weights `together`, one
+  below the other. Inputs that are one channel of what is scaled, in heads that share values, get one s, by the mean of
+  their E[x²]. Not never worse than rtn, row by row: only all of them together.
 - An input that was always zero counts as one of the middle (the geometric mean of the others).
 - Each row is clipped only if that lowers its error by H. α = 0 without clipping is rtn: never worse than that.
 """
@@ -30,16 +35,15 @@ from torch import Tensor
 
 from autoq.layer import MOST_HESSIAN_INPUTS
 from autoq.methods import QuantizedWeight, Statistics
-from autoq.methods._inputs import InputMethod, second_moments
+from autoq.methods._inputs import ScalingMethod, input_scales, second_moments, shared, together
 from autoq.methods._search import best_grid, nearest, plain_grid, row_errors, unit_of, values
 from autoq.methods.clip import clipped_grids
 from autoq.scheme import Integer, PerTensor, Scheme
 
 EXPONENTS = tuple(step / 10 for step in range(11))
-LEAST = 2.0**-12
 
 
-class Awq(InputMethod):
+class Awq(ScalingMethod):
     """Uniform integers of a weight whose columns were scaled by their inputs, and the scales."""
 
     def rule(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
@@ -49,39 +53,34 @@ class Awq(InputMethod):
             return "awq rounds its zero point to a code, as rtn does; choose from none, integer"
         if shape[1] > MOST_HESSIAN_INPUTS:
             return f"awq needs the Hessian of the inputs, which is kept for at most {MOST_HESSIAN_INPUTS}"
-        return None
+        return self.folded_rule(scheme)
 
     def make(self, weight: Tensor, scheme: Scheme, statistics: Statistics | None) -> QuantizedWeight:
         assert isinstance(scheme, Integer)
         moments = second_moments(scheme, statistics, weight.shape[1]).float()
         weight = weight.float()
-        unit = unit_of(weight)
 
-        def errors(scales: Tensor, grid: tuple[Tensor, Tensor]) -> Tensor:
+        def errors(weight: Tensor, scales: Tensor, grid: tuple[Tensor, Tensor]) -> Tensor:
             """What each row's outputs are off by, squared, (out,)."""
             found = values(weight * scales, scheme, *grid).div_(scales)
             return row_errors(found.mul_(unit).sub_(weight, alpha=unit), moments)
 
-        best, grid, least = torch.ones(len(moments)), plain_grid(weight, scheme), torch.empty(0)
+        everyone = together(weight, scheme, statistics)
+        unit = unit_of(everyone)
+        sizes = shared(moments.diagonal(), scheme, statistics, "mean").sqrt()
+        best, least_sum = torch.ones(len(moments)), torch.inf
         for exponent in EXPONENTS:
-            scales = input_scales(moments.diagonal().sqrt() ** exponent)
-            plain = plain_grid(weight * scales, scheme)
-            error = errors(scales, plain)
-            if not len(least) or error.sum() < least.sum():
-                best, grid, least = scales, plain, error
+            scales = input_scales(sizes**exponent, scheme.folded)
+            error_sum = float(errors(everyone, scales, plain_grid(everyone * scales, scheme)).sum())
+            if error_sum < least_sum:
+                best, least_sum = scales, error_sum
+        grid = plain_grid(weight * best, scheme)
+        least = errors(weight, best, grid)
         wanted = moments.diagonal() / best.square()
         bits, zero = scheme.bits, scheme.zero
         clipped = best_grid(weight * best, scheme, lambda low, high: clipped_grids(low, high, bits, zero), wanted)
-        pays = errors(best, clipped) < least
+        pays = errors(weight, best, clipped) < least
         if isinstance(scheme.granularity, PerTensor):
-            pays = (errors(best, clipped).sum() < least.sum()).view(1)
+            pays = (errors(weight, best, clipped).sum() < least.sum()).view(1)
         scales, zeros = (torch.where(pays[:, None], new, old) for new, old in zip(clipped, grid, strict=True))
         return nearest(weight * best, scheme, scales, zeros, best)
-
-
-def input_scales(wanted: Tensor) -> Tensor:
-    """Scales (in,) as they ship, at most 1, in proportion to those `wanted`; a 0 stands for no wish."""
-    some = wanted > 0
-    middle = wanted[some].log().mean().exp() if some.any() else torch.ones(())
-    filled = torch.where(some, wanted, middle)
-    return (filled / filled.max()).clamp_(min=LEAST).to(torch.bfloat16).float()

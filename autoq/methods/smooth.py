@@ -18,7 +18,8 @@ Where we differ, and why:
   with e the rounding of the input, uniform within Δ s_j. Without scales (s = 1) is tried first: by this measure
   never worse than rtn.
 - The authors fold 1/s into the norm before and leave other layers as they are. Here s ships with the layer, as
-  bfloat16, and the kernel divides x by it: see `awq`, whose bounds of s are these, too.
+  bfloat16, and the kernel divides x by it: see `awq`, whose bounds of s are these, too, and so is what it does where
+  scales are folded; max|x_j| and max_i|W_ij| are then the largest of all that share s_j.
 - Inputs or columns that are all zero count as those of the middle.
 - Only inputs whose range is found while running (a8dyn): a calibrated range is one of inputs as they are.
 """
@@ -29,16 +30,15 @@ import torch
 from torch import Tensor
 
 from autoq.methods import QuantizedWeight, Statistics
-from autoq.methods._inputs import InputMethod, needed
+from autoq.methods._inputs import ScalingMethod, input_scales, needed, shared, together
 from autoq.methods._search import nearest, plain_grid, unit_of, values
-from autoq.methods.awq import input_scales
 from autoq.scheme import Integer, Scheme
 
 EXPONENTS = tuple(step / 10 for step in range(11))
 _STEPS = 255  # of an 8-bit input
 
 
-class Smooth(InputMethod):
+class Smooth(ScalingMethod):
     """Uniform integers of a weight that took over the outliers of its inputs, which are quantized, too."""
 
     def rule(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
@@ -55,21 +55,23 @@ class Smooth(InputMethod):
         columns = weight.shape[1]
         squares = needed(scheme, statistics, "input_mean_square", (columns,)).double()
         peak = needed(scheme, statistics, "input_peak", (columns,)).double()
-        weight = weight.float()
-        unit = unit_of(weight)
-        sizes = weight.abs().amax(0).double()
-        best, grid, least = torch.ones(columns), plain_grid(weight, scheme), float("inf")
+        everyone = together(weight, scheme, statistics)
+        unit = unit_of(everyone)
+        sizes = shared(everyone.abs().amax(0).double(), scheme, statistics, "amax")
+        widest = shared(peak, scheme, statistics, "amax")
+        best, least = torch.ones(columns), float("inf")
         for exponent in (None, *EXPONENTS):
-            scales = best if exponent is None else input_scales(_wanted(peak, sizes, exponent))
-            plain = plain_grid(weight * scales, scheme)
-            found = values(weight * scales, scheme, *plain).div_(scales).mul_(unit)
+            scales = best if exponent is None else input_scales(_wanted(widest, sizes, exponent), scheme.folded)
+            plain = plain_grid(everyone * scales, scheme)
+            found = values(everyone * scales, scheme, *plain).div_(scales).mul_(unit)
             step = 2 * (peak / scales).max() / _STEPS
-            off = found.sub(weight, alpha=unit).square_().sum(0, dtype=torch.float64)
+            off = found.sub(everyone, alpha=unit).square_().sum(0, dtype=torch.float64)
             energy = found.square_().sum(0, dtype=torch.float64)
             error = float(off @ squares + energy @ scales.double().square() * step.square() / 12)
             if error < least:
-                best, grid, least = scales, plain, error
-        return nearest(weight * best, scheme, *grid, best)
+                best, least = scales, error
+        own = weight.float() * best
+        return nearest(own, scheme, *plain_grid(own, scheme), best)
 
 
 def _wanted(peak: Tensor, sizes: Tensor, exponent: float) -> Tensor:

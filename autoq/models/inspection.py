@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import dataclasses
 import functools
 import re
 from collections.abc import Iterable
@@ -29,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from autoq.errors import ModelRefused
 from autoq.kv_cache import Cache
 from autoq.layer import Layer, LayerKind, ModelInfo, Task
-from autoq.models import caches, conversion, experts
+from autoq.models import caches, conversion, experts, folding
 from autoq.models.quiet import quiet
 from autoq.spec import ModelSpec
 
@@ -148,7 +149,8 @@ def skeleton(spec: ModelSpec, folder: Path, config: Any) -> ModelInfo:
     stored = {id(tensor): (name, tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
     text = config.get_text_config()
     max_positions = _max_positions(model, text)
-    inputs = _probe(spec, model, names, task)
+    tracer = folding.Tracer(model, {name: _module(model, name) for name in names}, folding.find_norms(model))
+    inputs, outputs = _probe(spec, model, names, task, tracer)
 
     layers = []
     groups = _fusion_groups(model, names, inputs, head)
@@ -181,6 +183,8 @@ def skeleton(spec: ModelSpec, folder: Path, config: Any) -> ModelInfo:
     order = {name: index for index, name in enumerate(names)}
     layers.sort(key=lambda layer: order[layer.name])
     _refuse_mixed_dtypes(spec, model, layers)
+    sources = tracer.sources(layers, outputs)
+    layers = [dataclasses.replace(layer, source=sources.get(layer.name)) for layer in layers]
     return ModelInfo(
         architecture=type(model).__name__,
         task=task,
@@ -247,8 +251,10 @@ class _ZeroLinear(TorchFunctionMode):
 
 
 @torch.no_grad()
-def _probe(spec: ModelSpec, model: nn.Module, names: Iterable[str], task: Task) -> dict[str, list[Tensor]]:
-    """Run a few tokens through the model and give back what each layer read, call by call.
+def _probe(
+    spec: ModelSpec, model: nn.Module, names: Iterable[str], task: Task, tracer: folding.Tracer
+) -> tuple[dict[str, list[Tensor]], Any]:
+    """Run a few tokens through the model and give back what each layer read, call by call, and the model's outputs.
 
     The model is taken over: its tensors become zeros that share one number each, and linear maps give
     zeros without multiplying, so a model of any size takes about a second and next to no memory. Real
@@ -272,17 +278,19 @@ def _probe(spec: ModelSpec, model: nn.Module, names: Iterable[str], task: Task) 
     for name in names:
         _module(model, name).register_forward_hook(functools.partial(see, name))
     tokens = torch.zeros(1, _PROBE_TOKENS, dtype=torch.int64)
-    arguments = {"input_ids": tokens}
+    arguments: dict[str, Any] = {"input_ids": tokens}
     if task == "seq2seq":
         arguments["decoder_input_ids"] = tokens
+    if task in ("causal", "seq2seq"):
+        arguments["use_cache"] = False
     try:
-        with zeros:
-            model(**arguments)
+        with zeros, tracer.following():
+            outputs = model(**arguments)
     except Exception as problem:
         raise ModelRefused(
             f"model {spec.id!r}: {type(model).__name__} does not run on token ids alone: {first_line(problem)}"
         ) from problem
-    return inputs
+    return inputs, outputs
 
 
 @torch.no_grad()

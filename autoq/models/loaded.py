@@ -54,6 +54,11 @@ class LoadedModel:
         """The original weight (out, in), whatever is swapped in; a view, not a copy."""
         return self._oriented(name, self._originals[name])
 
+    def replace(self, name: str, weight: Tensor) -> None:
+        """Take `weight` (out, in) for a layer's original from now on. The tensor that was it is left as it is."""
+        self._originals[name] = self._oriented(name, weight)
+        self._point(name, self._originals[name])
+
     def swap(
         self,
         weights: Mapping[str, Tensor],

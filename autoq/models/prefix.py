@@ -77,33 +77,13 @@ class PrefixStates:
             self.chain = self._found(sample, windows)
 
     def _found(self, sample: Tensor, windows: int) -> Chain | None:
-        tried = sample[:, :_TRIED_TOKENS]
-        chain = find_chain(self._model, tried)
-        if chain is None:
+        found = cut(self._model, sample)
+        if found is None:
             return None
-        states = self._try_out(chain, tried)
-        if states is None:
-            return None
-        needed = states.nbytes // tried.shape[1] * sample.shape[1] * windows * KEPT_ASSIGNMENTS
+        chain, token_bytes = found
+        needed = token_bytes * sample.shape[1] * windows * KEPT_ASSIGNMENTS
         self.every = -(-needed * (len(chain.blocks) - 1) // max(self._memory, 1))
         return chain if self.every < len(chain.blocks) else None
-
-    def _try_out(self, chain: Chain, tried: Tensor) -> Tensor | None:
-        """A block's input (1, tokens, width) if outputs from it are the whole model's, else None."""
-        states: dict[int, Tensor] = {}
-        expected = _run(self._model, chain, tried, 0, None, range(len(chain.blocks)), states.__setitem__)
-        last = len(chain.blocks) - 1
-        for start in {1, (1 + last) // 2, last}:
-            # What a block left behind for others is now that of other tokens.
-            self._model.outputs((tried + 1) % self._model.info.vocab_size)
-            for _ in range(2):  # a block that writes to its input would spoil it for the second time
-                try:
-                    found = _run(self._model, chain, tried, start, states[start], (), states.__setitem__)
-                except Exception:  # whatever a block says to an input that was not meant for it
-                    return None
-                if not torch.equal(found, expected):
-                    return None
-        return states[last]
 
     def has(self, place: Hashable, schemes: Mapping[str, str]) -> bool:
         """Whether there is nothing to gain by evaluating this assignment there once more."""
@@ -136,7 +116,7 @@ class PrefixStates:
             self._keep(place, digests[k], states, digests[-1])
 
         self._use(place, digests)
-        found = _run(self._model, self.chain, input_ids, start, state, cuts if keep else (), record)
+        found = run(self._model, self.chain, input_ids, start, state, cuts if keep else (), record)
         self._use(place, digests)
         return found, self.chain.share(start)
 
@@ -164,14 +144,39 @@ class PrefixStates:
             self._bytes -= oldest.nbytes
 
 
-def _run(
+def cut(model: LoadedModel, sample: Tensor) -> tuple[Chain, int] | None:
+    """The chain and the bytes of one token's hidden states; None if outputs from a block on are not the whole model's.
+
+    Tried on the first tokens of `sample` (1, tokens).
+    """
+    tried = sample[:, :_TRIED_TOKENS]
+    chain = find_chain(model, tried)
+    if chain is None:
+        return None
+    states: dict[int, Tensor] = {}
+    expected = run(model, chain, tried, 0, None, range(len(chain.blocks)), states.__setitem__)
+    last = len(chain.blocks) - 1
+    for start in {1, (1 + last) // 2, last}:
+        # What a block left behind for others is now that of other tokens.
+        model.outputs((tried + 1) % model.info.vocab_size)
+        for _ in range(2):  # a block that writes to its input would spoil it for the second time
+            try:
+                found = run(model, chain, tried, start, states[start])
+            except Exception:  # whatever a block says to an input that was not meant for it
+                return None
+            if not torch.equal(found, expected):
+                return None
+    return chain, states[last].nbytes // tried.shape[1]
+
+
+def run(
     model: LoadedModel,
     chain: Chain,
     input_ids: Tensor,
     start: int,
     state: Tensor | None,
-    keep: Sequence[int],
-    record: Callable[[int, Tensor], None],
+    keep: Sequence[int] = (),
+    record: Callable[[int, Tensor], None] = lambda _, __: None,
 ) -> Tensor:
     """One forward pass from block `start` on its input `state`; `record` gets those of the blocks in `keep`."""
     with contextlib.ExitStack() as stack:

@@ -19,7 +19,8 @@ class Observer:
         """The study starts or goes on: model, layers, free layers, choices, trials done, sampler …"""
 
     def stage(self, name: str, total: int | None) -> None:
-        """A stage begins (`load`, `calibrate`, `quantize`, `time`, `search`, `recover`, `report`): so many steps."""
+        """A stage begins, of so many steps: `load`, `calibrate`, `quantize`, `time`, `search`, `recover`, `sequence` or
+        `report`."""
 
     def advance(self, steps: int = 1) -> None:
         """So many steps of the current stage are done."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import cast
 
-from autoq import plugins
+from autoq import folding, plugins
 from autoq.assignment import Assignment
 from autoq.errors import SchemeRefused, SpecError
 from autoq.kv_cache import GROUP, Cache, CacheScheme, KeyValue
@@ -178,7 +178,32 @@ def build_space(info: ModelInfo, spec: SpaceSpec, target_name: str, target: Targ
         raise SpecError(f"space.experts: apart: {target_name} runs the experts of a block as one; leave it out")
     options = {layer.name: _options(layer, _section(layer, spec), target.grid(), refuses) for layer in layers}
     _refuse_unusable(layers, spec, target.grid(), refuses)
-    return SearchSpace(info, (*_variables(layers, options, target.fuses, spec.experts == "together"), *caches))
+    variables = tuple(_variables(layers, options, target.fuses, spec.experts == "together"))
+    _refuse_unfoldable(info, variables, [cache.name for cache in caches])
+    return SearchSpace(info, (*variables, *caches))
+
+
+def _refuse_unfoldable(info: ModelInfo, variables: Sequence[Variable], caches: Sequence[str]) -> None:
+    """Refuse scales of inputs that an assignment of the space could not fold, whatever its other layers are."""
+    choices = {part.name: variable.choices for variable in variables for part in variable.members}
+    readers, layers = folding.readers(info.layers), {layer.name for layer in info.layers}
+    for name, own in choices.items():
+        scheme, source = next(filter(folding.is_folded, own), None), info.layer(name).source
+        if scheme is None:
+            continue
+        assert source is not None
+        cache = folding.through_cache(info.layer(name), caches)
+        rule = None if cache is None else f"it scales the values of {cache}, whose KV cache is searched"
+        # Its fellows share its variable, or are not searched and kept.
+        for other in readers[source.module]:
+            if other.name not in choices and other.tied:
+                rule = f"what {name} reads is read by {other.name}, too, whose weight is an embedding's"
+        for given in choices.get(source.module, ()) if source.module in layers else ():
+            assert not isinstance(given, KeyValue)
+            if (refused := folding.rows_refuse(given)) is not None:
+                rule = f"its scales would be folded into {source.module}, and as {given} {refused}"
+        if rule is not None:
+            raise SchemeRefused(f"space: {name} as {scheme}: {rule}; leave one of these schemes out (overrides)")
 
 
 def _caches(info: ModelInfo, spec: SpaceSpec, target_name: str, target: Target) -> list[Variable]:
@@ -241,6 +266,7 @@ def _grid(section: SpaceSpec | OverrideSpec, default: Grid) -> Grid:
         if section.group_size is None
         else tuple(size for size in sizes if isinstance(size, PerBlock)),
         sparsity=tuple(map(parse_pattern, section.sparsity or ())),
+        folds=default.folds,
     )
 
 
@@ -324,14 +350,26 @@ def _variables(
     layers: Sequence[Layer], options: Mapping[str, Sequence[Scheme]], fuses: bool, together: bool
 ) -> Iterable[Variable]:
     groups: dict[str, list[Layer]] = {}
+    folds = {
+        layer.source.module: layer
+        for layer in layers
+        if layer.source is not None and any(map(folding.is_folded, options[layer.name]))
+    }
     for layer in layers:
         group = layer.fusion_group if fuses else layer.stack if together else None
+        if layer.source is not None and layer.source.module in folds:
+            # Scales that are folded are those of all that read the same inputs.
+            first = folds[layer.source.module]
+            group = (first.fusion_group if fuses else None) or f"inputs from {layer.source.module}"
         groups.setdefault(group or layer.name, []).append(layer)
     for name, members in groups.items():
+        if name.startswith("inputs from ") and len(members) == 1:
+            name = members[0].name
         shared = [scheme for scheme in options[members[0].name] if all(scheme in options[m.name] for m in members)]
         if not shared:
             one, other = members[0], members[-1]
             why = "are one layer on this target" if fuses else "are experts that are searched together"
+            why = "read the same inputs, whose scales are folded," if name.startswith("inputs from ") else why
             raise SchemeRefused(f"space: {one.name} and {other.name} {why} and have no scheme in common")
         sizes = {scheme: sum(member.nbytes(scheme) for member in members) for scheme in shared}
         yield Variable(name, tuple(members), tuple(sorted(shared, key=lambda scheme: (sizes[scheme], str(scheme)))))

@@ -103,7 +103,8 @@ def _refine(hold: Hold, study: StudyRecord, job: Mapping[str, Any], make: Make |
 
 
 def _recover(hold: Hold, study: StudyRecord, job: Mapping[str, Any], make: Make | None) -> None:
-    from autoq.search.recovering import here, recover_trial
+    from autoq.search.deriving import here
+    from autoq.search.recovering import recover_trial
     from autoq.search.training import Training
 
     recover_trial(hold.store, study.id, job["trial"], Training(**job["training"]), _log(), make or here, hold)

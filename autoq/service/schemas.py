@@ -70,14 +70,14 @@ class TrialShape(Shape):
     study: str
     number: int
     state: TrialStateName
-    origin: Literal["baseline", "seed", "sampler", "refine", "recover"]
+    origin: Literal["baseline", "seed", "sampler", "refine", "recover", "sequential"]
     baseline: str | None
     feasible: bool | None
     on_frontier: bool
     hash: str
     duplicate_of: int | None
     parent: int | None
-    recovery: dict[str, Any] | None
+    derivation: dict[str, Any] | None
     assignment: dict[str, str] | None
     measurements: dict[str, MeasurementShape]
     search: dict[str, MeasurementShape]

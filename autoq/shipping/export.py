@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autoq import __version__, plugins, trained
+from autoq import __version__, folding, plugins, trained
 from autoq.assignment import Assignment
 from autoq.errors import AutoQError, BadInput, SchemeRefused, UnknownName
 from autoq.layer import ModelInfo
@@ -72,6 +72,8 @@ def refuse_unrunnable(trial: TrialRecord, info: ModelInfo, spec: StudySpec, targ
             if len(set(members.values())) > 1:
                 told = ", ".join(f"{name} as {scheme}" for name, scheme in members.items())
                 broken.append(f"{told} (they run as one layer and must share a scheme)")
+    if not broken and (rule := folding.conflict(info.layers, trial.assignment, trial.assignment.caches)) is not None:
+        broken.append(rule)
     if broken:
         more = f"; and {len(broken) - 3} more" if len(broken) > 3 else ""
         raise SchemeRefused(f"target {spec.target.name} cannot run trial {trial.number}: {'; '.join(broken[:3])}{more}")
@@ -159,7 +161,7 @@ def export(
         trained.place(trial.assignment, store.trained_layers)
         weights = evaluator.layers(Assignment(chosen, trial.assignment.trained, trial.assignment.caches), chosen)
         note("write")
-        written = _written(target, evaluator, weights, folder)
+        written = _written(evaluator, weights, folder)
         other = target.other_bytes(info, spec.model)
         size = other + sum(layer.nbytes(chosen[layer.name]) for layer in info.layers)
         measurements = trial.best_measurements()
@@ -198,10 +200,10 @@ def export(
     return manifest
 
 
-def _written(target: Target, evaluator: Evaluator, weights: Mapping[str, QuantizedWeight], folder: Path) -> Exported:
+def _written(evaluator: Evaluator, weights: Mapping[str, QuantizedWeight], folder: Path) -> Exported:
     """What the target wrote. Whatever a format's library raises becomes one line."""
     try:
-        return target.export(evaluator.model, weights, folder, evaluator.statistics)
+        return evaluator.export(weights, folder)
     except (AutoQError, OSError):
         raise
     except Exception as problem:  # safetensors, gguf and onnx raise what they like for a disk that is full

@@ -166,7 +166,7 @@ def _trial(row: Any, measured: dict[tuple[str, Part], Measurement], assignment: 
         created_at=row.created_at,
         finished_at=row.finished_at,
         parent=row.parent,
-        recovery=row.recovery,
+        derivation=row.derivation,
         measurements=measured,
         assignment=assignment,
     )

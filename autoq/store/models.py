@@ -120,8 +120,8 @@ trials = sa.Table(
     sa.Column("seconds", sa.Double),
     sa.Column("created_at", Moment, nullable=False),
     sa.Column("finished_at", Moment),
-    sa.Column("parent", sa.Integer),  # the number of the trial of this study that it was trained from
-    sa.Column("recovery", Json),  # how
+    sa.Column("parent", sa.Integer),  # the number of the trial of this study that it was made of
+    sa.Column("recovery", Json, key="derivation"),  # how
     sa.UniqueConstraint("study_id", "number"),
     sa.Index(None, "study_id", "assignment"),
     sa.Index(None, "study_id", "state"),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 StudyState = Literal["created", "queued", "running", "finished", "interrupted", "cancelled", "failed"]
 TrialState = Literal["running", "complete", "stopped", "failed", "duplicate"]
-Origin = Literal["baseline", "seed", "sampler", "refine", "recover"]
+Origin = Literal["baseline", "seed", "sampler", "refine", "recover", "sequential"]
 
 
 class StudyObjective(NamedTuple):
@@ -189,11 +189,11 @@ class TrialError:
 
 @dataclass(frozen=True)
 class Descent:
-    """Where a trained trial comes from: its parent's number, how it was trained (any JSON), and its trained layers,
-    digest -> content."""
+    """Where a trial comes from that was made of another one: its parent's number, how it was made (any JSON), and
+    the layers that no method makes again from the assignment, digest -> content."""
 
     parent: int
-    recovery: Mapping[str, Any]
+    derivation: Mapping[str, Any]
     layers: Mapping[str, bytes]
 
 
@@ -207,7 +207,7 @@ class TrialRecord:
     evaluated: its measurements are of the tokens that were, and their detail says so. `feasible` is
     None until the trial is complete. `violations` maps a constraint to its excess, feasible at <= 0.
     `attempt` counts dispatches. `changed` is the study's count of changes when this trial last changed. `parent` is
-    the number of the trial that it was trained from, and `recovery` says how; None for what was proposed.
+    the number of the trial that it was made of, and `derivation` says how; None for what was proposed.
     """
 
     id: int
@@ -231,7 +231,7 @@ class TrialRecord:
     created_at: datetime
     finished_at: datetime | None
     parent: int | None = None
-    recovery: Mapping[str, Any] | None = None
+    derivation: Mapping[str, Any] | None = None
     measurements: Mapping[tuple[str, Part], Measurement] = field(default_factory=dict)
     assignment: Assignment | None = None
 
@@ -261,7 +261,7 @@ class TrialRecord:
             "hash": self.hash,
             "duplicate_of": self.duplicate_of,
             "parent": self.parent,
-            "recovery": None if self.recovery is None else dict(self.recovery),
+            "derivation": None if self.derivation is None else dict(self.derivation),
             "assignment": None if self.assignment is None else self.assignment.untrained(),
             "measurements": {name: measurement.to_json() for name, measurement in best.items()},
             "search": {

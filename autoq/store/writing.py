@@ -186,7 +186,7 @@ def insert_trial(
         "finished_at": now if state == "duplicate" else None,
     }
     if descent is not None:
-        values |= {"parent": descent.parent, "recovery": dict(descent.recovery)}
+        values |= {"parent": descent.parent, "derivation": dict(descent.derivation)}
     try:
         done = connection.execute(sa.insert(m.trials).values(**values))
     except exc.IntegrityError:

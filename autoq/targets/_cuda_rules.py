@@ -57,7 +57,7 @@ def kernel_for(layer: Layer, scheme: Scheme) -> Kernel | str:
         return "a router does more than a linear map, which is all that a kernel replaces"
     if layer.kind == "embedding" or layer.tied:
         return "rows of an embedding are looked up, which no quantized kernel does"
-    if isinstance(scheme, Integer) and scheme.scales_inputs:
+    if isinstance(scheme, Integer) and scheme.ships_input_scales:
         return f"the kernels take inputs as they are, and {scheme.method} divides them by scales"
     if layer.dtype_bytes != 2:
         return "the kernels give bfloat16, and the model has another dtype"

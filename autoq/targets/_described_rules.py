@@ -55,7 +55,7 @@ def rule_for(device: Device, layer: Layer, scheme: Scheme) -> KernelRule | str:
     assert not isinstance(scheme, Keep)
     if isinstance(scheme, Gguf):
         return "a GGUF type belongs to the target llama-cpp"
-    if isinstance(scheme, Integer) and scheme.scales_inputs:
+    if isinstance(scheme, Integer) and scheme.ships_input_scales:
         return f"{device.name} has no kernels that divide a layer's input by scales, as {scheme.method} needs"
     if isinstance(scheme, Sparse):
         return f"{device.name} says nothing of pruned weights"

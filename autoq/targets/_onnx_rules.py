@@ -79,7 +79,7 @@ def kernel_for(layer: Layer, scheme: Scheme) -> Kernel | str:
         return FLOAT
     if not isinstance(scheme, Integer):
         return f"there is no kernel for {scheme}"
-    if scheme.scales_inputs:
+    if scheme.ships_input_scales:
         return f"the graph has no place for scales that a layer's input is divided by, as {scheme.method} needs"
     shape = f"shape ({layer.out_features}, {layer.in_features})"
     if layer.in_features % (run := run_of(scheme, layer.in_features)):

@@ -87,7 +87,9 @@ class Checkpoint:
             with safe_open(folder / WEIGHTS, framework="pt") as file:
                 told = json.loads((file.metadata() or {})[_KEY])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            layers = tuple(Layer(**{**facts, "tied": tuple(facts["tied"])}) for facts in told["info"]["layers"])
+            layers = tuple(
+                Layer(**{**facts, "tied": tuple(facts["tied"]), "source": None}) for facts in told["info"]["layers"]
+            )
             labels = tuple(told["info"].get("labels", ()))
             caches = tuple(Cache(**facts) for facts in told["info"].get("caches", ()))
             self.info = ModelInfo(**{**told["info"], "layers": layers, "labels": labels, "caches": caches})

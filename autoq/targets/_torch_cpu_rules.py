@@ -48,7 +48,7 @@ class Kernel:
 
 def kernel_for(layer: Layer, scheme: Scheme) -> Kernel | str:
     """The kernel that runs `scheme` on `layer`, or the rule (one clause) by which none does."""
-    if not isinstance(scheme, Integer) or not scheme.scales_inputs:
+    if not isinstance(scheme, Integer) or not scheme.ships_input_scales:
         return _unscaled(layer, scheme)
     if layer.kind == "embedding" or layer.tied:
         return f"rows of an embedding are looked up, and {scheme.method} needs an input to divide"

@@ -46,8 +46,8 @@ def refusal(layer: Layer, scheme: Scheme) -> str | None:
         return "compressed-tensors holds linear layers, and a Conv1D stores its weight the other way round"
     if layer.dtype_bytes != 2:
         return "scales ship in bfloat16, the dtype that the model must have"
-    if isinstance(scheme, Integer) and scheme.scales_inputs:
-        return "compressed-tensors holds no scales that a layer's input is divided by"
+    if isinstance(scheme, Integer) and scheme.ships_input_scales:
+        return f"compressed-tensors holds no scales that a layer's input is divided by; fold them: {scheme}-fold"
     if isinstance(scheme, Integer):
         return _integer(scheme) or _shape(layer, scheme)
     if isinstance(scheme, Float):
@@ -127,6 +127,8 @@ def layout(scheme: Scheme) -> str:
     """A scheme's text without its method and observer: what the files tell of it, as `int4-g64-sym`."""
     if isinstance(scheme, Integer | Float):
         scheme = dataclasses.replace(scheme, activation=kernel_activation(scheme))
+    if isinstance(scheme, Integer):
+        scheme = dataclasses.replace(scheme, folded=False)
     return _with_observer(scheme)
 
 

@@ -50,6 +50,7 @@ class Cuda(Target):
             zero_points=("integer", "none"),
             activations=(None, "a8dyn"),
             formats=("fp8",),
+            folds=True,
         )
 
     def refuses(self, layer: Layer, scheme: Scheme) -> str | None:

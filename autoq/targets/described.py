@@ -83,6 +83,7 @@ class Described(Target):
             zero_points=tuple(dict.fromkeys(zero for rule in kernels for zero in rule.zero_points)),
             activations=tuple(activations),
             formats=formats,
+            folds=True,
         )
 
     def refuses(self, layer: Layer, scheme: Scheme) -> str | None:

@@ -58,6 +58,7 @@ class OnnxRuntimeCpu(Target):
             granularities=(PerGroup(32), PerGroup(64), PerGroup(128), PerChannel()),
             zero_points=("integer", "none"),
             activations=(None, "a8dyn"),
+            folds=True,
         )
 
     def refuses(self, layer: Layer, scheme: Scheme) -> str | None:

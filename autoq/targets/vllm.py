@@ -46,6 +46,7 @@ class Vllm(Target):
             activations=(None, "a8dyn", "a8static"),
             formats=("fp8", "mxfp4", "nvfp4"),
             blocks=(rules.BLOCK,),
+            folds=True,
         )
 
     def refuses(self, layer: Layer, scheme: Scheme) -> str | None:

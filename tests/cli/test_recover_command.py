@@ -62,7 +62,7 @@ def test_trials_and_frontier_name_the_parent(autoq, trained):
         assert "recover 5" in done.stdout, done.stdout
     listed = json.loads(autoq("trials", "demo", "--json").stdout)["trials"]
     found = listed[9]
-    assert (found["parent"], found["origin"], found["recovery"]) == (5, "recover", {"steps": 7})
+    assert (found["parent"], found["origin"], found["derivation"]) == (5, "recover", {"steps": 7})
     assert found["assignment"] == listed[5]["assignment"]
     assert found["hash"] != listed[5]["hash"]
 

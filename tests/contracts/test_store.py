@@ -199,7 +199,7 @@ def test_a_trial_from_start_to_report(store):
         "hash": assignment(3).hash,
         "duplicate_of": None,
         "parent": None,
-        "recovery": None,
+        "derivation": None,
         "assignment": assignment(3).to_dict(),
         "measurements": {"kl_nats_per_token": loss.to_json(), "size_bytes": exact.to_json()},
         "search": {},
@@ -474,13 +474,13 @@ def test_a_trained_trial_has_its_layers_and_its_parent(store):
     trial = store.start_trial(study.id, 1, trained, "recover", descent=Descent(0, {"steps": 3}, layers))
     assert store.finish_trial(trial.id, 1, searched(study.objectives, (0.5, 10.0)), {}, 1.0, "local")
     found = store.trial(study.id, 1)
-    assert (found.parent, found.recovery, found.origin) == (0, {"steps": 3}, "recover")
+    assert (found.parent, found.derivation, found.origin) == (0, {"steps": 3}, "recover")
     assert found.assignment == trained
     assert store.trained_layers(digests) == layers
     assert store.trained_layers([]) == {}
     assert store.find(study.id, parent.hash).number == 0
     assert numbers(store.frontier(study.id)) == [1]
-    assert (parent.parent, parent.recovery, parent.to_json()["parent"]) == (None, None, None)
+    assert (parent.parent, parent.derivation, parent.to_json()["parent"]) == (None, None, None)
     # Another trial may share a layer.
     more = Assignment(assignment(1), {next(iter(assignment(1))): digests[0]})
     store.start_trial(study.id, 2, more, "recover", descent=Descent(1, {}, {digests[0]: layers[digests[0]]}))

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoq.layer import Layer
-from autoq.methods.awq import EXPONENTS, LEAST, Awq, input_scales
+from autoq.methods._inputs import LEAST, input_scales
+from autoq.methods.awq import EXPONENTS, Awq
 from autoq.methods.rtn import RoundToNearest
 from autoq.scheme import Integer, PerChannel, PerGroup, PerTensor
 

@@ -98,9 +98,9 @@ def test_a_trained_trial_is_better_at_the_same_bytes_and_is_a_trial_of_its_own(m
     assert set(found.assignment.trained) == trainable
     assert found.hash == found.assignment.hash != parent.hash
     assert store.find(study.id, parent.hash).number == parent.number
-    assert found.recovery["steps"] == 30
-    losses = found.recovery["losses"]
-    assert losses[str(found.recovery["kept_step"])] == min(losses.values()) < losses["0"]
+    assert found.derivation["steps"] == 30
+    losses = found.derivation["losses"]
+    assert losses[str(found.derivation["kept_step"])] == min(losses.values()) < losses["0"]
     # The frontier is that of all trials.
     assert [t.number for t in store.frontier(study.id)] == store.recompute_frontier(study.id)
     assert store.study(study.id).state == "finished"
@@ -122,7 +122,9 @@ def test_what_is_stored_is_what_was_measured_wherever_the_database_is_taken(made
     found = recover_trial(store, study.id, parent.number, Training(10))
     monkeypatch.setenv("AUTOQ_CACHE", str(tmp_path / "another-machine"))
     evaluator = Evaluator(study.study_spec())
-    with pytest.raises(AutoQError, match=r"^layer \S+ was trained, and its weights [0-9a-f]{12}… are not on this"):
+    with pytest.raises(
+        AutoQError, match=r"^layer \S+ was trained or made in sequence, and its weights [0-9a-f]{12}… are not on this"
+    ):
         evaluator.measure(found.assignment, "search")
     autoq.trained.place(found.assignment, store.trained_layers)
     # With hidden states of the parent kept: what was trained must not be taken for it.
@@ -150,13 +152,13 @@ def test_the_same_training_is_the_same_trial_and_another_seed_another(made):
     first = recover_trial(store, study.id, parent.number, Training(6))
     again = recover_trial(store, study.id, parent.number, Training(6), notes)
     assert again.number == first.number
-    assert f"this is trial {first.number}, which was trained likewise before" in notes.notes
+    assert f"this is trial {first.number}, which was made likewise before" in notes.notes
     other = recover_trial(store, study.id, parent.number, Training(6, seed=1))
     assert other.hash != first.hash
     # What was trained can be trained further.
     further = recover_trial(store, study.id, first.number, Training(6))
     assert further.parent == first.number
-    assert further.recovery["losses"]["0"] == pytest.approx(min(first.recovery["losses"].values()))
+    assert further.derivation["losses"]["0"] == pytest.approx(min(first.derivation["losses"].values()))
 
 
 def test_no_sampler_hears_of_it_and_numbers_go_on(made, tmp_path):

@@ -1,0 +1,66 @@
+"""Sequencing: a trial's layers are quantized once more, each by what it reads in the quantized model.
+
+What `autoq.sequential` makes of them becomes a trial of origin `sequential`, as `autoq.search.deriving` says: the
+weights are not those that were measured, so they are measured anew. Worse ones are stored, too, like all that was
+measured; whoever picks from the frontier never gets them, and the command says which of the two to take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from autoq.errors import BadInput
+from autoq.search.deriving import Layers, derivable, derive, here
+from autoq.search.executors import Executor, Job
+from autoq.search.observer import Observer
+from autoq.search.stages import run_job
+from autoq.spec import StudySpec
+from autoq.store import Store, TrialRecord
+
+
+def sequence_trial(
+    store: Store,
+    study_id: int,
+    number: int,
+    observer: Observer | None = None,
+    make: Callable[[StudySpec], Executor] = here,
+) -> TrialRecord:
+    """Quantize trial `number` in sequence and store the result as a new trial with both parts measured; the new trial.
+
+    Where that was done before, that trial. Raises `NotFound` for a trial that is not there, and `BadInput` for one that
+    is not complete or none of whose layers is made by its inputs, and for a study that is not finished. The study is
+    left as it was but for the trial, whatever happens.
+    """
+    observer = observer or Observer()
+    parent = derivable(store, study_id, number, "quantized in sequence")
+    if parent.origin == "sequential":
+        raise BadInput(
+            f"trial {number} of {parent.study!r} was quantized in sequence already, from trial {parent.parent}"
+        )
+    return derive(store, parent, "sequential", _make, observer, make)
+
+
+def _make(executor: Executor, parent: TrialRecord, observer: Observer) -> tuple[Layers, Mapping[str, Any]]:
+    def tell(done: int, blocks: int) -> None:
+        if done:
+            observer.advance()
+        else:
+            observer.stage("sequence", blocks)
+
+    arguments = {"assignment": parent.assignment, "tell": tell}
+    layers, facts = run_job(executor, Job(f"sequence-{parent.number}", "sequence", arguments)).value
+    return layers, facts
+
+
+def is_better(store: Store, found: TrialRecord) -> bool | None:
+    """Whether a derived trial is better than its parent on the search part, in the study's first quality objective;
+    None where that was not measured of both."""
+    assert found.parent is not None
+    study = store.study(found.study_id)
+    before, after = store.trial(study.id, found.parent).measurements, found.measurements
+    for name, direction in ((objective.name, objective.direction) for objective in study.objectives):
+        old, new = before.get((name, "search")), after.get((name, "search"))
+        if old is not None and new is not None and new.kind == "measured":
+            return new.value < old.value if direction == "minimize" else new.value > old.value
+    return None

@@ -1,0 +1,275 @@
+"""Quantization in sequence: layer after layer, each by what it reads in the model as it is quantized so far.
+
+A search quantizes every layer alone, by statistics of the unquantized model: then what comes of a layer does not depend
+on the others, is made once and added up. But in the quantized model a layer reads what quantized layers before it make.
+GPTQ's own code (Frantar et al. 2023, section 4) and all that follow it take the inputs from there: blocks in order, and
+within a block in the order of use (q, k, v; o; gate, up; down), what comes later makes up for errors that were made
+before, as far as its inputs show them. That is done here, once, to the assignment that was chosen:
+
+    for each block, for each stage of layers that read one input, in order of use:
+        run the block on its inputs over the calibration text, the layers before quantized, up to this stage
+        E[x xᵀ], E[x²], max|x|  →  the layers' own methods  →  in their place
+    run the block once more: what it gives is what the next one reads
+
+Schemes and bytes stay what they are. All layers whose method asks for statistics of the inputs are made anew (gptq,
+awq, smooth, clip, wkmeans, wanda, GGUF types with an importance matrix): none of them knows where these come from.
+Those that were trained, and a head that is tied to an embedding, which is read first and last, stay as they were; and
+so do calibrated ranges of 8-bit inputs, which belong to the scheme's kernel and not to the weight. An expert that no
+token of the text came to stays, too.
+
+Memory: one stage's statistics, one block's dequantized weights, and hidden states of the calibration text at one block.
+Where a model is no chain of blocks (`autoq.models.prefix`), each stage runs it from its start, with all that is
+quantized so far. The text is that of the statistics that a search uses, so what reads nothing quantized comes out as it
+was. Deterministic.
+"""
+
+from __future__ import annotations
+
+import collections
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoq import plugins
+from autoq.assignment import Assignment
+from autoq.bank import digest
+from autoq.calibration import curvature
+from autoq.errors import BadInput
+from autoq.folding import is_folded
+from autoq.methods import Method, QuantizedWeight, Statistics
+from autoq.models.prefix import Chain, cut, run
+from autoq.quantized_model import CURVATURE_TOKENS, QuantizedModel, naming
+from autoq.scheme import Keep, Scheme
+
+_TRIED_TOKENS = 16
+Tell = Callable[[int, int], None]  # so many blocks are done, of so many
+
+
+class _Enough(Exception):
+    """A pass over the model has shown what it was for."""
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """Layers that read one input; `whole` where a pass must go on to the block's end to have shown all of it."""
+
+    names: list[str] = field(default_factory=list)
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A block, or several: its number, all layers in it, and the stages of those that are made anew."""
+
+    start: int
+    layers: list[str]
+    stages: list[_Stage]
+
+
+@dataclass(frozen=True)
+class Sequenced:
+    """What came of it: the layers that are others than before, and what is worth remembering."""
+
+    layers: Mapping[str, QuantizedWeight]
+    facts: Mapping[str, Any]
+
+
+def by_inputs(scheme: Scheme) -> bool:
+    """Whether the scheme's method makes a layer from statistics of its inputs."""
+    return plugins.load("methods", scheme.method, Method).uses_statistics(scheme)
+
+
+def sequenced(model: QuantizedModel, assignment: Assignment, tell: Tell = lambda *_: None) -> Sequenced:
+    """The layers of `assignment`, quantized in sequence.
+
+    Raises `BadInput` where no layer is made by its inputs, or none reads anything quantized.
+    """
+    began = time.monotonic()
+    names = [
+        layer.name
+        for layer in model.info.layers
+        if not layer.tied and layer.name not in assignment.trained and by_inputs(assignment.get(layer.name, Keep()))
+    ]
+    if not names:
+        raise BadInput("no layer of the assignment is made by its inputs, trained ones and a tied head aside")
+    with torch.inference_mode():
+        sequence = _Sequence(model, assignment, names)
+        try:
+            sequence.run(tell)
+        finally:
+            model.model.restore()
+    before = (
+        name for name in sequence.made if digest(model.quantized(name, assignment[name])) != digest(sequence.made[name])
+    )
+    layers = {name: sequence.made[name] for name in before}
+    if not layers:
+        raise BadInput("all layers that are made by their inputs read what they read in the unquantized model")
+    facts = {"layers": len(layers), "tokens": sequence.data.numel(), "seconds": round(time.monotonic() - began, 1)}
+    return Sequenced(layers, facts)
+
+
+class _Sequence:
+    """One pass over the model's blocks. `made` are the layers that are done."""
+
+    def __init__(self, model: QuantizedModel, assignment: Assignment, names: Sequence[str]) -> None:
+        self.quantized_model, self.model, self.assignment = model, model.model, assignment
+        self.made: dict[str, QuantizedWeight] = {}
+        self.weights: dict[str, Tensor] = {}
+        self.activations: dict[str, Any] = {}
+        self.caches: Mapping[str, Any] = {}  # what is read of KV caches that are quantized
+        data = model.parts.calibration
+        self.data = data[: max(1, CURVATURE_TOKENS // data.shape[1])].to(self.model.device)
+        found = cut(self.model, self.data[:1])
+        self.chain: Chain | None = None if found is None else found[0]
+        self.states: list[Tensor | None] = [None] * len(self.data)
+        self.parts = self._parts(self._stages(names))
+
+    def run(self, tell: Tell) -> None:
+        """Make all layers anew."""
+        for done, part in enumerate(self.parts):
+            tell(done, len(self.parts))
+            again = {name for stage in part.stages for name in stage.names}
+            self._take(part, [name for name in part.layers if name not in again])
+            for stage in part.stages:
+                self._make(part, stage)
+            if done + 1 < len(self.parts):
+                self.states = [self._after(part, index) for index in range(len(self.data))]
+        tell(len(self.parts), len(self.parts))
+
+    def _take(self, part: _Part, names: Sequence[str]) -> None:
+        """Put a part's layers in the place of those before, as the assignment has them."""
+        own = {name: self.assignment[name] for name in names if name in self.assignment}
+        trained = {name: content for name, content in self.assignment.trained.items() if name in own}
+        found = self.quantized_model.swappable(Assignment(own, trained, self.assignment.caches))
+        self.weights, self.activations, self.caches = found
+        self.model.swap(self.weights, self.activations, self.caches)
+
+    def _make(self, part: _Part, stage: _Stage) -> None:
+        """Quantize a stage's layers by what they read now, and put them in their place."""
+
+        def passes() -> None:
+            for index in range(len(self.data)):
+                with self._until(part, stage):
+                    self._pass(part, index)
+
+        found = curvature.of_inputs(self.model, stage.names, self.data.numel(), passes)
+        for name in stage.names:
+            scheme, original = self.assignment[name], self.model.weight(name)
+            if name in found:
+                method = plugins.load("methods", scheme.method, Method)
+                told: Statistics = found[name]
+                if is_folded(scheme):  # what shares its scales reads the same
+                    told = self.quantized_model.together(name, told)
+                with naming(name, scheme):
+                    made = method.quantize(original.cpu(), scheme, told)
+                self.made[name] = made
+            else:
+                made = self.quantized_model.quantized(name, scheme)
+            self.weights[name] = made.dequantize(original.dtype).to(original.device)
+            if (function := self.quantized_model.activation(name, scheme, made)) is not None:
+                self.activations[name] = function
+        self.model.swap(self.weights, self.activations, self.caches)
+
+    def _pass(self, part: _Part, index: int) -> None:
+        """Run a window from the part's start on."""
+        ids = self.data[index : index + 1]
+        if self.chain is None:
+            self.model.outputs(ids)
+        else:
+            run(self.model, self.chain, ids, part.start, self.states[index])
+
+    def _after(self, part: _Part, index: int) -> Tensor:
+        """The hidden states (1, tokens, width) that the block after the part reads."""
+        assert self.chain is not None
+        found: list[Tensor] = []
+
+        def enough(_: Any, inputs: tuple[Any, ...]) -> None:
+            found.append(inputs[0])
+            raise _Enough
+
+        with _hooked([self.chain.blocks[part.start + 1]], enough):
+            self._pass(part, index)
+        return found[0]
+
+    @contextmanager
+    def _until(self, part: _Part, stage: _Stage) -> Iterator[None]:
+        """A pass ends when all of the stage's layers were reached, or with the block where that is not known."""
+        missing = set(stage.names)
+
+        def reached(name: str) -> Callable[..., None]:
+            def hook(*_: Any) -> None:
+                missing.discard(name)
+                if not missing and not stage.whole:
+                    raise _Enough
+
+            return hook
+
+        with ExitStack() as stack:
+            if not stage.whole:
+                for name in stage.names:
+                    stack.enter_context(_hooked(self.model.modules_of(self.model.info.layer(name)), reached(name)))
+            elif self.chain is not None and part is not self.parts[-1]:
+                stack.enter_context(_hooked([self.chain.blocks[part.start + 1]], _stop))
+            yield
+
+    def _stages(self, names: Sequence[str]) -> list[_Stage]:
+        """The layers in the order in which they run; those that read the same tensor, or are a matrix of a block's
+        experts, together. What a few tokens do not reach is left out, but for experts."""
+        layers = {name: self.model.info.layer(name) for name in names}
+        calls: list[tuple[str, Tensor]] = []  # inputs are kept: another one must not get an identity again
+
+        def saw(name: str) -> Callable[..., None]:
+            return lambda _, inputs: calls.append((name, inputs[0]))
+
+        with ExitStack() as stack:
+            for name, layer in layers.items():
+                stack.enter_context(_hooked(self.model.modules_of(layer), saw(name), first=True))
+            self.model.outputs(self.data[:1, :_TRIED_TOKENS])
+        count = collections.Counter(name for name, _ in calls)
+        stages: dict[Any, _Stage] = {}
+        for name, read in calls:
+            stack_name = layers[name].stack
+            if any(name in stage.names for stage in stages.values()):
+                continue
+            whole = stack_name is not None or count[name] > 1
+            key = stack_name if stack_name is not None else (id(read), whole)
+            stages.setdefault(key, _Stage(whole=whole)).names.append(name)
+        for name, layer in layers.items():
+            if layer.stack in stages and name not in stages[layer.stack].names:
+                stages[layer.stack].names.append(name)
+        return list(stages.values())
+
+    def _parts(self, stages: Sequence[_Stage]) -> list[_Part]:
+        """One part for each block; what comes before the first and after the last goes with these."""
+        every = [layer.name for layer in self.model.info.layers]
+        if self.chain is None:
+            return [_Part(0, every, list(stages))]
+        before, *blocks = (list(names) for names in self.chain.layers)
+        blocks[0] = [*before, *blocks[0]]
+        inside = {name for names in blocks for name in names}
+        blocks[-1] += [name for name in every if name not in inside]
+        return [
+            _Part(k, own, [stage for stage in stages if stage.names[0] in set(own)]) for k, own in enumerate(blocks)
+        ]
+
+
+def _stop(*_: Any) -> None:
+    raise _Enough
+
+
+@contextmanager
+def _hooked(modules: Sequence[Any], hook: Callable[..., Any], first: bool = False) -> Iterator[None]:
+    """`hook` before each of the modules; a pass that it ends is over, and nothing is wrong with it."""
+    handles = [module.register_forward_pre_hook(hook, prepend=first) for module in modules]
+    try:
+        yield
+    except _Enough:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
