@@ -282,7 +282,7 @@ class TrialRecord:
         """The inverse of `to_json`; what a document does not say (ids, sampler state) is 0 or empty."""
         plain = (
             *("study", "number", "state", "origin", "baseline", "hash", "duplicate_of", "feasible", "on_frontier"),
-            *("violations", "worker", "seconds", "parent", "recovery"),
+            *("violations", "worker", "seconds", "parent", "derivation"),
         )
         told = {name: Measurement.from_json(name, found) for name, found in document["measurements"].items()}
         told_of_search = {name: Measurement.from_json(name, found) for name, found in document["search"].items()}
