@@ -163,8 +163,11 @@ def resume(
 
         resume_there(server, study, trials, as_json)
         return
+    from autoq.search.holding import refuse_busy
+
     with terminable(), open_store(db) as store:
         record = store.study(study)
+        refuse_busy(store, record.id)
         if trials is not None:
             from autoq.search.controller import raise_budget
 
@@ -173,6 +176,6 @@ def resume(
             sys.stderr.write(f"study {record.name} is finished\n")
             print_frontier(StoreReader(store).frontier(record.name, {}, {}, with_assignments=as_json), as_json)
             return
-        if record.state == "running" and ((lease := store.queue.lease(record.id)) is None or not lease.live):
+        if record.state == "running":
             sys.stderr.write(f"study {record.name} did not end properly\n")
         _run(store, record.id, db, quiet, as_json)

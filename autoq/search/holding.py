@@ -157,6 +157,14 @@ def _memory(process: int | None) -> int | None:
         return None
 
 
+def refuse_busy(store: Store, study_id: int) -> None:
+    """Raises `StudyBusy`, with one line that says who it is, where a process runs the study."""
+    lease = store.queue.lease(study_id)
+    if lease is not None and lease.live and lease.holder is not None:
+        who = holders.shown(lease.holder)
+        raise StudyBusy(f"study {store.study(study_id).name!r} is being run by {who}")
+
+
 @contextlib.contextmanager
 def holding(store: Store, study_id: int, hold: Hold | None = None, queued: bool = False) -> Iterator[Hold]:
     """The study, held until the end of the body; `hold` itself where the caller has it already.
@@ -169,9 +177,8 @@ def holding(store: Store, study_id: int, hold: Hold | None = None, queued: bool 
         return
     epoch = store.queue.acquire(study_id, holders.holder(), LEASE_SECONDS)
     if epoch is None:
-        lease = store.queue.lease(study_id)
-        who = holders.shown(lease.holder) if lease is not None and lease.holder is not None else "another process"
-        raise StudyBusy(f"study {store.study(study_id).name!r} is being run by {who}")
+        refuse_busy(store, study_id)
+        raise StudyBusy(f"study {store.study(study_id).name!r} is being run by another process")
     hold = Hold(store, study_id, epoch, queued)
     try:
         if not queued and store.queue.request(study_id) is not None:

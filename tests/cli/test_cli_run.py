@@ -193,3 +193,25 @@ def test_resume_of_a_finished_study_runs_nothing(autoq, controller):
     result = autoq("resume", "demo")
     assert result.exit_code == 0
     assert "study demo is finished" in result.stderr
+
+
+def test_a_study_that_another_process_runs_is_not_touched(autoq, database, controller):
+    from autoq.store import holders
+
+    with Store.open(database) as store:
+        store.set_state(1, "running")
+        assert store.queue.acquire(1, "other-host:4711:0:0", 600) == 1
+        before = store.study(1)
+    for more in ([], ["--trials", "99"]):
+        result = autoq("resume", "demo", *more)
+        assert result.exit_code == 1
+        assert result.stderr == "autoq: study 'demo' is being run by other-host:4711\n"
+    with Store.open(database) as store:
+        assert store.study(1) == before
+        store.queue.release(1, 1)
+        # A process of this machine that is gone holds nothing.
+        assert store.queue.acquire(1, f"{holders.host()}:999999999:{holders._namespace()}:1.00", 600) == 2
+    controller.act = lambda store, study_id, observer: store.set_state(study_id, "finished")
+    result = autoq("resume", "demo")
+    assert result.exit_code == 0
+    assert "did not end properly" in result.output

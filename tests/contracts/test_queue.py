@@ -335,3 +335,12 @@ def test_exports_of_what_is_not_there_or_not_complete_are_refused(store):
         store.queue.add_export(99, 0)
     with pytest.raises(NotFound, match="no export 5"):
         store.queue.export(5)
+
+
+def test_the_address_opens_the_same_database_and_is_not_what_is_shown(store):
+    study, _ = submit(store)
+    with Store.open(store.address, create=False) as other:
+        assert other.study(study.id) == study
+        assert other.url == store.url
+    assert ("s3cret" in store.address.replace("%2F", "/")) == ("postgresql" in store.address)
+    assert "s3cret" not in store.url

@@ -11,10 +11,12 @@ from autoq.assignment import Assignment
 from autoq.errors import AutoQError, BadInput, NotFound
 from autoq.evaluation import Evaluator
 from autoq.scheme import parse_scheme
+from autoq.search import holding
 from autoq.search.controller import create_study, raise_budget, run_study
 from autoq.search.observer import Observer
 from autoq.search.offers import offer
 from autoq.search.recovering import Training, recover_trial
+from autoq.service import jobs, runner
 from autoq.spec import Bound, build_spec
 from autoq.store import Store
 
@@ -290,3 +292,46 @@ def test_an_assignment_names_what_was_trained_of_it():
     for wrong in ("", "xyz", digest[:-1], digest + "0", "../../etc/passwd"):
         with pytest.raises(BadInput, match="must be a digest of 40 hex digits"):
             Assignment.from_dict({"a": f"rtn-int3-g32#{wrong}"})
+
+
+def test_a_training_in_the_queue_gives_way_and_goes_on_to_the_same_end(made, monkeypatch):
+    store, study = made
+    monkeypatch.setenv("AUTOQ_DB", store.address)
+    monkeypatch.setattr(holding, "LOOK_SECONDS", 0.0)
+    parent = mixed(store, study)
+    had = len(store.trials(study.id))
+
+    taken = []
+
+    class Asks(Observer):
+        def trained(self, step, steps, loss, seconds_left):
+            taken.append(step)
+            if step in asked:
+                store.queue.ask(study.id, asked[step])
+
+    monkeypatch.setattr(runner, "_log", Asks)
+    asked = {5: "yield"}
+    jobs.recover(store, study.id, parent.number, {"steps": 12, "rate": 3.0})
+    assert store.study(study.id).state == "queued"
+    assert runner.run(store, study.id) == 0
+    assert (store.study(study.id).state, len(store.trials(study.id))) == ("queued", had)
+    asked.clear()
+    assert runner.run(store, study.id) == 0
+    assert taken == [*range(1, 6), *range(6, 13)]
+    (found,) = store.trials(study.id, with_assignments=True)[had:]
+    assert (store.study(study.id).state, found.state, found.parent) == ("finished", "complete", parent.number)
+    # The same as without a break, and cancelled is finished again.
+    again = recover_trial(store, study.id, parent.number, Training(12, rate=3.0))
+    assert again.number == found.number
+    asked[2] = "cancel"
+    jobs.recover(store, study.id, parent.number, {"steps": 13})
+    assert runner.run(store, study.id) == 0
+    assert (store.study(study.id).state, len(store.trials(study.id))) == ("finished", had + 1)
+    # What goes wrong is said on the study, which stays finished.
+    keep = next(t for t in store.trials(study.id) if t.baseline == "unquantized")
+    jobs.recover(store, study.id, keep.number, {"steps": 3})
+    assert runner.run(store, study.id) == 1
+    record = store.study(study.id)
+    assert record.state == "finished"
+    assert record.message.startswith(f"recover: trial {keep.number} of 'tiny' has nothing to train: ")
+    assert not store.queue.lease(study.id).live
