@@ -33,6 +33,21 @@ def safe(text: object, most: int = LONGEST) -> str:
     return html.escape(short(text, most), quote=False)
 
 
+def distinct(names: Iterable[object], most: int = LONGEST) -> list[str]:
+    """Names as categories of an axis: literal, and cut from the left so that no two are the same."""
+    found: list[str] = []
+    taken: set[str] = set()
+    for name in names:
+        whole = " ".join(str(name).split())
+        shown, count = whole if len(whole) <= most else f"…{whole[1 - most :]}", 1
+        while shown in taken:
+            count += 1
+            shown = f"{whole[: most - 6]}… ({count})"
+        taken.add(shown)
+        found.append(html.escape(shown, quote=False))
+    return found
+
+
 def array(values: Sequence[float] | NDArray[Any]) -> Any:
     """Finite numbers for Plotly: a list, or from `PACKED` on its typed array, `{"dtype", "bdata"}`."""
     whole = np.asarray(values)

@@ -95,8 +95,8 @@ class Grid:
         written = len(self.spots) <= MOST_TEXT
         return {
             "type": "heatmap",
-            "x": [_broken(column) for column in self.columns],
-            "y": [drawing.safe(row) for row in self.rows],
+            "x": [_broken(column) for column in drawing.distinct(self.columns)],
+            "y": drawing.distinct(self.rows),
             "z": z,
             **({"text": texts, "texttemplate": "%{text}", "textfont": {"size": 11}} if written else {}),
             "hovertext": hovers,
@@ -169,7 +169,7 @@ def _broken(module: str) -> str:
     """A module's name as a header, in two lines."""
     if module == OUTSIDE:
         return "outside the<br>blocks"
-    head, dot, tail = drawing.safe(module).rpartition(".")
+    head, dot, tail = module.rpartition(".")
     return f"{head}{dot}<br>{tail}" if head else tail
 
 

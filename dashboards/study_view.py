@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PAGE = 5000  # trials that are read at a time
 MOST_TIED = 150  # frontier points that are compared in pairs
+MOST_OTHERS = 8  # studies beside which one stands
 T = TypeVar("T")
 
 
@@ -42,6 +43,7 @@ class View:
         self._trials = Trials.of()
         self._kept: dict[str, tuple[Any, Any]] = {}
         self._curve: Curve | None = None
+        self._others: dict[int, View] = {}
 
     def refresh(self) -> View:
         """Read what has changed. Raises `NotFound` where the study is gone."""
@@ -143,7 +145,15 @@ class View:
 
     def other(self, study: str) -> View:
         """Another study of the same database. Raises `NotFound`."""
-        return View(self._store, self._store.study(study).id).refresh()
+        found = self._store.study(study).id
+        if found == self.id:
+            return self
+        # The ones that were compared last stay, and need not be read again.
+        view = self._others.pop(found, None) or View(self._store, found)
+        self._others[found] = view
+        while len(self._others) > MOST_OTHERS:
+            del self._others[next(iter(self._others))]
+        return view.refresh()
 
 
 def figure(store: Store, study_id: int, name: str, **options: object) -> Figure:

@@ -9,11 +9,12 @@ import numpy as np
 
 from autoq.display import diff, numbers
 from autoq.display.compare import comparable, quality_objective
-from autoq.scheme import code_bits, parse_scheme
+from autoq.kv_cache import KeyValue, parse_choice
+from autoq.scheme import code_bits
 
 from .. import drawing, palette
 from ..grid import Grid
-from ..losses import loss_of, loss_unit
+from ..losses import KEEP, loss_of, loss_unit
 from ..picks import picks
 from . import Cell, Column, Facts, Figure, Table
 from .options import Choice, Option, TrialName
@@ -45,7 +46,8 @@ def build(facts: Facts, a: int | None = None, b: int | None = None, by: str = "l
     first, second = facts.trial(a).assignment, facts.trial(b).assignment
     assert first is not None
     assert second is not None
-    grid = Grid.of({*first, *second}, facts.layers)
+    caches = {*first.caches, *second.caches}
+    grid = Grid.of({*first, *second, *caches}, facts.layers)
     changes = {i: _Change(facts, spot.names, differing) for i, spot in enumerate(grid.spots)}
     changes = {i: change for i, change in changes.items() if change.names}
     values = {i: change.loss if by == "loss" else change.nbytes for i, change in changes.items()}
@@ -88,6 +90,9 @@ class _Change:
         self.names = [name for name in names if name in differing]
         entries = [differing[name] for name in self.names]
         self.a, self.b = (_joined([entry[side] for entry in entries]) for side in "ab")
+        self.is_cache = not any(name in facts.layers for name in self.names) and any(
+            isinstance(parse_choice(_plain(entry[side]) or KEEP), KeyValue) for entry in entries for side in "ab"
+        )
         sized = all("bytes_a" in entry and "bytes_b" in entry for entry in entries)
         self.nbytes = sum(entry["bytes_b"] - entry["bytes_a"] for entry in entries) if sized else None
         losses = [
@@ -132,7 +137,10 @@ def _plain(text: str | None) -> str:
 
 
 def _bits(text: str | None, dtype_bits: int) -> int | None:
-    return None if text is None else code_bits(parse_scheme(_plain(text)), dtype_bits)
+    if text is None:
+        return None
+    scheme = parse_choice(_plain(text))
+    return scheme.bits if isinstance(scheme, KeyValue) else code_bits(scheme, dtype_bits)
 
 
 def _range(bits: list[int | None]) -> str:
@@ -150,8 +158,9 @@ def _joined(texts: list[str | None]) -> str:
 def _note(facts: Facts, changes: list[_Change], unit: str, a: int, b: int) -> str:
     count = sum(len(change.names) for change in changes)
     parts = [f"{count} {'layer differs' if count == 1 else 'layers differ'}; cells say code bits before and after"]
-    sizes = [change.nbytes for change in changes if change.nbytes is not None]
-    if len(sizes) == len(changes):
+    layers = [change for change in changes if not change.is_cache]  # a cache ships no byte
+    sizes = [change.nbytes for change in layers if change.nbytes is not None]
+    if layers and len(sizes) == len(layers):
         parts.append(f"together {signed(sum(sizes), 'bytes')}")
     losses = [change.loss for change in changes if change.loss is not None]
     if losses:

@@ -35,6 +35,7 @@ OPTIONS: Mapping[str, Option] = {
 }
 
 REPORTED, SEARCHED, PREDICTED = range(3)
+_FEW = 3  # reported points that make a line
 _HOW = ("measured on the report part", "measured on the search part", "partly predicted")
 _SUFFIX = ("", "-open-dot", "-open")
 _STATUS = ("dominated", "infeasible", "stopped early", "frontier", "baseline")
@@ -330,12 +331,13 @@ class _Sketch:
         return f"{named}, {_HOW[how]}" if several and status >= 3 else named
 
     def _line(self) -> dict[str, Any] | None:
-        """The staircase of the frontier points of one provenance: that of most of them, the better one of equals."""
+        """The staircase of frontier points of one provenance: of reported ones where there are some, else of most."""
         directions = [drawing.direction_of(self.facts.study.objectives, name) for name in (self.x, self.y)]
         member = self.trials.on_frontier[self.points.place] & ~self.hidden
         if None in directions or not member.any() or self.x == self.y:
             return None
-        how = int(np.bincount(self.points.how[member], minlength=3).argmax())
+        counts = np.bincount(self.points.how[member], minlength=3)
+        how = REPORTED if counts[REPORTED] >= _FEW else int(counts.argmax())
         indices = np.flatnonzero(member & (self.points.how == how))
         x, y = self.best[self.x].value[indices], self.best[self.y].value[indices]
         kept = drawing.staircase(x, y, (str(directions[0]), str(directions[1])))
@@ -379,9 +381,10 @@ class _Sketch:
             said = [f"{count} {_HOW[kind]}" for kind, count in enumerate(counts.tolist()) if count]
             where = f": {', '.join(said)}" if len(said) > 1 else f" were {_HOW[int(main[0])]}"
             parts.append(f"frontier and baselines{where}")
-        if (how[status >= 3] == PREDICTED).any():
+        several = len(set(main.tolist())) > 1
+        if several and (main == PREDICTED).any():
             parts.append("open symbols are predicted, not measured")
-        if (how[status >= 3] == SEARCHED).any():
+        if several and (main == SEARCHED).any():
             parts.append("open symbols with a dot were measured on the search part only")
         if any(np.isfinite(self.best[name].stderr[status >= 3]).any() for name in (self.x, self.y)):
             parts.append("bars are one standard error")

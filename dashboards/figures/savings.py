@@ -38,7 +38,7 @@ def build(facts: Facts) -> Figure:
         message = "no searched point has less loss than a uniform baseline of its size, beyond noise"
         return Figure(drawing.empty(message), Table(_COLUMNS, ()), title, drawing.sentence([message]))
     names = [o.name for o in facts.study.objectives if any(o.name in gain.ratios for gain in known)]
-    groups = [drawing.safe(f"trial {gain.point.number} / {gain.baseline.baseline}", 40) for gain in known]
+    groups = drawing.distinct((f"trial {gain.point.number} / {gain.baseline.baseline}" for gain in known), 40)
     traces: list[dict[str, Any]] = []
     for index, name in enumerate(names):
         there = [(group, gain.ratios[name]) for group, gain in zip(groups, known, strict=True) if name in gain.ratios]

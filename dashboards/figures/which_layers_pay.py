@@ -40,7 +40,7 @@ def build(facts: Facts, trial: int | None = None, most: int = MOST) -> Figure:
         return Figure(drawing.empty(message), Table(columns, ()), title, drawing.sentence([message]))
     head = most - most // 3
     shown = ranked if len(ranked) <= most else [*ranked[:head], *ranked[-(most // 3) :]]
-    names = [drawing.safe(each.layer, 40) for each in shown]
+    names = drawing.distinct((each.layer for each in shown), 40)
     texts = [f"{drawing.safe(each.paid.lighter)} → {drawing.safe(each.scheme)}" for each in shown if each.paid]
     traces: list[dict[str, Any]] = [
         {

@@ -128,8 +128,26 @@ def test_quantized_caches_are_cells_of_their_attention_modules(views: Callable[[
     figure = views("caches").figure("layer_map", trial="3")
     (heatmap,) = figure.plotly["data"]
     column = heatmap["x"].index("self_attn")
-    assert [row[column] for row in heatmap["text"]] == ["8 kv", "8 kv", "", ""]
+    assert [re.sub(r"<[^>]*>", "", row[column]) for row in heatmap["text"]] == ["8 kv", "8 kv", "", ""]
     rows = {row[0]: row for row in figure.table.rows}
     assert rows["model.layers.0.self_attn"][4:7] == ("kv8", 8, None)
     assert "KV cache" in figure.note
-    assert "together" in figure.note
+    assert "together" in figure.note.lower()
+
+
+def test_caches_that_differ_are_cells_without_bytes(views: Callable[[str], View]) -> None:
+    view = views("caches")
+    a, b = view.trial(2).assignment, view.trial(3).assignment
+    assert a is not None
+    assert b is not None
+    figure = view.figure("diff_map", a=2, b=3)
+    told = {row[0]: row for row in figure.table.rows}
+    for name in {*a.caches, *b.caches}:
+        before, after = (str(side.caches.get(name, "keep")) for side in (a, b))
+        if before == after:
+            assert name not in told
+        else:
+            assert told[name][4:7] == (before, after, None)
+            assert told[name][7] == pytest.approx(view.sensitivity[name][after] - view.sensitivity[name][before])
+    assert any(name in told for name in {*a.caches, *b.caches})
+    assert "together" in figure.note.lower()

@@ -126,6 +126,15 @@ def test_labels_keep_clear_of_each_other():
     assert len(set(places[:3])) > 1
 
 
+def test_categories_are_never_the_same():
+    long = [f"{'x' * 60}{end}" for end in ("a", "b", "a", "a")]
+    found = drawing.distinct([*long, "<b>", "<b>"], 20)
+    assert len(set(found)) == 6
+    assert found[0] == "…" + "x" * 18 + "a"
+    assert found[4:] == ["&lt;b&gt;", "&lt;b&gt;… (2)"]
+    assert all(len(name) <= 20 for name in found[:4])
+
+
 # Layers
 
 

@@ -135,3 +135,17 @@ def test_sparklines_are_short(views):
     assert 0 < len(made["values"]) <= 60
     assert made["path"].startswith("M")
     assert views("empty").sparkline() == {"values": [], "path": ""}
+
+
+def test_studies_that_are_compared_are_read_once(maker):
+    store = Counting(maker.store)
+    ids = [maker.study(name=f"s{index}") for index in range(3)]
+    for study in ids:
+        for number in range(5):
+            maker.trial(study, number, (0.5 - number / 10, 1e8 + number))
+    view = View(store, ids[0])
+    first = view.figure("compare", studies="s1,s2,s0")
+    assert store.read == 15
+    assert view.figure("compare", studies="s1,s2,s0").table == first.table
+    assert store.read == 15
+    assert [column.title for column in first.table.columns[1:-1]] == ["s0", "s1", "s2"]
