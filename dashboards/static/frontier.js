@@ -130,7 +130,7 @@ export class Frontier {
           const base = trace.marker?.opacity ?? 1;
           trace.marker = { ...trace.marker, opacity: own.map((number, i) => (kept.has(number) ? (base[i] ?? base) : PALE)) };
           for (const bar of ["error_x", "error_y"]) {
-            if (trace[bar]) trace[bar].array = Array.from(numbers(trace[bar].array), (error, i) => (kept.has(own[i]) ? error : 0));
+            if (trace[bar]) trace[bar].array = Array.from(numbers(trace[bar].array), (error, i) => (kept.has(own[i]) ? error : NaN)); // no bar, not one of no length
           }
         }
       } else if (trace.type === "scattergl") {

@@ -7,9 +7,15 @@ export function plotly() {
   loading ??= new Promise((resolve, reject) => {
     const script = document.createElement("script");
     script.src = document.body.dataset.plotly;
-    script.onload = () => resolve(window.Plotly);
-    script.onerror = () => reject(new Error("the plotting library did not load; reload the page"));
+    const settle = (call) => () => {
+      delete document.createElement;
+      call();
+    };
+    script.onload = settle(() => resolve(window.Plotly));
+    script.onerror = settle(() => reject(new Error("the plotting library did not load; reload the page")));
     styleThroughObjectModel();
+    // While it loads, it adds the style sheet of its maps, which no page here has: to an element that does nothing.
+    document.createElement = (tag, ...rest) => Document.prototype.createElement.call(document, tag === "style" ? "template" : tag, ...rest);
     document.head.append(script);
   });
   return loading;
