@@ -7,8 +7,8 @@ server on loopback gives to everybody. So a request must call the server by one 
 credential at all. What browsers send with every such request (`Origin`, `Sec-Fetch-Site`) must say that it is our
 own page; a program sends neither, and is let through.
 
-**Content-Security-Policy.** Scripts, styles and data come from this server alone, none of them inline, nothing may frame
-it, no form leads away, and no text is run as code. plotly.js is brought to that by `dashboards/static/plot.css` and
+**Content-Security-Policy.** Scripts, styles and data come from this server alone, none of them inline, nothing may
+frame it, no form leads away, and no text is run as code. plotly.js is brought to that by `dashboards/static/plot.css` and
 `plot.js`. It makes images of `data:` and `blob:` addresses when a figure is saved.
 """
 
