@@ -73,6 +73,7 @@ COMMANDS = [
         "search",
         "resume",
         "recover",
+        "sequential",
         "sensitivity",
         "export",
         "verify",
