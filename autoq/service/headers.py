@@ -8,8 +8,8 @@ credential at all. What browsers send with every such request (`Origin`, `Sec-Fe
 own page; a program sends neither, and is let through.
 
 **Content-Security-Policy.** Scripts, styles and data come from this server alone, none of them inline, nothing may
-frame it, no form leads away, and no text is run as code. plotly.js is brought to that by `dashboards/static/plot.css` and
-`plot.js`. It makes images of `data:` and `blob:` addresses when a figure is saved.
+frame it, no form leads away, and no text is run as code. plotly.js is brought to that by `dashboards/static/plot.css`
+and `plot.js`. It makes images of `data:` and `blob:` addresses when a figure is saved.
 """
 
 from __future__ import annotations

@@ -74,6 +74,7 @@ COMMANDS = [
         "resume",
         "recover",
         "report",
+        "sequential",
         "sensitivity",
         "export",
         "verify",
