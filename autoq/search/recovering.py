@@ -148,7 +148,7 @@ def _train(executor: Executor, parent: TrialRecord, training: Training, observer
     arguments: dict[str, Any] = {
         "assignment": parent.assignment,
         **asdict(training),
-        "tell": lambda step, loss, left: observer.trained(step, training.steps, loss, left),
+        "tell": observer.trained,
         "note": observer.note,
         "checkpoints": str(cache_dir() / "recovery"),
     }
