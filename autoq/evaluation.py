@@ -383,18 +383,21 @@ class Evaluator(QuantizedModel):
         windows: int,
         rate: float,
         seed: int,
-        tell: Callable[[int, float, float], None],
+        how: str,
+        tell: Callable[[int, int, float, float], None],
         note: Callable[[str], None],
         checkpoints: str,
     ) -> tuple[dict[str, tuple[str, bytes]], dict[str, Any]]:
         """Train what can be trained of `assignment`: layer -> digest and content, and the facts of the training.
 
-        `tell` hears of every step, `note` of what is worth knowing. Raises `AutoQError` where nothing was gained.
+        All layers together (`how` is "model") or block by block ("blocks"). `tell` hears of every step, `note` of what
+        is worth knowing. Raises `AutoQError` where nothing was gained.
         """
-        from autoq.recovery.trainer import SCALE_RATE, WEIGHT_RATE, Plan, recover
+        from autoq.recovery import blocks, trainer
 
-        plan = Plan(steps, windows, WEIGHT_RATE * rate, SCALE_RATE * rate, seed)
-        found = recover(self, assignment, plan, tokens, Path(checkpoints), tell, note)
+        which = blocks if how == "blocks" else trainer
+        plan = which.plan(steps, windows, rate, seed)
+        found = which.recover(self, assignment, plan, tokens, Path(checkpoints), tell, note)
         return {name: (digest(layer), pack(layer)) for name, layer in found.layers.items()}, dict(found.facts)
 
     def sequence(

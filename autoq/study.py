@@ -257,17 +257,20 @@ class Study:
         windows: int = 1,
         rate: float = 1.0,
         seed: int = 0,
+        how: str = "model",
         observer: Observer | None = None,
     ) -> TrialRecord:
         """Train a trial towards the unquantized model's answers, at the same schemes and bytes, as a new trial.
 
         `steps` updates by `windows` windows of text each, on at most `tokens` of what is in no part of the study, at
-        `rate` times the usual learning rates. An interrupted training goes on when the same is called again. Raises
-        `BadInput` where there is nothing to train or the study is not finished, `AutoQError` where nothing is gained.
+        `rate` times the usual learning rates. `how` is "model", all layers together by the model's answers, or
+        "blocks", each block by what it gives back: so many updates each. An interrupted training goes on when the same
+        is called again. Raises `BadInput` where there is nothing to train or the study is not finished, `AutoQError`
+        where nothing is gained.
         """
         from autoq.search.recovering import Training, recover_trial
 
-        return recover_trial(self._store, self.id, number, Training(steps, tokens, windows, rate, seed), observer)
+        return recover_trial(self._store, self.id, number, Training(steps, tokens, windows, rate, seed, how), observer)
 
     def sequential(self, number: int, *, observer: Observer | None = None) -> TrialRecord:
         """Quantize a trial block after block, each layer whose method looks at its inputs by what it reads in the

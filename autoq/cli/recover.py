@@ -20,12 +20,20 @@ from autoq.documents import named_trial
         "autoq recover demo 23 --steps 200",
         "autoq recover demo uniform-int4 --steps 400 --windows 2",
         "autoq recover demo 23 --steps 100 --tokens 32768 --rate 0.5 --json",
+        "autoq recover demo uniform-int3 --how blocks --steps 50",
     )
 )
 def recover(
     study: StudyArgument,
     trial: Annotated[str, typer.Argument(metavar="TRIAL", help="A trial's number, or a baseline's name.")],
-    steps: Annotated[int, typer.Option(metavar="N", help="How many updates to train for.")] = 200,
+    how: Annotated[
+        str,
+        typer.Option(
+            metavar="HOW",
+            help="model: all layers together, by the model's answers. blocks: one after the other, by what each gives.",
+        ),
+    ] = "model",
+    steps: Annotated[int, typer.Option(metavar="N", help="How many updates of each layer to train for.")] = 200,
     tokens: Annotated[
         int | None, typer.Option(metavar="N", help="Train on at most so many tokens; default: all that are free.")
     ] = None,
@@ -50,7 +58,7 @@ def recover(
     with terminable(), open_store(db) as store:
         record = store.study(study)
         parent = named_trial(store, record, trial)
-        training = Training(steps, tokens, windows, rate, seed)
+        training = Training(steps, tokens, windows, rate, seed, how)
         try:
             with contextlib.ExitStack() as stack:
                 observer = Observer() if quiet else stack.enter_context(default_observer(record.objectives))

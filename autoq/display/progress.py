@@ -75,7 +75,7 @@ class Tally(Observer):
         # One step sees little text: what is shown is a running mean.
         self._loss = loss if self._loss is None else 0.9 * self._loss + 0.1 * loss
         left = f", {numbers.duration(seconds_left)} left" if step < steps else ""
-        return f"step {step}/{steps}, loss {self._loss:.4g} nats/token{left}"
+        return f"step {step}/{steps}, loss {self._loss:.4g}{left}"
 
     def start_search(self, done: int) -> None:
         """Trials per minute are counted from here; `done` of them were there before."""

@@ -1,4 +1,5 @@
 """Recovery: a quantized model is trained to answer as the unquantized one does, at the same schemes and bytes.
 
-`latents` holds what is trained of a layer, `trainer` trains all layers of an assignment together.
+`latents` holds what is trained of a layer, `layers` those of a model; `trainer` trains all of an assignment together,
+`blocks` one block of the model after the other.
 """

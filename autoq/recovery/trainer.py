@@ -43,11 +43,11 @@ from autoq.errors import AutoQError, BadInput, DataRefused, NotFinite
 from autoq.methods import QuantizedWeight
 from autoq.methods._weights import expected_tensors
 from autoq.methods._weights import restore as quantized_weight
-from autoq.objectives import distance_of
+from autoq.models import LoadedModel
+from autoq.objectives import TokenObjective, distance_of
 from autoq.quantized_model import QuantizedModel
-from autoq.recovery.latents import Latent, latent
-from autoq.reference import make_reference, row_blocks
-from autoq.trained import trainable
+from autoq.recovery.layers import LayersInTraining, trainable_names
+from autoq.reference import Reference, make_reference, row_blocks
 
 LOOKS = 8  # how many times, evenly, the tokens that decide are looked at
 DECIDING = 4  # at most so many windows decide, and at most one in eight
@@ -57,7 +57,7 @@ WARM_UP = 0.1  # of all steps
 WEIGHT_RATE, SCALE_RATE = 5e-3, 2e-3
 VERSION = 1  # of what checkpoints hold
 
-Tell = Callable[[int, float, float], None]  # step, loss in nats per token, seconds left
+Tell = Callable[[int, int, float, float], None]  # step, of how many, loss, seconds left
 Note = Callable[[str], None]
 
 
@@ -81,6 +81,20 @@ class Plan:
             share = 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
         return {"weights": self.weight_rate * share, "scales": self.scale_rate * share}
 
+    def chosen(self, step: int, count: int) -> list[int]:
+        """The windows of step number `step`, from 0, of `count` that there are: each epoch in an order of its own."""
+        found = []
+        for place in range(step * self.windows, (step + 1) * self.windows):
+            epoch, index = divmod(place, count)
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            found.append(int(torch.randperm(count, generator=generator)[index]))
+        return found
+
+
+def plan(steps: int, windows: int, rate: float, seed: int) -> Plan:
+    """The plan at `rate` times the usual learning rates."""
+    return Plan(steps, windows, WEIGHT_RATE * rate, SCALE_RATE * rate, seed)
+
 
 @dataclass(frozen=True)
 class Recovered:
@@ -99,12 +113,7 @@ class Trainer:
     def __init__(self, model: QuantizedModel, assignment: Assignment, data: Tensor, plan: Plan) -> None:
         self.quantized_model, self.model = model, model.model
         self.assignment, self.plan = assignment, plan
-        self.names = [name for name, scheme in assignment.items() if trainable(scheme)]
-        if not self.names:
-            raise BadInput(
-                "nothing in the assignment can be trained: integer schemes and codebooks can be, awq, smooth and "
-                "others not"
-            )
+        self.names = trainable_names(assignment)
         count = sum(self.model.weight(name).numel() for name in self.names)
         own = self.model.weight(self.names[0]).element_size()
         needed = count * (12 + 2 * own + (4 if plan.windows > 1 else 0))
@@ -119,15 +128,10 @@ class Trainer:
         with torch.inference_mode():
             self.reference = make_reference(self.model, self.deciding, model.share_bytes)
         weights, activations, self.caches = model.swappable(assignment)
-        self.activations = {name: _passed_through(function) for name, function in activations.items()}
+        self.activations = {name: passed_through(function) for name, function in activations.items()}
         starts = model.layers(assignment, self.names)
-        self.latents: dict[str, Latent] = {name: latent(starts[name], self.model.weight(name)) for name in self.names}
-        self.weights = {name: each.clone() if name in starts else each for name, each in weights.items()}
-        self.turned = {name: self.model.info.layer(name).kind == "conv1d" for name in self.names}
-        self.shared = {
-            name: list({id(m.weight): m for m in self.model.modules_of(self.model.info.layer(name))}.values())
-            for name in self.names
-        }
+        self.layers = LayersInTraining(self.model, starts)
+        self.weights = {**weights, **self.layers.weights}
         self.steps, self.losses = 0, {0: math.nan}
         self.best: Mapping[str, QuantizedWeight] = starts
         self.whole = True  # whether all layers have taken the same number of steps
@@ -144,7 +148,8 @@ class Trainer:
                     if self.steps in self._looks():
                         self._look()
                     seconds = time.monotonic() - began
-                    tell(self.steps, loss, seconds / (self.steps - before) * (self.plan.steps - self.steps))
+                    left = seconds / (self.steps - before) * (self.plan.steps - self.steps)
+                    tell(self.steps, self.plan.steps, loss, left)
                     if checkpoint is not None and time.monotonic() - saved > CHECKPOINT_SECONDS:
                         self.save(checkpoint)
                         saved = time.monotonic()
@@ -153,14 +158,18 @@ class Trainer:
                 self.save(checkpoint)
             raise
         kept = min(self.losses, key=lambda step: self.losses[step])
-        facts = asdict(self.plan) | {
-            "layers": len(self.names),
-            "tokens": self.data.numel(),
-            "epochs": self.plan.steps * self.plan.windows / len(self.data),
-            "deciding_tokens": self.deciding.numel(),
-            "losses": {str(step): loss for step, loss in self.losses.items()},
-            "kept_step": kept,
-        }
+        facts = (
+            {"how": "model"}
+            | asdict(self.plan)
+            | {
+                "layers": len(self.names),
+                "tokens": self.data.numel(),
+                "epochs": self.plan.steps * self.plan.windows / len(self.data),
+                "deciding_tokens": self.deciding.numel(),
+                "losses": {str(step): loss for step, loss in self.losses.items()},
+                "kept_step": kept,
+            }
+        )
         return Recovered(self.best, facts)
 
     # -- steps ------------------------------------------------------------------------------------
@@ -168,30 +177,19 @@ class Trainer:
     def _looks(self) -> set[int]:
         return {round(i * self.plan.steps / LOOKS) for i in range(1, LOOKS + 1)}
 
-    def _windows(self, step: int) -> list[int]:
-        """The windows of a step, by their numbers in the data: each epoch in an order of its own."""
-        count, found = len(self.data), []
-        for place in range(step * self.plan.windows, (step + 1) * self.plan.windows):
-            epoch, index = divmod(place, count)
-            generator = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + epoch)
-            found.append(int(torch.randperm(count, generator=generator)[index]))
-        return found
-
     def _step(self) -> float:
         """One update of all layers; the mean loss before it. Raises `NotFinite`."""
         loss, gradients = 0.0, dict[str, Tensor]()
-        chosen = self._windows(self.steps)
+        chosen = self.plan.chosen(self.steps, len(self.data))
         for window in chosen:
             loss += self._backward(window, 1 / len(chosen)) / len(chosen)
-            gradients = self._collected(gradients, last=len(chosen) == 1)
+            gradients = self.layers.collected(gradients, last=len(chosen) == 1)
         if not math.isfinite(loss):
             raise NotFinite(f"the loss is {loss} at step {self.steps + 1}: try lower learning rates")
         rates = self.plan.rates(self.steps)
         with _undisturbed():  # all layers or none: there is nothing to go on from in between
             self.whole = False
-            for name, gradient in gradients.items():
-                self.latents[name].learn(gradient, self.steps + 1, rates)
-                self.latents[name].write(self.weights[name])
+            self.layers.learn(gradients, self.steps + 1, rates)
             self.steps += 1
             self.whole = True
         return loss
@@ -209,60 +207,33 @@ class Trainer:
         output.backward(gradient.mul_(share))  # type: ignore[no-untyped-call]
         return loss
 
-    def _collected(self, gradients: dict[str, Tensor], last: bool) -> dict[str, Tensor]:
-        """The gradients (out, in) of the layers' weights, added to those before; the parameters' are taken away."""
-        for name in self.names:
-            for parameter in self._parameters(name):
-                if parameter.grad is None:  # an expert to whom no token came
-                    continue
-                grad = parameter.grad.t() if self.turned[name] else parameter.grad
-                parameter.grad = None
-                if name in gradients:
-                    gradients[name] += grad
-                else:
-                    gradients[name] = grad if last else grad.float()
-        return gradients
-
-    def _parameters(self, name: str) -> list[torch.nn.Parameter]:
-        return [module.weight for module in self.shared[name]]
-
     @contextlib.contextmanager
     def _swapped(self) -> Iterator[None]:
         """The model as it is trained, its weights asking for gradients; then as it was."""
         self.model.swap(self.weights, self.activations, self.caches)
-        parameters = [parameter for name in self.names for parameter in self._parameters(name)]
         try:
-            for parameter in parameters:
-                parameter.requires_grad_(True)
-            yield
+            with self.layers.asking():
+                yield
         finally:
-            for parameter in parameters:
-                parameter.requires_grad_(False)
-                parameter.grad = None
             self.model.restore()
 
     # -- which moment is kept ---------------------------------------------------------------------
 
     def _decide(self) -> float:
         """The mean loss on the windows that are not trained on."""
-        total = 0.0
-        with torch.no_grad():
-            for index, ids in enumerate(self.deciding):
-                output = self.model.outputs(ids.unsqueeze(0).to(self.model.device))
-                total += float(mean_loss(self.model, self.objective, self.reference, index, ids[None], output))
-        return total / len(self.deciding)
+        return mean_over(self.model, self.objective, self.reference, self.deciding)
 
     def _look(self) -> None:
         loss = self._decide()
         if loss < min(self.losses.values()):
-            self.best = {name: each.quantized() for name, each in self.latents.items()}
+            self.best = self.layers.quantized()
         self.losses[self.steps] = loss
 
     # -- checkpoints ------------------------------------------------------------------------------
 
     def save(self, path: Path) -> None:
         """Write all that training goes on from. Raises `AutoQError` where the disk refuses."""
-        tensors = {f"{name}/{key}": t for name, each in self.latents.items() for key, t in each.state()}
+        tensors = {f"{name}/{key}": t for name, each in self.layers.latents.items() for key, t in each.state()}
         if min(self.losses, key=lambda step: self.losses[step]) > 0:
             tensors |= {f"{name}/best.{key}": t for name, best in self.best.items() for key, t in best.tensors.items()}
         told = {"steps": str(self.steps), "losses": json.dumps(self.losses)}
@@ -281,7 +252,7 @@ class Trainer:
             with safe_open(path, framework="pt") as file:
                 told, keys = file.metadata(), set(file.keys())
                 losses = {int(step): loss for step, loss in json.loads(told["losses"]).items()}
-                for name, each in self.latents.items():
+                for name, each in self.layers.latents.items():
                     for key, tensor in each.state():
                         if file.get_slice(f"{name}/{key}").get_shape() != list(tensor.shape):
                             return False
@@ -290,14 +261,13 @@ class Trainer:
                     wanted = expected_tensors(start.scheme, start.shape, torch.float32)
                     tensors = {key: file.get_tensor(f"{name}/best.{key}") for key in wanted}
                     best[name] = quantized_weight(start.scheme, start.shape, tensors)
-                for name, each in self.latents.items():
+                for name, each in self.layers.latents.items():
                     for key, tensor in each.state():
                         tensor.copy_(file.get_tensor(f"{name}/{key}"))
         except (OSError, SafetensorError, KeyError, ValueError, TypeError, AutoQError):
             return False
         self.best, self.losses, self.steps = best, losses, int(told["steps"])
-        for name, each in self.latents.items():
-            each.write(self.weights[name])
+        self.layers.write()
         return True
 
 
@@ -353,6 +323,16 @@ def recovery_data(model: QuantizedModel, tokens: int | None, note: Note) -> Tens
     return data if tokens is None else data[: max(2, -(-tokens // data.shape[1]))]
 
 
+def mean_over(model: LoadedModel, objective: TokenObjective, reference: Reference, data: Tensor) -> float:
+    """The mean of an objective over windows `data` (n, window), those of the reference, of the model as it is now."""
+    total = 0.0
+    with torch.no_grad():
+        for index, ids in enumerate(data):
+            output = model.outputs(ids.unsqueeze(0).to(model.device))
+            total += float(mean_loss(model, objective, reference, index, ids[None], output))
+    return total / len(data)
+
+
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
     """Let interrupts wait until the body is over. Without effect off the main thread, where none arrive."""
@@ -371,7 +351,7 @@ def _undisturbed() -> Iterator[None]:
             signal.raise_signal(number)
 
 
-def _passed_through(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def passed_through(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """The quantization of inputs with the gradient of the identity."""
     return lambda inputs: inputs + (function(inputs.detach()) - inputs).detach()
 

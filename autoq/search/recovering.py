@@ -68,7 +68,7 @@ def _train(
     arguments: dict[str, Any] = {
         "assignment": parent.assignment,
         **asdict(training),
-        "tell": lambda step, loss, left: observer.trained(step, training.steps, loss, left),
+        "tell": observer.trained,
         "note": observer.note,
         "checkpoints": str(cache_dir() / "recovery"),
     }

@@ -36,6 +36,7 @@ def trained(database):
         (["demo", "1", "--steps", "0"], "steps must be from 1 to 1000000 (got 0)"),
         (["demo", "1", "--windows", "0"], "windows must be from 1 to 1000000 (got 0)"),
         (["demo", "1", "--tokens", "0"], "tokens must be at least 1 (got 0)"),
+        (["demo", "1", "--how", "layers"], "how must be one of model, blocks (got 'layers')"),
         (["demo", "1", "--rate", "-1"], "rate must be above 0 and below 1000 (got -1)"),
         (["demo", "unquantized"], "trial 0 of 'demo' has nothing to train: integer schemes and codebooks can be"),
         (["demo", "8"], "trial 8 of 'demo' is failed; only a complete one can be trained"),

@@ -25,6 +25,7 @@ sampler: {{name: random, seeds: 0}}
 budget: {{trials: 5}}
 """
 RECOVER = ("recover", "tiny", "uniform-int4", "--steps", "300")
+BLOCKS = (*RECOVER, "--how", "blocks")
 
 
 @pytest.fixture
@@ -49,43 +50,46 @@ def start(tiny_model_dir, tmp_path):
     return run
 
 
-def stopped_in_training(process, how):
-    """Send `how` once the training has taken a step; all that was said on standard error."""
+def stopped_in_training(process, how, after="step "):
+    """Send `how` once a line that begins with `after` was said; all that was said on standard error."""
     said = []
     for line in process.stderr:
         said.append(line)
-        if line.startswith("step "):
+        if line.startswith(after):
             process.send_signal(how)
             break
     rest = process.communicate(timeout=200)[1]
     return "".join(said) + rest
 
 
-def test_a_training_that_is_stopped_again_and_again_ends_as_if_it_had_not_been(start, tmp_path):
+@pytest.mark.parametrize(
+    ("command", "first", "place"), [(RECOVER, "step ", "step"), (BLOCKS, "block 1 of 2", "block 2")]
+)
+def test_a_training_that_is_stopped_again_and_again_ends_as_if_it_had_not_been(start, tmp_path, command, first, place):
     searched = start("search", "spec.yaml", "--quiet")
     assert searched.communicate(timeout=200)[1] == ""
     shutil.copy(tmp_path / "autoq.db", tmp_path / "whole.db")
-    whole = start(*RECOVER, "--db", "whole.db", "--json", "--quiet")
+    whole = start(*command, "--db", "whole.db", "--json", "--quiet")
     reference = json.loads(whole.communicate(timeout=250)[0])
 
-    process = start(*RECOVER)
-    said = stopped_in_training(process, signal.SIGINT)
+    process = start(*command)
+    said = stopped_in_training(process, signal.SIGINT, first)
     assert process.returncode == 130, said
     assert said.endswith("autoq: interrupted; the same command goes on with the training\n")
     assert "Traceback" not in said
     (checkpoint,) = (tmp_path / "cache" / "recovery").iterdir()
 
-    process = start(*RECOVER)
+    process = start(*command)
     said = stopped_in_training(process, signal.SIGKILL)
-    assert "going on from step " in said
+    assert f"going on from {place}" in said
     assert process.returncode == -signal.SIGKILL, said
-    assert checkpoint.is_file()
+    assert checkpoint.exists()
 
     # Neither left a trial behind, nor the study otherwise than finished.
-    last = start(*RECOVER, "--json")
+    last = start(*command, "--json")
     printed, said = last.communicate(timeout=250)
     assert last.returncode == 0, said
-    assert "going on from step " in said
+    assert f"going on from {place}" in said
     found = json.loads(printed)
     for key in ("hash", "number", "parent", "origin", "assignment"):
         assert found[key] == reference[key], key

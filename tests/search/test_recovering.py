@@ -112,6 +112,26 @@ def test_a_trained_trial_is_better_at_the_same_bytes_and_is_a_trial_of_its_own(m
     assert told["assignment"] == {name: str(scheme) for name, scheme in parent.assignment.items()}
 
 
+def test_blocks_are_trained_one_after_the_other_and_what_comes_is_a_trial_like_any(made):
+    store, study = made
+    parent, notes = mixed(store, study), Notes()
+    found = recover_trial(store, study.id, parent.number, Training(20, how="blocks"), notes)
+    assert (found.origin, found.state, found.parent) == ("recover", "complete", parent.number)
+    assert notes.steps == [(step, 40) for step in range(1, 41)]
+    assert found.measurements[KL, "search"].value < parent.measurements[KL, "search"].value
+    assert found.measurements[SIZE, "search"].value == parent.measurements[SIZE, "search"].value
+    assert dict(found.assignment) == dict(parent.assignment)
+    inside = {
+        n for n, s in parent.assignment.items() if type(s).__name__ in ("Integer", "Codebook") and ".layers." in n
+    }
+    assert set(found.assignment.trained) == inside
+    told = found.recovery
+    assert (told["how"], told["steps"], len(told["errors"])) == ("blocks", 20, 2)
+    assert all(after <= before for before, after, _ in told["errors"])
+    assert told["losses"]["20"] < told["losses"]["0"]
+    assert list((autoq.trained.cache_dir() / "recovery").glob("*")) == []
+
+
 def recover_report(store, study, parent):
     """The parent's quality on the report part, which is measured of frontier points and baselines alone."""
     evaluator = Evaluator(study.study_spec())
@@ -220,6 +240,7 @@ def sensitivity(study):
     ("training", "message"),
     [
         (Training(0), r"^steps must be from 1 to 1000000 \(got 0\)$"),
+        (Training(5, how="layers"), r"^how must be one of model, blocks \(got 'layers'\)$"),
         (Training(5, windows=0), r"^windows must be from 1 to 1000000 \(got 0\)$"),
         (Training(5, tokens=0), r"^tokens must be at least 1 \(got 0\)$"),
         (Training(5, rate=0.0), r"^rate must be above 0"),
