@@ -130,8 +130,9 @@ def export_there(
         print_json(found["result"])
         return
     sys.stdout.write(f"trial {found['trial']} of {found['study']} is in {out}\n")
-    for line in found["result"].get("lines", ()):
-        sys.stdout.write(f"\n{line['title']}\n{line['text']}\n")
+    told = found["result"]["name"]  # the folder's name on the server; here it has another
+    for line in found["result"]["lines"]:
+        sys.stdout.write(f"\n{line['title']}\n{line['text'].replace(told, str(out))}\n")
 
 
 class _Pieces:
