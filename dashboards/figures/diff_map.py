@@ -33,7 +33,7 @@ def build(facts: Facts, a: int | None = None, b: int | None = None, by: str = "l
     a = chosen.get("smallest") if a is None else a
     b = next((n for n in (chosen.get("knee"), chosen.get("best")) if n is not None and n != a), a) if b is None else b
     if a is None or b is None:
-        message = "no trial is complete yet"
+        message = "no feasible trial is complete yet"
         return Figure(
             drawing.empty(message), Table(columns, ()), f"{facts.study.name}: difference", drawing.sentence([message])
         )

@@ -209,12 +209,16 @@ class _Sketch:
     def _color_axis(self) -> dict[str, Any]:
         unit = self.units[self.color]
         bar: dict[str, Any] = {"title": {"text": drawing.words(self.color, unit), "side": "right"}}
+        known = self._known(self.color)
         if self.color_log:
-            known = np.log10(self._known(self.color)[self._known(self.color) > 0])
+            known = np.log10(known[known > 0])
             bar["tickvals"], bar["ticktext"] = drawing.log_ticks(float(known.min()), float(known.max()))
         elif unit == "bytes":
             bar |= {"tickformat": "~s", "ticksuffix": "B"}
-        return {"colorbar": bar}
+        # What searched trials have decides: a baseline far off, as the unquantized model is, has the end's colour.
+        low, high = float(known.min()), float(known.max())
+        limits = {"cmin": low, "cmax": high} if low < high else {}
+        return {"colorbar": bar, **limits}
 
     def _shade(self, chosen: NDArray[np.bool_]) -> NDArray[np.float64] | None:
         """The third objective's values, None where one is missing."""

@@ -32,7 +32,7 @@ def build(facts: Facts, over: str = "trials") -> Figure:
     title = f"{facts.study.name}: hypervolume"
     share = curve.share
     if not len(share) or not share.any():
-        message = "no complete trial is better than the reference yet" if len(share) else "no trial is complete yet"
+        message = "no feasible trial is better than the reference yet" if len(share) else "no trial is complete yet"
         return Figure(drawing.empty(message), Table(_COLUMNS, ()), title, drawing.sentence([message]))
     rises = np.flatnonzero(np.diff(share, prepend=-1.0) > 0)
     kept = np.unique([0, *rises.tolist(), len(share) - 1])

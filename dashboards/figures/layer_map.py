@@ -34,7 +34,7 @@ def build(facts: Facts, trial: int | None = None, by: str = "bits") -> Figure:
     """The map of a trial; unless told otherwise of the knee of the frontier."""
     trial = default_trial(facts) if trial is None else trial
     if trial is None:
-        message = "no trial is complete yet"
+        message = "no feasible trial is complete yet"
         return Figure(
             drawing.empty(message), Table(_COLUMNS, ()), f"{facts.study.name}: layers", drawing.sentence([message])
         )

@@ -35,7 +35,9 @@ def build(facts: Facts, trial: int | None = None, most: int = MOST) -> Figure:
     ranked = sorted((each for each in found if each.paid), key=lambda each: (-_rate(each), each.layer))
     if not ranked:
         message = (
-            "no trial is complete yet" if trial is None else "no layer has a lighter scheme whose loss was predicted"
+            "no feasible trial is complete yet"
+            if trial is None
+            else "no layer has a lighter scheme whose loss was predicted"
         )
         return Figure(drawing.empty(message), Table(columns, ()), title, drawing.sentence([message]))
     head = most - most // 3
