@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,6 +68,8 @@ class Database:
         self._url = url
         self._password = url.password
         self._engine = engine
+        # Threads that would write at the same moment wait here, in turn; SQLite would have them ask again and again.
+        self.turn = threading.Lock()
         self._writer = engine.execution_options(autoq_writes=True, autoq_fence=fence)
         # A listing takes several statements and must see one state of the database.
         snapshot = {"isolation_level": "REPEATABLE READ"} if engine.dialect.name == "postgresql" else {}

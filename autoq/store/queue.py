@@ -69,7 +69,7 @@ class Queue(ExportQueue):
             if text is not None and not 0 < len(text) <= _LENGTH[name]:
                 raise BadInput(f"{name} must have 1 to {_LENGTH[name]} characters (got {len(text)})")
         t = m.submissions
-        with self._database.writing() as connection:
+        with self._database.turn, self._database.writing() as connection:
             _wait_for_user(connection, user)
             if key is not None:
                 query = sa.select(t.c.study_id, t.c.fingerprint).where(t.c.user == (user or ""), t.c.key == key)
