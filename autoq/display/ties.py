@@ -51,12 +51,49 @@ def stored_ties(store: Store, study: StudyRecord, trials: Sequence[TrialRecord])
     return ties(trials, study.objectives, lambda number, name, part: store.token_values(study.id, number, name, part))
 
 
+class KnownTies:
+    """The ties of one frontier as it grows: only what is new is compared, and values per token are read once.
+
+    A trial is the same one as long as its number and its last change are.
+    """
+
+    def __init__(self) -> None:
+        self._judge: _Judge | None = None
+        self._seen: dict[int, int] = {}  # number -> its last change
+        self._tied: dict[int, set[int]] = {}
+
+    def update(
+        self, trials: Sequence[TrialRecord], objectives: Sequence[StudyObjective], values: TokenValues
+    ) -> dict[int, list[int]]:
+        """As `ties`, for the frontier as it is now."""
+        if self._judge is None:
+            self._judge = _Judge(objectives, values)
+        self._judge.values = values
+        fresh = [trial for trial in trials if self._seen.get(trial.number) != trial.changed]
+        self._judge.forget({trial.number for trial in fresh})
+        new = {trial.number for trial in fresh}
+        kept = {trial.number for trial in trials} - new
+        tied = {number: (self._tied[number] & kept) if number in kept else set() for number in kept | new}
+        for one in trials:
+            others = trials if one.number in new else fresh
+            tied[one.number] |= {
+                other.number for other in others if other is not one and not self._judge.ahead(one, other)
+            }
+        self._seen = {trial.number: trial.changed for trial in trials}
+        self._tied = tied
+        return {one.number: [other.number for other in trials if other.number in tied[one.number]] for one in trials}
+
+
 class _Judge:
     """Compares trials; reads the values per token of each once, as sums over blocks."""
 
     def __init__(self, objectives: Sequence[StudyObjective], values: TokenValues) -> None:
         self.objectives, self.values = objectives, values
         self._blocks: dict[tuple[int, str, Part], Blocks | None] = {}
+
+    def forget(self, numbers: set[int]) -> None:
+        """Read the values of these trials again: they have changed."""
+        self._blocks = {key: blocks for key, blocks in self._blocks.items() if key[0] not in numbers}
 
     def ahead(self, one: TrialRecord, other: TrialRecord) -> bool:
         """Whether `one` is better than `other` in some objective by more than noise."""

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autoq.display.compare import quality_objective
-from autoq.store import Store, StudyObjective
+from autoq.measurement import Part
+from autoq.store import Store, StudyObjective, TrialRecord
 from autoq.store.feed import Stamp
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from autoq.display.ties import KnownTies
+
+Ties = dict[int, list[int]]
 
 _KEPT = 64
 
@@ -19,7 +28,27 @@ class Views:
     def __init__(self, store: Store) -> None:
         self.store = store
         self._pairs: OrderedDict[int, tuple[int, dict[int, tuple[float, float]]]] = OrderedDict()
+        self._ties: OrderedDict[int, tuple[KnownTies, threading.Lock]] = OrderedDict()
         self._lock = threading.Lock()
+
+    def ties(self, study: Stamp, objectives: tuple[StudyObjective, ...], points: list[TrialRecord]) -> Ties:
+        """`display.ties.ties` of the whole frontier; what was compared before is not compared again."""
+        from autoq.display.ties import KnownTies
+
+        store = self.store
+        valued = store.feed.valued(study.id)
+
+        def values(number: int, name: str, part: Part) -> NDArray[np.float32] | None:
+            there = (number, name, part) in valued
+            return store.token_values(study.id, number, name, part) if there else None
+
+        with self._lock:
+            known, turn = self._ties.setdefault(study.id, (KnownTies(), threading.Lock()))
+            self._ties.move_to_end(study.id)
+            while len(self._ties) > _KEPT:
+                self._ties.popitem(last=False)
+        with turn:
+            return known.update(points, objectives, values)
 
     def hindsight(self, study: Stamp, objectives: tuple[StudyObjective, ...]) -> dict[str, Any]:
         """`{"optimism", "sampler_view"}`, as `display.hindsight` has it, without reading all trials each time."""

@@ -164,6 +164,14 @@ class Feed:
         with self._database.reading() as connection:
             return list(connection.execute(query).scalars())
 
+    def valued(self, study_id: int) -> set[tuple[int, str, str]]:
+        """(trial number, objective, part) of what values per token are stored for on the frontier of a study."""
+        f, t, v = m.frontier, m.trials, m.token_values
+        joined = f.join(t, (t.c.id == f.c.trial_id)).join(v, v.c.trial_id == t.c.id)
+        query = sa.select(t.c.number, v.c.objective, v.c.part).select_from(joined).where(f.c.study_id == study_id)
+        with self._database.reading() as connection:
+            return {(row[0], row[1], row[2]) for row in connection.execute(query)}
+
     def predictions(self, study_id: int, quality: str, since: int) -> dict[int, tuple[float, float]]:
         """Trial number -> what its sampler predicted of `quality`, and what was measured of it, for ended proposals
         that changed after `since`."""

@@ -25,6 +25,7 @@ from autoq.service.schemas import (
     StudyStandingAnswer,
     StudyStateName,
 )
+from autoq.service.views import Views
 from autoq.store.feed import StudySort
 
 router = APIRouter(prefix="/api/v1/studies", tags=["studies"])
@@ -123,16 +124,16 @@ def get_frontier(
     as_csv = form == "csv" or (form is None and _wants_csv(request))
 
     def make() -> Any:
-        from autoq.display.ties import stored_ties
-
         record = store.study(study.id)
-        points = store.frontier(study.id, with_assignments=assignments and not as_csv)
+        whole = store.frontier(study.id, with_assignments=assignments and not as_csv)
         uniform = documents.baselines(store, record) if upper or lower else []
-        points, _ = documents.within(record, points, uniform, upper, lower)
+        points, _ = documents.within(record, whole, uniform, upper, lower)
         if as_csv:
             return documents.to_csv(record, points)
-        found = documents.document(record, points, stored_ties(store, record, points))
-        return found | request.app.state.views.hindsight(study, record.objectives)
+        views: Views = request.app.state.views
+        ties, kept = views.ties(study, record.objectives, whole), {trial.number for trial in points}
+        shown = {number: [other for other in others if other in kept] for number, others in ties.items()}
+        return documents.document(record, points, shown) | views.hindsight(study, record.objectives)
 
     return tagged(request, (study.id, study.changes), make, "text/csv" if as_csv else JSON, keep=True)
 
