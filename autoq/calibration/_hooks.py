@@ -138,12 +138,15 @@ class Gatherer:
             for module in self.model.modules_of(self.model.info.layer(name)):
                 self.by_module.setdefault(module, Sums())
                 handles.append(module.register_forward_pre_hook(self._on_read(module, name), prepend=True))
+        self._backward = False
         try:
             yield
+            self._settle()
         finally:
             for handle in handles:
                 handle.remove()
             self._last = None
+            self._unbinned.clear()
 
     def _on_read(self, module: nn.Module, name: str) -> Callable[..., Any]:
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:

@@ -23,10 +23,11 @@ def sequential(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Quantize a trial block after block, each layer by what it reads in the quantized model.
+    """Quantize a trial once more, block after block.
 
-    For layers whose method looks at their inputs (gptq, awq, smooth, clip, wkmeans, wanda); schemes, bytes and kernels
-    stay the same. The result is a new trial with measurements of its own, to be exported like any other.
+    Each layer is made by what it reads in the model quantized so far, where its method looks at their inputs (gptq,
+    awq, smooth, clip, wkmeans, wanda); schemes, bytes and kernels stay the same. The result is a new trial with
+    measurements of its own, to be exported like any other.
     """
     gc.enable()
     from autoq.display.progress import default_observer

@@ -73,6 +73,7 @@ COMMANDS = [
         "search",
         "resume",
         "recover",
+        "sequential",
         "report",
         "sequential",
         "sensitivity",
