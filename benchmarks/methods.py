@@ -32,7 +32,7 @@ from autoq.scheme import Scheme, parse_scheme
 from autoq.spec import build_spec
 from autoq.statistics import mean_and_stderr
 
-METHODS = ("rtn", "fixed", "clip", "hqq", "awq", "gptq")
+METHODS = ("rtn", "fixed", "clip", "lsq", "hqq", "awq", "gptq", "round")
 ENDING = {"fixed": "-sym", "hqq": "-rz"}
 DYNAMIC = "int8-channel-sym-a8dyn"
 
