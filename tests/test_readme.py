@@ -56,7 +56,8 @@ def test_commands_are_marked() -> None:
 @pytest.mark.parametrize("command", [line for line in commands() if line.startswith("autoq ")])
 def test_command_and_options_exist(command: str) -> None:
     name, *arguments = shlex.split(command)[1:]
-    help_text = autoq(name, "--help")
+    within = [arguments.pop(0)] if name == "token" else []
+    help_text = autoq(name, *within, "--help")
     assert help_text.returncode == 0, help_text.stderr
     known = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", help_text.stdout))
     given = {argument.partition("=")[0] for argument in arguments if argument.startswith("--")}
@@ -96,6 +97,11 @@ def test_other_commands_exist(command: str) -> None:
         targets = [argument for argument in arguments if "=" not in argument]
         done = subprocess.run(["make", "-n", *targets], cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+    elif program == "ray":
+        from ray.scripts.scripts import cli
+
+        known = {option for parameter in cli.commands[arguments[0]].params for option in parameter.opts}
+        assert set(arguments[1:]) <= known
     elif program == "pip":
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         for argument in arguments:

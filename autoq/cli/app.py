@@ -22,8 +22,20 @@ _WORDS = {
 }
 
 
+# From a search to what is shipped, then the server, then what there is.
+ORDER = (
+    *("search", "resume", "sensitivity", "studies", "trials", "frontier", "pick", "diff", "report"),
+    *("recover", "sequential", "export", "verify", "serve", "token", "submit", "cancel"),
+    *("methods", "targets", "objectives", "samplers", "doctor"),
+)
+
+
 class _Group(TyperGroup):
-    """The commands in the order of their definition, with every error as one line and an exit code."""
+    """The commands in the order of `ORDER`, with every error as one line and an exit code."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The names of the commands."""
+        return sorted(super().list_commands(ctx), key=ORDER.index)
 
     def main(self, args: Sequence[str] | None = None, *other: Any, **extra: Any) -> NoReturn:
         """Run a command line (default: this process's own) and exit."""

@@ -58,7 +58,7 @@ def serve(
         Path | None, typer.Option(metavar="DIR", help="Where logs and exports are kept; default: in AutoQ's cache.")
     ] = None,
 ) -> None:
-    """Serve the API and the dashboard, and run the studies that are submitted.
+    """Serve the API and the dashboard, and run what is submitted.
 
     On this machine nobody needs a token until there is one. Other machines are let in with tokens only.
     """

@@ -69,23 +69,9 @@ size_bytes             80.00 MB      80.00 MB      0 B
 """
 
 COMMANDS = [
-    *[
-        "search",
-        "resume",
-        "recover",
-        "sequential",
-        "report",
-        "sequential",
-        "sensitivity",
-        "export",
-        "verify",
-        "studies",
-        "trials",
-        "frontier",
-        "pick",
-        "diff",
-    ],
-    *["methods", "targets", "objectives", "samplers", "doctor", "serve", "token"],
+    *["search", "resume", "sensitivity", "studies", "trials", "frontier", "pick", "diff", "report"],
+    *["recover", "sequential", "export", "verify", "serve", "token", "submit", "cancel"],
+    *["methods", "targets", "objectives", "samplers", "doctor"],
 ]
 
 
