@@ -1,7 +1,7 @@
 /** Ship a trial: for a target, as a job of the server, verified in the target's runtime. */
 import { ask, href, studyPath } from "./api.js";
-import { fill, h, say } from "./dom.js";
-import { ago, size, withError } from "./format.js";
+import { fill, h, say, table } from "./dom.js";
+import { ago, size } from "./format.js";
 
 const OVER = new Set(["finished", "failed", "removed"]);
 
@@ -66,25 +66,26 @@ function copyable(text) {
   return h("div", {}, h("pre", { tabindex: "0" }, text), navigator.clipboard ? button : null);
 }
 
+/** What a verification found: a line a check, the promise beside what the runtime gave. */
 function verified(found) {
   if (!found) return null;
-  const rows = Object.entries(found.measurements ?? found.there ?? {}).map(([name, m]) => [h("dt", {}, name), h("dd", {}, withError(m.value, m.stderr, m.unit))]);
-  const passed = found.passed ?? found.ok;
+  if (found.ok === null) return h("p", { class: "note" }, `Not verified: ${found.message}`);
   return [
-    passed === undefined ? null : h("p", {}, h("span", { class: `state ${passed ? "complete" : "failed"}` }, passed ? "verified" : "differs"), " in its runtime, against what was measured"),
-    rows.length ? h("dl", { class: "values" }, rows) : found.message ? h("p", { class: "note" }, found.message) : null,
+    h("p", {}, h("span", { class: `state ${found.ok ? "complete" : "failed"}` }, found.ok ? "verified" : "differs"), " in its runtime, against what was measured"),
+    found.checks.length ? table("Verification", ["check", "promised", "found", ""], found.checks.map((check) =>
+      [check.name, h("span", { class: "wraps" }, check.promised), h("span", { class: "wraps" }, check.found), check.ok === null ? "not compared" : check.ok ? "✓" : "differs"])) : null,
   ];
 }
 
 function job(each) {
   const result = each.result ?? {};
-  const bytes = result.manifest?.size_bytes ?? result.size_bytes;
+  const bytes = result.bytes ?? result.manifest?.size_bytes;
   return h("section", { class: "pick" },
     h("h3", {}, h("span", {}, each.target, " ", h("span", { class: `state ${each.state === "finished" ? "complete" : each.state}` }, each.state)), h("span", { class: "note" }, ago(each.finished_at ?? each.created_at))),
     each.progress?.stage && !OVER.has(each.state) ? h("p", { class: "note" }, each.progress.stage) : null,
     each.message ? h("p", { class: each.state === "failed" ? "problem" : "note" }, each.message) : null,
     bytes ? h("p", { class: "note" }, size(bytes)) : null,
     verified(result.verify),
-    result.lines ? copyable(Array.isArray(result.lines) ? result.lines.join("\n") : String(result.lines)) : null,
+    (result.lines ?? []).map(({ title, text }) => [h("p", { class: "note" }, title), copyable(text)]),
     each.state === "finished" ? h("a", { class: "button small", href: href(`/api/v1/exports/${each.id}/download`), download: "" }, "Download") : null);
 }

@@ -10,12 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 
 from autoq.display import numbers
 from autoq.errors import AutoQError
 from autoq.store import Store
+from autoq.store import models as m
 from autoq.study import pick
 
 pytestmark = pytest.mark.timeout(180)
@@ -136,7 +138,9 @@ def test_from_the_list_to_a_shipped_trial(opened: Opened, site: Any) -> None:
     # A brush on an axis of the parallel coordinates is a limit, and its lines follow.
     page.get_by_role("tab", name="Trade-offs").click()
     field = page.locator(".parallel .field").nth(0)
-    field.scroll_into_view_if_needed()
+    expect(field).to_be_visible()
+    page.evaluate("document.getElementById('panels').scrollIntoView({block: 'end'})")
+    page.wait_for_timeout(300)  # lines are drawn anew while they find their room
     box = field.bounding_box()
     assert box is not None
     off = page.locator(".parallel path.off").count()
@@ -173,6 +177,14 @@ def test_from_the_list_to_a_shipped_trial(opened: Opened, site: Any) -> None:
     page.get_by_label("For").select_option("torch-cpu")
     page.get_by_role("button", name="Export", exact=True).click()
     expect(page.locator("#export .pick")).to_contain_text("queued")
+    check = {"name": "kl_nats_per_token", "promised": "0.0312", "found": "0.0313", "ok": True, "note": ""}
+    lines = [{"title": "run it", "text": "python run.py laptop-small"}]
+    result = {"verify": {"ok": True, "message": None, "checks": [check]}, "bytes": 81_200_000, "lines": lines}
+    with Store.open(str(site.db)) as store, store._database.writing() as connection:
+        connection.execute(sa.update(m.exports).values(state="finished", result=result))
+    expect(page.locator("#export .pick")).to_contain_text("verified in its runtime")
+    expect(page.locator("#export .pick")).to_contain_text("python run.py laptop-small")
+    expect(page.get_by_role("link", name="Download")).to_have_attribute("href", re.compile(r"/exports/\d+/download$"))
 
 
 def test_a_shared_address_shows_the_same_view(opened: Opened) -> None:
