@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 MAPPED = {"workers": "autoq.workers", "studies": "autoq.studies", "dashboards": "autoq.dashboards"}
-NOT_SHIPPED = {".pyc", ".pyo"}
+NOT_SHIPPED = {".pyc", ".pyo", ".png"}  # pictures are of the README
 
 
 def shipped_files() -> set[str]:
