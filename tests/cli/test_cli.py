@@ -69,22 +69,8 @@ size_bytes             80.00 MB      80.00 MB      0 B
 """
 
 COMMANDS = [
-    *[
-        "search",
-        "resume",
-        "recover",
-        "sequential",
-        "report",
-        "sequential",
-        "sensitivity",
-        "export",
-        "verify",
-        "studies",
-        "trials",
-        "frontier",
-        "pick",
-        "diff",
-    ],
+    *["search", "resume", "recover", "submit", "cancel", "report", "sensitivity", "sequential"],
+    *["export", "verify", "studies", "trials", "frontier", "pick", "diff"],
     *["methods", "targets", "objectives", "samplers", "doctor", "serve", "token"],
 ]
 
