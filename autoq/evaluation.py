@@ -91,7 +91,7 @@ class Evaluator(QuantizedModel):
         }
 
     def _refuse_not_finite(self) -> None:
-        if not self._objectives:
+        if not self._objectives and not self._tasks.names(self.spec.measured + self.spec.reported):
             return
         with torch.inference_mode():
             outputs = self.model.outputs(self.parts.search[:1].to(self.model.device)).float()
@@ -104,17 +104,20 @@ class Evaluator(QuantizedModel):
     def measure(self, assignment: Assignment, part: Part, rival: Rival | None = None) -> list[Measurement]:
         """Quality of `assignment` on one part of the data, one measurement per objective that needs the model.
 
-        Those of `report` are measured there only. Of the text it goes shard by shard and ends as soon
-        as `rival` is known to be better. Then details tell its number as `rival`, how many tokens there are as `of`,
-        and as `estimate` what all of them would most likely
+        Those of `report` are measured there only. It goes shard by shard of the text, or of labelled examples where
+        `rival` has values of these, and ends as soon as `rival` is known to be better. Then details tell its number
+        as `rival`, how many tokens or examples there are as `of`, and as `estimate` what all of them would most likely
         give. `forward_passes` over the whole part is what it took.
         Raises `NotFinite` where the model's outputs or an objective are NaN or infinite.
         """
         wanted = (*self.spec.measured, *(self.spec.reported if part == "report" else ()))
-        found = self._measure_tokens(assignment, part, rival, wanted)
-        if names := self._tasks.names(wanted):
+        names = self._tasks.names(wanted)
+        on_tasks = rival is not None and set(rival.values) <= set(names)
+        found = self._measure_tokens(assignment, part, None if on_tasks else rival, wanted)
+        if names:
             with self.swapped(assignment):
-                found += self._tasks.measure(names, part, self.fingerprint, self.spec.model.dtype)
+                own = rival if on_tasks else None
+                found += self._tasks.measure(names, part, self.fingerprint, self.spec.model.dtype, own)
         return found
 
     def _measure_tokens(

@@ -12,6 +12,7 @@ BLOCK_TOKENS = 32
 PAIR_BLOCK_TOKENS = 64
 DRAWS = 500  # resamples, by which a standard error is known to 3 %
 LEAST_BLOCKS = 8  # below so many blocks of pairs their spread is known too badly for a verdict
+LEAST_EXAMPLES = 32  # the same for single answers: right or wrong is farther from normal than a block's mean
 
 Values = NDArray[np.float64] | NDArray[np.float32]
 
@@ -64,13 +65,13 @@ def paired(values: Values, others: Values) -> tuple[float, float | None, int]:
     return mean_and_stderr(np.subtract(values, others, dtype=np.float64), PAIR_BLOCK_TOKENS)
 
 
-def shards(windows: int, window_tokens: int) -> list[range]:
+def shards(windows: int, window_tokens: int, least: int = LEAST_BLOCKS) -> list[range]:
     """Windows 0 to `windows` - 1 in shards, after each of which a candidate may be given up.
 
     Each shard but the first is as long as all before it, the rungs of successive halving (Jamieson &
-    Talwalkar 2016). The first has `LEAST_BLOCKS` blocks of pairs.
+    Talwalkar 2016). The first has `least` blocks of pairs.
     """
-    first = -(-LEAST_BLOCKS // -(-window_tokens // PAIR_BLOCK_TOKENS))
+    first = -(-least // -(-window_tokens // PAIR_BLOCK_TOKENS))
     ends = [min(first, windows)]
     while ends[-1] < windows:
         ends.append(min(2 * ends[-1], windows))
@@ -81,7 +82,8 @@ def shards(windows: int, window_tokens: int) -> list[range]:
 class Rival:
     """A trial evaluated in full that is at least as good as a candidate in all that needs no evaluation.
 
-    `values` maps the objectives that do to its values per token (windows, tokens). A candidate that is worse
+    `values` maps the objectives that do to its values per token (windows, tokens) or labelled example (examples, 1).
+    A candidate that is worse
     in all of them is worse than the rival. It is given up once that is known with `confidence`, over all
     looks together.
     """

@@ -131,6 +131,17 @@ class TokenObjective(QualityObjective):
         """Values (t,) float32; NaN for tokens that do not count."""
 
 
+def can_be_compared(objectives: Sequence[Objective]) -> bool:
+    """Whether a candidate can be held against a rival in all of these while it is evaluated.
+
+    All are means over tokens of the same text, or all are means over labelled examples. A statistic of all examples
+    (BLEU, F1) has no value for each, and text and examples have no order in common.
+    """
+    return all(isinstance(o, TokenObjective) for o in objectives) or all(
+        isinstance(o, TaskObjective) and o.is_mean for o in objectives
+    )
+
+
 def distance_of(task: Task) -> TokenObjective:
     """How far outputs of a model for `task` are from the unquantized model's: the objective that says so."""
     found = plugins.load("objectives", "cosine_distance" if task == "encoder" else "kl_nats_per_token", Objective)

@@ -19,7 +19,7 @@ from autoq import plugins, trained
 from autoq.assignment import Assignment
 from autoq.errors import AutoQError, LeaseLost, NotFinite
 from autoq.measurement import Measurement
-from autoq.objectives import TokenObjective, computed
+from autoq.objectives import can_be_compared, computed
 from autoq.search.executors import MAX_ATTEMPTS, Executor, Failure, Job, Result, make_executor
 from autoq.search.holding import LOOK_SECONDS, Hold, StopRequested, Watching, holding
 from autoq.search.observer import Observer
@@ -406,12 +406,12 @@ class _Run:
         chosen = choose(finished, spec.objectives, directions, problem.qualities, known)
         if chosen is None:
             return None
+        # What only bounds what is feasible is left out: who beats whom is a matter of the objectives.
+        compared = [name for name in problem.qualities if name in spec.objectives]
+        if not can_be_compared([problem.objectives[name] for name in compared]):
+            return None
         values = {}
-        for name in problem.qualities:
-            if name not in spec.objectives:
-                continue  # it bounds what is feasible; who beats whom is a matter of the objectives
-            if not isinstance(problem.objectives[name], TokenObjective):
-                return None  # labelled examples are few, and all of them are evaluated
+        for name in compared:
             found = self.store.token_values(self.study.id, chosen, name, "search")
             if found is None:
                 return None

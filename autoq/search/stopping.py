@@ -3,7 +3,8 @@
 A candidate's size, predicted latency and estimated energy are known before it is evaluated. A finished
 trial that is at least as good in all of them beats the candidate as soon as the candidate's quality is
 worse, and that is known long before all tokens are evaluated: on the same tokens two assignments' losses
-move together (racing: Maron & Moore 1994; Birattari et al. 2002). The evaluator compares, see
+move together (racing: Maron & Moore 1994; Birattari et al. 2002). The same holds of labelled examples, where
+an objective is a mean over them. The evaluator compares, see
 `autoq.statistics.Rival`; who is compared is chosen here, from trials that were told to the sampler only,
 so that it depends neither on which worker was faster nor on interruptions.
 """

@@ -1,13 +1,15 @@
 """Whole studies on labelled examples: what is measured is what the model answers, and the search gets better."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from autoq.assignment import Assignment
-from autoq.errors import DataRefused
+from autoq.errors import BadInput, DataRefused
 from autoq.evaluation import Evaluator
 from autoq.scheme import Keep, parse_scheme
 from autoq.search.controller import create_study, run_study
@@ -168,3 +170,17 @@ def test_heads_that_are_no_choice_between_classes_are_refused(tiny_model_dir, tm
     (folder / "config.json").write_text(json.dumps(config | field))
     with pytest.raises(ModelRefused, match="two classes or more, one of which is right"):
         inspect(ModelSpec(id=str(folder)))
+
+
+def test_a_model_that_is_nan_by_itself_is_refused_once_although_no_text_is_measured(classifier, study_tree, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(classifier, folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("attention.self.query.bias"))
+    tensors[name][0] = torch.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    store = Store.open(f"sqlite:///{tmp_path}/autoq.db")
+    study = create_study(store, build_spec(study_tree(folder, TEXTS, ["accuracy", SIZE])))
+    with pytest.raises(BadInput, match=r"gives NaN or infinity before anything is quantized"):
+        run_study(store, study.id)
+    assert not store.trials(study.id), "no trial was spent on it"

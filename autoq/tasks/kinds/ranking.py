@@ -9,14 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-import torch.nn.functional as F  # noqa: N812 - the field's own abbreviation
-
-from autoq.errors import NotFinite
 from autoq.layer import ModelInfo
 from autoq.models import LoadedModel
 from autoq.tasks import Row, Source, TaskKind
-from autoq.tasks._batches import batches
+from autoq.tasks._embeddings import embedded, tokenized
 
 
 class Ranking(TaskKind):
@@ -46,24 +42,16 @@ class Ranking(TaskKind):
 
     def prepare(self, model: LoadedModel, rows: Sequence[Row], source: Source) -> tuple[list[list[int]], list[int]]:
         """Token ids of every query and its documents behind it, and how many texts each row has."""
-        limit = model.info.max_positions
-        cut = {} if limit is None else {"truncation": True, "max_length": limit}
         texts = [text for row in rows for text in (row["query"], *row["documents"])]
-        return model.tokenizer(texts, **cut)["input_ids"], [1 + len(row["documents"]) for row in rows]
+        return tokenized(model, texts), [1 + len(row["documents"]) for row in rows]
 
     def answers(self, model: LoadedModel, prepared: Any) -> list[Any]:
         """The cosines of each row's documents."""
         ids, counts = prepared
-        vectors = [torch.empty(0)] * len(ids)
-        for places in batches([len(each) for each in ids]):
-            states = model.outputs(torch.tensor([ids[place] for place in places], device=model.device)).float()
-            if not torch.isfinite(states).all():
-                raise NotFinite("the model's outputs are NaN or infinite under this assignment")
-            for place, vector in zip(places, F.normalize(states.mean(1), dim=-1), strict=True):
-                vectors[place] = vector
+        vectors = embedded(model, ids)
         found, start = [], 0
         for count in counts:
-            own = torch.stack(vectors[start : start + count])
+            own = vectors[start : start + count]
             found.append((own[1:] @ own[0]).tolist())
             start += count
         return found
