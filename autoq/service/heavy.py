@@ -27,6 +27,10 @@ class Scheduler(Protocol):
     problem: str | None
     """Why it cannot at the moment; None: it can."""
 
+    @property
+    def alive(self) -> bool:
+        """Whether it looks at the queue, and can."""
+
     def wake(self) -> None:
         """Something was queued or cancelled: look at once."""
 

@@ -62,7 +62,7 @@ def build(facts: Facts) -> Figure:
     reach = max(ratio for gain in known for ratio in gain.ratios.values())
     one = {"type": "line", "xref": "x", "yref": "paper", "x0": 1, "x1": 1, "y0": 0, "y1": 1}
     layout = {
-        "xaxis": {**drawing.axis("times the baseline (×)", ""), "range": [0, max(reach, 1.0) * 1.45]},
+        "xaxis": {**drawing.axis("times the baseline (×)", ""), "range": [0, max(reach, 1.0) * 1.7]},
         "yaxis": {"type": "category", "autorange": "reversed", "showgrid": False},
         "shapes": [{**one, "line": {"dash": "dash", "width": 1.5, "color": palette.GREY}}],
         "barmode": "group",

@@ -117,6 +117,11 @@ class Runs:
     """A scheduler that has nothing to do."""
 
     problem: str | None = None
+
+    @property
+    def alive(self) -> bool:
+        return self.problem is None
+
     woken: int = 0
 
     def wake(self):

@@ -43,7 +43,7 @@ def readyz(request: Request, store: Stored) -> Response:
     except StoreError:
         request.app.state.metrics.database_errors.inc()
     scheduler = request.app.state.scheduler
-    alive = scheduler is not None and scheduler.problem is None
+    alive = scheduler is not None and scheduler.alive
     told = {"database": database, "schema_current": current, "scheduler": alive}
     ready = all(told.values())
     return answer({"ready": ready, **told}, 200 if ready else 503)
