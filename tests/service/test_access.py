@@ -34,7 +34,7 @@ def ask(client, conftest, method, path, **values):
 def conftest(request):
     """What `conftest.py` has besides fixtures."""
     (plugin,) = [p for p in request.config.pluginmanager.get_plugins() if getattr(p, "__file__", "") and str(
-        p.__file__).endswith("tests/api/conftest.py")]  # fmt: skip
+        p.__file__).endswith("tests/service/conftest.py")]  # fmt: skip
     return plugin
 
 
