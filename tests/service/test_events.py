@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import shutil
 import socket
 import threading
 import time
@@ -79,7 +80,16 @@ def numbers(follower):
 
 
 @pytest.fixture
-def served(serve, tmp_path):
+def quiet(template, tmp_path):
+    """A database in which nothing waits: what a server starts by itself would change studies under the test."""
+    path = shutil.copy(template, tmp_path / "autoq.db")
+    with Store.open(str(path)) as store:
+        for export in store.queue.exports():
+            store.queue.set_export(export.id, "failed", ("queued",), "not in this test")
+
+
+@pytest.fixture
+def served(quiet, serve, tmp_path):
     process = serve()
     with Store.open(str(tmp_path / "autoq.db")) as store:
         yield process.url, store
@@ -186,7 +196,7 @@ def test_a_client_that_reads_nothing_holds_nobody_up(served):
     quick.close()
 
 
-def test_streams_end_with_the_token(serve, tmp_path):
+def test_streams_end_with_the_token(quiet, serve, tmp_path):
     process = serve()
     with Store.open(str(tmp_path / "autoq.db")) as store:
         secret, record = store.accounts.create("x", "ada", "viewer")

@@ -263,7 +263,7 @@ def test_a_refusal_says_the_same_whether_a_file_is_there(roots):
     for name in ("secret", "nothing"):
         with pytest.raises(SpecError) as refused:
             check_sources(spec_of(model={"id": f"{roots}/{name}"}), ADA, Sources((roots / "models",)))
-        said.append(str(refused.value).replace(name, ""))
+        said.append(str(refused.value).partition(" (got")[0])
     assert said[0] == said[1]
 
 
