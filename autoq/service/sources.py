@@ -15,7 +15,7 @@ from pathlib import Path
 from autoq.errors import SpecError
 from autoq.service.auth import Asker
 from autoq.service.settings import Sources
-from autoq.spec import StudySpec
+from autoq.spec import BankSpec, StudySpec
 from autoq.spec_errors import short
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
@@ -45,6 +45,8 @@ def _refusals(spec: StudySpec, sources: Sources) -> Iterator[tuple[str, str]]:
         yield "target.device", f"must be a device description that ships with AutoQ (got {short(device)})"
     if spec.recipes:
         yield "recipes", f"are files of this server; only an admin may name some (got {short(spec.recipes[0])})"
+    if spec.bank.disk > BankSpec().disk or spec.bank.memory is not None:
+        yield "bank", "only an admin may say how much this server keeps of quantized layers"
     if spec.workers.address is not None:
         yield "workers.address", f"only an admin may name a cluster (got {short(spec.workers.address)})"
     if spec.workers.executor == "ray" and not sources.ray_workers:

@@ -216,6 +216,8 @@ def roots(tmp_path):
         ({"recipes": ["quantize_config.json"]}, "recipes"),
         ({"workers": {"executor": "ray", "address": "10.0.0.1:6379"}}, "workers.address"),
         ({"workers": {"executor": "ray"}}, "workers.executor"),
+        ({"bank": {"disk": "10TB"}}, "bank"),
+        ({"bank": {"memory": "1MB"}}, "bank"),
     ],
 )
 def test_a_users_spec_reads_nothing_of_the_servers(roots, fields, field, hub, monkeypatch):
