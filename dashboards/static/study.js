@@ -93,7 +93,7 @@ class Page {
   }
 
   #showSelected() {
-    const trials = this.chosen.map((number) => this.points.trials.get(number));
+    const trials = this.chosen.map((number) => this.points.trials.get(number)).filter(Boolean);
     fill(at("selected"), trials.map((trial) => [
       h("h3", {}, h("span", {}, h("span", { class: "mark chosen", "aria-hidden": "true" }), `Selected: ${trialName(trial)}`),
         h("button", { type: "button", class: "link", "aria-label": `Clear the selection of ${trialName(trial)}`, onclick: () => this.unselect(trial.number) }, "clear")),

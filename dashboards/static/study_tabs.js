@@ -25,7 +25,8 @@ function layers(page, study) {
       if (page.shown === null) for (const each of [map, pays]) each.figure.nothing("No trial is complete yet.");
       if (page.shown === null || page.shown === shown) return;
       shown = page.shown;
-      heading.textContent = `Layers of ${trialName(page.points.trials.get(shown))}`;
+      const trial = page.points.trials.get(shown); // it may be newer than what the page has
+      heading.textContent = `Layers of ${trial ? trialName(trial) : `trial ${shown}`}`;
       map.load();
       pays.load();
     }, 120);

@@ -125,7 +125,7 @@ def test_blocks_are_trained_one_after_the_other_and_what_comes_is_a_trial_like_a
         n for n, s in parent.assignment.items() if type(s).__name__ in ("Integer", "Codebook") and ".layers." in n
     }
     assert set(found.assignment.trained) == inside
-    told = found.recovery
+    told = found.derivation
     assert (told["how"], told["steps"], len(told["errors"])) == ("blocks", 20, 2)
     assert all(after <= before for before, after, _ in told["errors"])
     assert told["losses"]["20"] < told["losses"]["0"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -93,6 +95,13 @@ def template(tmp_path_factory) -> Path:
             worker = WorkerRecord(f"host:{study_id}", "host", "cpu", "busy", study_id, name, 3, 1000)
             store.queue.beat([worker])
     return path
+
+
+@pytest.fixture
+def in_loop():
+    """Run a coroutine to its end, in a thread: in this one a browser's driver may have its own loop."""
+    with ThreadPoolExecutor(1) as threads:
+        yield lambda coroutine: threads.submit(asyncio.run, coroutine).result()
 
 
 class Desk:

@@ -100,7 +100,7 @@ def test_what_it_says_of_a_file_is_true_of_that_file_only(backroom, tiny_model_d
         backroom.prepare_now(wanted)
 
 
-def test_many_who_ask_the_same_at_once_ask_one_question(address, tmp_path):
+def test_many_who_ask_the_same_at_once_ask_one_question(address, tmp_path, in_loop):
     command = fake(
         tmp_path, f'time.sleep(0.3); print(json.dumps({{"id": question["id"], "answer": {PREPARED}}}), flush=True)'
     )
@@ -120,14 +120,14 @@ def test_many_who_ask_the_same_at_once_ask_one_question(address, tmp_path):
         ticking.cancel()
         return found, beats
 
-    found, beats = asyncio.run(all_of_them())
+    found, beats = in_loop(all_of_them())
     assert len(found) == 100
     assert beats > 10, "the loop was blocked"
     assert backroom._asked == 1
     backroom.stop()
 
 
-def test_one_that_waits_and_gives_up_leaves_the_others_their_answer(address, tmp_path):
+def test_one_that_waits_and_gives_up_leaves_the_others_their_answer(address, tmp_path, in_loop):
     command = fake(
         tmp_path, f'time.sleep(0.3); print(json.dumps({{"id": question["id"], "answer": {PREPARED}}}), flush=True)'
     )
@@ -140,7 +140,7 @@ def test_one_that_waits_and_gives_up_leaves_the_others_their_answer(address, tmp
         first.cancel()
         return await second
 
-    assert asyncio.run(two()).tables == {}
+    assert in_loop(two()).tables == {}
     backroom.stop()
 
 

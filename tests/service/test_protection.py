@@ -174,7 +174,7 @@ def test_many_equal_keys_take_no_time():
     assert time.process_time() - started < 2
 
 
-def test_a_slow_body_is_given_up():
+def test_a_slow_body_is_given_up(in_loop):
     def body_after(seconds):
         async def receive():
             await asyncio.sleep(seconds)
@@ -196,7 +196,7 @@ def test_a_slow_body_is_given_up():
         await asyncio.wait_for(bodies(scope, body_after(0.03), send), 5)
         return sent[0]["status"]
 
-    assert asyncio.run(ask()) == 408
+    assert in_loop(ask()) == 408
 
 
 @settings(max_examples=200, deadline=None)
