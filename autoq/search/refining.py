@@ -64,7 +64,8 @@ def refine_study(
             hold.store.queue.settle(study_id, hold.state_after(problem, "finished"))
             raise
         else:
-            hold.store.queue.settle(study_id, "finished")
+            none = "nothing untried is likely to be better within the limits that were asked for"
+            hold.store.queue.settle(study_id, "finished", None if refinement.measured else none)
         finally:
             hold.executor = None
         return [hold.store.trial(study_id, number) for number in refinement.measured]

@@ -17,8 +17,8 @@ class Backroom(Protocol):
 
     async def offer(
         self, study_id: int, maximum: Mapping[str, Any], minimum: Mapping[str, Any], best: str | None
-    ) -> dict[str, Any] | None:
-        """What a study's model would have within limits; `{"predicted", "assignment"}`, or None."""
+    ) -> dict[str, Any]:
+        """What a study's model would have within limits; see `autoq.search.offers.offer_json`."""
 
 
 class Scheduler(Protocol):

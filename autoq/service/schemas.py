@@ -256,11 +256,12 @@ class PredictionShape(Shape):
 
 
 class OfferAnswer(Shape):
-    """What the study's model would have within limits; null where it has nothing better than what was measured."""
+    """What the study's model would have within limits; `trial` has measured this very assignment, null: none has."""
 
     study: str
-    predicted: dict[str, PredictionShape] | None
-    assignment: dict[str, str] | None
+    predicted: dict[str, PredictionShape]
+    assignment: dict[str, str]
+    trial: int | None
 
 
 class CheckAnswer(Shape):

@@ -1,5 +1,5 @@
 /** What if: a budget typed in, what the study's model offers for it, and a button that has it measured. */
-import { ask, studyPath } from "./api.js";
+import { ask, studyPage, studyPath } from "./api.js";
 import { debounced, fill, h, say } from "./dom.js";
 import { objectiveName, parseQuantity, quantity } from "./format.js";
 
@@ -63,15 +63,16 @@ export function whatIf(panel, page, study) {
   }, 350);
 
   function offer(found, onmeasure) {
-    if (!found.predicted) return h("p", {}, "Within this budget the model knows of nothing better than what was measured already.");
     return [
       h("dl", { class: "values" }, own.filter(({ name: objective }) => found.predicted[objective]).map(({ name: objective, unit }) => {
         const { value, low, high, kind } = found.predicted[objective];
         const interval = low < high ? `95 %: ${quantity(low, unit)} to ${quantity(high, unit)}` : kind === "computed" ? "exact" : "";
         return [h("dt", {}, objectiveName(objective)), h("dd", {}, quantity(value, unit), h("span", { class: "how" }, interval ? `${kind === "computed" ? "" : `${kind}, `}${interval}` : kind))];
       })),
-      h("p", { class: "actions" }, h("button", { type: "button", class: "primary", onclick: onmeasure }, "Measure it"),
-        h("span", { class: "note" }, "This is a prediction. Measuring makes it a trial of this study.")),
+      found.trial !== null
+        ? h("p", {}, "This is what was measured as ", h("a", { href: studyPage(name, found.trial) }, `trial ${found.trial}`), "; the model knows of nothing better.")
+        : h("p", { class: "actions" }, h("button", { type: "button", class: "primary", onclick: onmeasure }, "Measure it"),
+          h("span", { class: "note" }, "This is a prediction. Measuring makes it a trial of this study.")),
     ];
   }
 

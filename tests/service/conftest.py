@@ -118,7 +118,7 @@ class Desk:
 
     async def offer(self, study_id, maximum, minimum, best):
         value = {"value": 0.2, "low": 0.1, "high": 0.3, "kind": "predicted"}
-        return {"predicted": {"kl_nats_per_token": value}, "assignment": {LAYERS[0]: "rtn-int4-g64"}}
+        return {"predicted": {"kl_nats_per_token": value}, "assignment": {LAYERS[0]: "rtn-int4-g64"}, "trial": None}
 
 
 @dataclass

@@ -95,8 +95,7 @@ async def get_offer(
     store = request.app.state.store
     await to_thread.run_sync(_check_limits, store, study.id, upper, lower, best)
     found = await backroom_of(request).offer(study.id, upper, lower, best)
-    told = {"predicted": None, "assignment": None} if found is None else found
-    return answer({"study": study.name, "predicted": told["predicted"], "assignment": told["assignment"]})
+    return answer({"study": study.name} | {name: found[name] for name in ("predicted", "assignment", "trial")})
 
 
 def _check_limits(store: Any, study_id: int, upper: Any, lower: Any, best: str | None) -> None:
