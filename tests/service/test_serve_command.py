@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from autoq.cli import app
+from autoq.service.serving import listen
 from autoq.store import Store
 
 
@@ -150,3 +151,10 @@ def test_tokens_are_made_listed_and_revoked(autoq, tmp_path):
     as_json = json.loads(autoq("token", "create", "x", "--user", "a", "--role", "viewer", "--json").stdout)
     assert as_json["token"].startswith("autoq_")
     assert as_json["expires_at"] is None
+
+
+def test_small_answers_do_not_wait_for_acknowledgements():
+    with listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
