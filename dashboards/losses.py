@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -29,12 +30,12 @@ def loss_of(losses: Mapping[str, float] | None, scheme: str) -> float | None:
 
 
 def lightest(facts: Facts) -> str:
-    """Of the schemes that most layers have the one of fewest bytes; without shapes the one that loses most."""
+    """Of the schemes that most layers have the one of fewest bytes; without shapes the one that loses most. `keep`,
+    which loses nothing, only where there is no other."""
     losses, layers = facts.sensitivity, facts.layers
-    counts: dict[str, int] = {}
-    for own in losses.values():
-        for scheme in own:
-            counts[scheme] = counts.get(scheme, 0) + 1
+    counts = Counter(scheme for own in losses.values() for scheme in own)
+    if len(counts) > 1:
+        del counts[KEEP]
     most = max(counts.values())
 
     def weight(scheme: str) -> tuple[float, float, str]:

@@ -18,6 +18,7 @@ INTERRUPTED = 130
 _WORDS = {
     "Value error, ": "",
     "Input should be greater than or equal to": "must be at least",
+    "Input should be less than or equal to": "must be at most",
     "Input should be a valid integer, unable to parse string as an integer": "must be a whole number",
 }
 

@@ -66,7 +66,14 @@ def submit(
     # What was not said is the server's to choose.
     wanted = load_spec(spec, changes).model_dump(mode="json", exclude_unset=True)
     with Client.open(_required(server)) as client:
-        study = client.submit(wanted, priority)
+        if not quiet:
+            # A server that has loaded no model yet takes seconds for its first check.
+            sys.stderr.write(f"{client.url} checks {wanted.get('name', spec)} against its model and target\n")
+        try:
+            study = client.submit(wanted, priority)
+        except KeyboardInterrupt:
+            sys.stderr.write(f"autoq: interrupted; it may have been queued: autoq studies --server {client.url}\n")
+            raise typer.Exit(INTERRUPTED) from None
         sys.stderr.write(f"study {study.name} is {study.state}: {client.url}/studies/{study.name}\n")
         if wait:
             _wait(client, study.name, quiet)

@@ -146,12 +146,6 @@ class Store:
         with self._database.writing() as connection:
             writing.set_state(connection, study_id, state, message)
 
-    def set_spec(self, study_id: int, spec: StudySpec) -> None:
-        """Replace the study's spec, for a budget that was raised."""
-        with self._database.writing() as connection:
-            writing.lock(connection, study_id)
-            writing.set_study(connection, study_id, spec=spec.model_dump(mode="json"))
-
     def save_plan(self, study_id: int, plan: Mapping[str, Any]) -> None:
         """Store the study's plan (any JSON): the fixed prefix of proposals and the facts of the space."""
         with self._database.writing() as connection:

@@ -100,7 +100,10 @@ def test_the_server_may_stand_in_the_environment(autoq, server, monkeypatch):
 def test_a_study_is_queued_cancelled_and_resumed(autoq, server, database):
     sent = autoq("submit", "demo", "--name", "sent", "--set", "budget.trials=9", "--server", server, "--json")
     assert sent.exit_code == 0, sent.output
-    assert sent.stderr == f"study sent is queued: {server}/studies/sent\n"
+    assert sent.stderr.splitlines() == [
+        f"{server} checks sent against its model and target",
+        f"study sent is queued: {server}/studies/sent",
+    ]
     study = json.loads(sent.stdout)
     assert (study["study"], study["state"], study["spec"]["budget"]["trials"]) == ("sent", "queued", 9)
     assert autoq("cancel", "sent", "--server", server).stdout == "study sent is cancelled\n"
@@ -109,12 +112,22 @@ def test_a_study_is_queued_cancelled_and_resumed(autoq, server, database):
         assert store.study("sent").spec["budget"]["trials"] == 12
 
 
+def test_an_interrupt_says_what_may_have_happened(autoq, server, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Server, "submit", interrupted)
+    done = autoq("submit", "demo", "--quiet", "--server", server)
+    assert done.exit_code == 130
+    assert done.stderr == f"autoq: interrupted; it may have been queued: autoq studies --server {server}\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (("submit", "demo"), "which server? give --server URL, or set AUTOQ_SERVER"),
         (("cancel", "demo", "--server", "ftp://x"), "--server 'ftp://x' must be a URL such as https://autoq.internal"),
-        (("submit", "demo", "--set", "model.id=other", "--server", "{server}"), "model.id: no model 'other'"),
+        (("submit", "demo", "-q", "--set", "model.id=other", "--server", "{server}"), "model.id: no model 'other'"),
         (("cancel", "demo", "--server", "{server}"), "demo"),
         (
             ("pick", "demo", "--max", "size_bytes=1GB", "--refine", "1", "--server", "{server}"),

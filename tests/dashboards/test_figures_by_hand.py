@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ from autoq.dashboards.study_view import View
 from autoq.display.compare import gains
 from autoq.display.ties import stored_ties
 from autoq.errors import BadInput, NotFound
+from autoq.layer import Layer
 
 
 def traces(figure):
@@ -196,6 +199,16 @@ def test_sensitivities_are_those_of_the_table(views):
     assert told == {name: own["rtn-int8-channel-sym"] for name, own in view.sensitivity.items()}
     assert sum(figure.table.column("share of all")) == pytest.approx(1)
     assert view.figure("sensitivity_map").title.endswith("rtn-int4-g64")
+
+
+def test_what_stays_as_it_is_is_no_scheme_to_be_sensitive_to():
+    from autoq.dashboards.losses import lightest
+
+    layers = {name: Layer(name, "linear", 64, 64, 2) for name in ("a", "b")}
+    losses = {"a": {"keep": 0.0, "rtn-int4-g64": 0.1}, "b": {"keep": 0.0}}
+    assert lightest(SimpleNamespace(sensitivity=losses, layers=layers)) == "rtn-int4-g64"
+    only = {"a": {"keep": 0.0}}
+    assert lightest(SimpleNamespace(sensitivity=only, layers=layers)) == "keep"
 
 
 # The search
