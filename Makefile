@@ -12,7 +12,7 @@ SEARCH_FLAGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test test-fast lint format bench bench-search clean help install install-dev
+.PHONY: demo test test-fast test-faults lint format bench bench-search clean help install install-dev
 
 demo: install  ## search SmolLM2-135M for this machine and show the frontier
 	$(BIN)/autoq search demo
@@ -22,6 +22,9 @@ test: lint  ## lint, then all tests with branch coverage and its floor
 
 test-fast: install-dev  ## the tests that need no real model and few processes
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(PYTEST_FLAGS)
+
+test-faults: install-dev  ## kill, cut, fill and corrupt for hours; `make test` holds a short form of each
+	AUTOQ_FAULTS=long $(BIN)/python -m pytest -n $(JOBS) tests/faults --timeout 14400 $(PYTEST_FLAGS)
 
 lint: install-dev  ## ruff, its formatter, and mypy
 	$(BIN)/ruff check .
