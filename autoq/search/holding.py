@@ -24,8 +24,8 @@ from autoq.search.observer import Observer
 from autoq.store import Store, StudyState, TrialRecord, WorkerRecord, holders
 from autoq.store.queue_records import RequestKind
 
-LEASE_SECONDS = 15.0  # what a study waits after its process was lost together with its machine
-BEAT_SECONDS = 4.0
+LEASE_SECONDS = 10.0  # what a study waits after its process was lost together with its machine
+BEAT_SECONDS = 2.5
 LOOK_SECONDS = 0.5  # between two looks at what is asked
 # Stages whose steps are steps ahead. Others also tell of what a former run has done: loading, calibrating, what the
 # search begins with, what is reported already.

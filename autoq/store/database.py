@@ -25,6 +25,9 @@ from autoq.store.models import SCHEMA, VERSION_TABLE, metadata
 
 LOCK_SECONDS = 30
 CONNECT_SECONDS = 10
+# Who is stopped, or cut off, in the middle of a transaction holds others up for no longer. SQLite's lock is a file's:
+# there it lasts until the process goes on or ends.
+STALLED_SECONDS = 8
 _MIGRATION_LOCK = 0x6175746F71  # "autoq", a key for PostgreSQL's advisory locks
 
 _SQLITE_REASONS = {
@@ -229,7 +232,8 @@ def _engine(url: sa.URL) -> sa.Engine:
     if backend == "postgresql":
         if "connect_timeout" not in url.query:
             options["connect_timeout"] = CONNECT_SECONDS
-        options["options"] = f"-c lock_timeout={LOCK_SECONDS}s {url.query.get('options', '')}"
+        settings = f"-c lock_timeout={LOCK_SECONDS}s -c idle_in_transaction_session_timeout={STALLED_SECONDS}s"
+        options["options"] = f"{settings} {url.query.get('options', '')}"
         url = url.difference_update_query(["options"])
     try:
         engine = sa.create_engine(url, connect_args=options, pool_pre_ping=backend != "sqlite")
