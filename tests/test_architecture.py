@@ -141,7 +141,7 @@ PACKAGES: dict[str, set[str]] = {
     "starlette": {"service"},
     "uvicorn": {"service"},
     "prometheus_client": {"service"},
-    "jinja2": {"service", "dashboards"},
+    "jinja2": {"service", "dashboards", "tasks"},
     "httpx": {"client"},
     "hqq": set(),
 }

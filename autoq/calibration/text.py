@@ -18,7 +18,7 @@ import codecs
 import importlib.util
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from autoq.calibration._contained import SAVED, check_saved, contained, plain_columns
 from autoq.errors import DataRefused
 from autoq.spec import DataSpec, TaskSpec
 
@@ -39,7 +40,6 @@ MIN_WINDOW = 8
 MAX_CHARACTERS = 8_000_000
 
 _DATASET_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_SAVED_DATASET = ("state.json", "dataset_dict.json")
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def _python_docs() -> str:
 
 
 def _text_files(folder: Path) -> list[Path]:
-    if any((folder / name).is_file() for name in _SAVED_DATASET):
+    if any((folder / name).is_file() for name in SAVED):
         return []
     return sorted(file for file in folder.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
 
@@ -209,7 +209,7 @@ def _read_file(file: Path) -> str:
 
 def _rows(spec: DataSpec, path: Path) -> Iterator[str]:
     """The texts of a dataset's column, row by row."""
-    rows = open_dataset(spec, path, "data", f"give a text file, a dataset folder or {PYTHON_DOCS}")
+    rows = open_dataset(spec, path, "data", f"give a text file, a dataset folder or {PYTHON_DOCS}", [spec.column])
     if spec.column not in rows.column_names:
         columns = ", ".join(sorted(rows.column_names)) or "(none)"
         raise DataRefused(f"data.column {spec.column!r} is not in {spec.source!r}; choose from {columns}")
@@ -219,9 +219,11 @@ def _rows(spec: DataSpec, path: Path) -> Iterator[str]:
     return (row for row in rows[spec.column] if row)
 
 
-def open_dataset(spec: DataSpec | TaskSpec, path: Path, field: str, instead: str) -> Any:
-    """The split that the spec names, with its columns. `field` is the spec's place in the study, for what
-    `DataRefused` says, and `instead` what does without a network."""
+def open_dataset(spec: DataSpec | TaskSpec, path: Path, field: str, instead: str, wanted: Sequence[str]) -> Any:
+    """The split that the spec names, with its columns of plain values, of which the columns `wanted` must be.
+
+    `field` is the spec's place in the study, for what `DataRefused` says, and `instead` what does without a network.
+    """
     if importlib.util.find_spec("datasets") is None:
         raise DataRefused(f"{field} source {spec.source!r} needs the datasets package: pip install 'autoq[datasets]'")
     import datasets
@@ -231,7 +233,7 @@ def open_dataset(spec: DataSpec | TaskSpec, path: Path, field: str, instead: str
     datasets.disable_progress_bars()
     hub_logging.set_verbosity(logging.ERROR)
     try:
-        return _dataset(datasets, spec, path, field)
+        return plain_columns(datasets, _dataset(datasets, spec, path, field), wanted, field)
     except DataRefused:
         raise
     except Exception as problem:
@@ -248,10 +250,21 @@ def open_dataset(spec: DataSpec | TaskSpec, path: Path, field: str, instead: str
 
 def _dataset(datasets: Any, spec: DataSpec | TaskSpec, path: Path, field: str) -> Any:
     """The split that the spec names, of a saved dataset, a folder of data files, or a hub dataset."""
-    if path.is_dir() and any((path / name).is_file() for name in _SAVED_DATASET):
+    if path.is_dir() and any((path / name).is_file() for name in SAVED):
+        check_saved(path)
         found = datasets.load_from_disk(str(path))
+    elif path.is_dir():
+        folder = path.resolve().as_posix()
+        with contained(datasets, folder):
+            found = datasets.load_dataset(folder, spec.config)
+    elif (
+        not _DATASET_NAME.fullmatch(spec.source) or spec.source in datasets.packaged_modules._PACKAGED_DATASETS_MODULES
+    ):
+        # Such as `json`: to `datasets`, all files of that format in the current folder.
+        raise DataRefused(f"{field} source {spec.source!r} is no dataset's name; give one such as Salesforce/wikitext")
     else:
-        found = datasets.load_dataset(str(path) if path.is_dir() else spec.source, spec.config)
+        with contained(datasets, f"hf://datasets/{spec.source}"):
+            found = datasets.load_dataset(spec.source, spec.config)
     if not isinstance(found, datasets.DatasetDict):
         return found
     if spec.split not in found:

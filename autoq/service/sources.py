@@ -3,11 +3,14 @@
 A model, a text, a task, a device description and a recipe are named by path or by hub id, and the server would read
 whatever its own account can. On an open server on loopback, and for admins, that is as on the command line. Everybody
 else names demo models and the shipped text and devices, what lies below the folders that the server was started with,
-and, with `--allow-hub`, what is on the hub. A refusal says the same whether the file is there or not.
+and, with `--allow-hub`, what is on the hub. Of a folder, all that it holds must lie below them, where its links lead
+too. A task's YAML file is a program and is an admin's to name. A refusal says the same whether the file is there or
+not.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,11 +18,14 @@ from pathlib import Path
 from autoq.errors import SpecError
 from autoq.service.auth import Asker
 from autoq.service.settings import Sources
-from autoq.spec import BankSpec, StudySpec
+from autoq.spec import BankSpec, StudySpec, split_objective
 from autoq.spec_errors import short
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 _DEVICE = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
+_TASK = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
+_PROGRAMS = (".yaml", ".yml")
+_MOST_FILES = 20_000  # of a folder that is looked through for links
 
 
 def check_sources(spec: StudySpec, asker: Asker, sources: Sources) -> None:
@@ -40,6 +46,14 @@ def _refusals(spec: StudySpec, sources: Sources) -> Iterator[tuple[str, str]]:
         if not _allowed(source, sources.data, sources.hub):
             shipped = "python-docs" if field == "data.source" else "something"
             yield field, f"must be {shipped}{hub}{_below(sources.data, '--data')} (got {short(source)})"
+            continue
+        if source.lower().endswith(_PROGRAMS):
+            yield field, f"is a task's program; only an admin may name some (got {short(source)})"
+    for objective in (*spec.measured, *spec.reported):
+        task = split_objective(objective)[1]
+        if task is not None and task not in spec.tasks and not (sources.hub and _TASK.fullmatch(task)):
+            known = f" ({', '.join(spec.tasks)})" if spec.tasks else ""
+            yield "objectives", f"{objective[:120]}: must name a task of the study{known}{hub}"
     device = spec.target.device
     if device is not None and (not _DEVICE.fullmatch(device) or _exists(device)):
         yield "target.device", f"must be a device description that ships with AutoQ (got {short(device)})"
@@ -66,14 +80,31 @@ def _allowed(name: str, roots: Sequence[Path], hub: bool) -> bool:
 
 
 def _inside(name: str, roots: Sequence[Path]) -> bool:
-    """Whether it is the absolute path of something below a root, links followed."""
+    """Whether it is the absolute path of something below a root, links followed, and all that it holds is so too."""
     if not name.startswith("/") or "\0" in name:
         return False
     try:
-        real = Path(name).resolve(strict=True)
-        return any(real.is_relative_to(root.resolve()) for root in roots)
-    except (OSError, RuntimeError):
+        own = [root.resolve() for root in roots]
+        place = Path(name).resolve(strict=True)
+        if not _below_any(place, own):
+            return False
+        return not place.is_dir() or all(_below_any(target.resolve(), own) for target in _links(place))
+    except (OSError, RuntimeError, LookupError):
         return False
+
+
+def _below_any(real: Path, roots: Sequence[Path]) -> bool:
+    return any(real.is_relative_to(root) for root in roots)
+
+
+def _links(folder: Path) -> Iterator[Path]:
+    """Every link in a folder. Raises `LookupError` for one of more files than anybody's model or text has."""
+    seen = 0
+    for at, folders, files in os.walk(folder):
+        seen += len(folders) + len(files)
+        if seen > _MOST_FILES:
+            raise LookupError
+        yield from (path for name in (*folders, *files) if (path := Path(at, name)).is_symlink())
 
 
 def _exists(name: str) -> bool:

@@ -32,7 +32,7 @@ def read_rows(source: Source, columns: Mapping[str, str]) -> Iterator[tuple[str,
         what = "is neither" if path.is_file() else "is not there; give"
         raise DataRefused(f"{source.field}.source: {spec.source!r} {what} a .jsonl {_or(path)} a .csv file")
     else:
-        rows = _dataset(source, path)
+        rows = _dataset(source, path, list(named.values()))
     for place, row in rows:
         for name, theirs in named.items():
             if theirs not in row:
@@ -68,7 +68,7 @@ def _json_lines(source: Source, path: Path) -> Iterator[tuple[str, dict[str, Any
             continue
         try:
             row = json.loads(line)
-        except ValueError as problem:
+        except (ValueError, RecursionError) as problem:
             raise DataRefused(f"{source.field}.source: {str(path)!r}, line {number}, is not JSON: {problem}") from None
         if not isinstance(row, dict):
             raise DataRefused(f"{source.field}.source: {str(path)!r}, line {number}, is no JSON object")
@@ -90,10 +90,10 @@ def _csv(source: Source, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         ) from None
 
 
-def _dataset(source: Source, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _dataset(source: Source, path: Path, wanted: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     from autoq.calibration.text import open_dataset
 
-    found = open_dataset(source.spec, path, source.field, "give a .jsonl or .csv file")
+    found = open_dataset(source.spec, path, source.field, "give a .jsonl or .csv file", wanted)
     return ((f"row {number}", row) for number, row in enumerate(found))
 
 

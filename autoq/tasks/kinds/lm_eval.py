@@ -4,8 +4,10 @@
 of one of lm-eval's own; else lm-eval's own task NAME, which it fetches from the hub. Prompts, shots, choices,
 filters and metrics are lm-eval's. The model that it asks is the one in memory, with whatever is swapped in.
 
-The examples of both parts are drawn from those that lm-eval evaluates on. A file is read as plain data, so its
-`!function` tags are refused; its templates are programs all the same (Jinja): use files that you trust.
+The examples of both parts are drawn from those that lm-eval evaluates on. A file is read as plain data: its
+`!function` tags are refused, and so are fields that would fetch code or run some (`_FIELDS` are all that it may have,
+and its metrics must be lm-eval's own). Its templates are programs (Jinja), which run in Jinja's sandbox. It names its
+data, from wherever that is: a server takes files of tasks from admins alone.
 """
 
 from __future__ import annotations
@@ -15,13 +17,14 @@ import functools
 import io
 import json
 import logging
+import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from autoq import strict_yaml
-from autoq.errors import AutoQError, DataRefused
+from autoq.errors import AutoQError, BadInput, DataRefused, SpecError
 from autoq.layer import ModelInfo
 from autoq.models import LoadedModel
 from autoq.spec import StudySpec, TaskSpec
@@ -32,6 +35,39 @@ from autoq.tasks.kinds.text import generate, settings
 
 _SEED = 1234  # which shots are drawn; lm-eval's own default
 _NEW_TOKENS = 256  # where the task does not say; lm-eval's own default
+_FILES = (".yaml", ".yml")
+_OWN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}")
+_FIELDS = frozenset(
+    [
+        "task",
+        "task_alias",
+        "tag",
+        "dataset_path",
+        "dataset_name",
+        "dataset_kwargs",
+        "training_split",
+        "validation_split",
+        "test_split",
+        "fewshot_split",
+        "doc_to_text",
+        "doc_to_target",
+        "doc_to_choice",
+        "description",
+        "target_delimiter",
+        "fewshot_delimiter",
+        "fewshot_config",
+        "num_fewshot",
+        "metric_list",
+        "output_type",
+        "generation_kwargs",
+        "repeats",
+        "filter_list",
+        "should_decontaminate",
+        "doc_to_decontamination_query",
+        "gen_prefix",
+        "metadata",
+    ]
+)
 
 
 class Harness(TaskKind):
@@ -44,6 +80,10 @@ class Harness(TaskKind):
         """The study's task of that name, else lm-eval's."""
         if task is None or task in spec.tasks:
             return named_source(task, spec)
+        if not _OWN_NAME.fullmatch(task) or task.endswith(_FILES):
+            raise SpecError(
+                f"{task[:80]!r} is no name of lm-eval's; name a file under tasks: {{mine: {{source: FILE}}}}"
+            )
         return Source(task, TaskSpec(source=task), spec.data.seed)
 
     def read(self, source: Source, info: ModelInfo) -> Examples:
@@ -91,11 +131,16 @@ def _loaded(source: str, field: str) -> Any:
     path = Path(source).expanduser()
     try:
         with _silent():
-            if path.suffix in (".yaml", ".yml"):
+            _confine()
+            if path.suffix in _FILES:
                 told = strict_yaml.parse(strict_yaml.read(path, repr(source)), repr(source))
+                _check(told)
                 loaded = TaskManager(include_defaults=False).load([told])
             else:
-                loaded = TaskManager().load([source])
+                manager = _own_tasks()
+                if source not in manager.task_index:  # what is no name it would take for a file, and run its code
+                    raise BadInput("it has no such task")
+                loaded = manager.load([source])
             (task,) = loaded["tasks"].values()
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
@@ -106,6 +151,46 @@ def _loaded(source: str, field: str) -> Any:
         line = " ".join(str(problem).split())[:300] or type(problem).__name__
         raise DataRefused(f"{field}: lm-eval cannot load {source!r} as one task: {line}") from problem
     return task
+
+
+@functools.cache
+def _own_tasks() -> Any:
+    """All tasks that lm-eval has; it takes seconds to look through them."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _check(told: Any) -> None:
+    """Raise `BadInput` for a task in a file that would bring code along, or fetch some."""
+    if not isinstance(told, Mapping) or not isinstance(told.get("task"), str):
+        raise BadInput("must be a mapping with a name under 'task'")
+    if more := sorted(str(key)[:80] for key in told if key not in _FIELDS):
+        raise BadInput(f"{more[0]!r} is not taken from a file; choose from {', '.join(sorted(_FIELDS))}")
+    import lm_eval.api.metrics  # noqa: F401 - registers them
+    from lm_eval.api.registry import metric_registry
+
+    # What is no metric of its own, lm-eval has the package evaluate look for, which runs scripts of hubs and folders.
+    for metric in told.get("metric_list") or ():
+        name = metric.get("metric") if isinstance(metric, Mapping) else None
+        if name not in metric_registry or metric.get("hf_evaluate"):
+            raise BadInput(f"metric_list: {str(name)[:80]!r} is no metric of lm-eval itself")
+    for name in ("doc_to_text", "doc_to_target"):
+        if not isinstance(told.get(name, ""), str | int):
+            raise BadInput(f"{name} must be text")
+
+
+@functools.cache
+def _confine() -> None:
+    """Have lm-eval's templates run in Jinja's sandbox, where they reach nothing but what they are given."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from lm_eval import utils
+
+    free = utils.env
+    utils.env = ImmutableSandboxedEnvironment(
+        loader=free.loader, undefined=free.undefined, keep_trailing_newline=free.keep_trailing_newline
+    )
+    utils.env.filters.update(free.filters)
 
 
 @contextlib.contextmanager
