@@ -4,14 +4,17 @@
         for summary, _ in server.studies(): ...
 
 The token comes from AUTOQ_TOKEN, or from the file that AUTOQ_TOKEN_FILE names, and goes to that server only: redirects
-are not followed, and it is not sent unencrypted to another machine. What may be sent twice without harm is sent again
-when a connection breaks; a submission carries a key under which the server makes one study of any number of them.
+are not followed, and it is not sent unencrypted to another machine, a proxy that the environment names included. What
+a server answers is data to be shown: what would steer a terminal is spelled out. What may be sent twice without harm
+is sent again when a connection breaks; a submission carries a key under which the server makes one study of any number
+of them.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +32,8 @@ from autoq.store import StudyRecord, StudySummary, TrialRecord, TrialState
 if TYPE_CHECKING:
     import httpx
 
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_STEERING = re.compile(rb"\\u00|[\x7f]|\xc2[\x80-\x9f]")  # how they may stand in JSON
 SECONDS = 60.0
 ATTEMPTS = 4
 PAGE = 500
@@ -86,7 +91,11 @@ class Server:
         token = read_token()
         base = check_url(url, token)
         headers = {"Accept": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
-        return cls(base, httpx.Client(base_url=base, headers=headers, timeout=SECONDS, follow_redirects=False))
+        # This machine is asked itself, not through a proxy that HTTP_PROXY names: that one would read the token.
+        host = urlsplit(base).hostname or ""
+        direct = {f"all://{f'[{host}]' if ':' in host else host}": None} if _loopback(host) else {}
+        options: dict[str, Any] = {"timeout": SECONDS, "follow_redirects": False, "mounts": direct}
+        return cls(base, httpx.Client(base_url=base, headers=headers, **options))
 
     def close(self) -> None:
         """Close the connections."""
@@ -109,7 +118,8 @@ class Server:
         while True:
             page = self._get("/studies", limit=PAGE, sort="created", cursor=cursor)
             found += [(StudySummary.from_json(entry), Hindsight.from_json(entry)) for entry in page["studies"]]
-            if (cursor := page["next"]) is None:
+            former, cursor = cursor, page["next"]
+            if cursor is None or cursor == former:
                 return found
 
     def study(self, name: str) -> StudyRecord:
@@ -135,7 +145,7 @@ class Server:
                 after=after, limit=wanted, assignments=with_assignments, state=list(states or ()),
             )  # fmt: skip
             found += [TrialRecord.from_json(entry) for entry in page["trials"]]
-            if page["next"] is None:
+            if page["next"] is None or page["next"] <= after:
                 break
             after = page["next"]
         return found
@@ -226,7 +236,7 @@ class Server:
                 time.sleep(0.5 * 2**attempt)
                 continue
             if answer.status_code in (429, 503) and not last:
-                time.sleep(min(10.0, float(answer.headers.get("Retry-After") or 0.5 * 2**attempt)))
+                time.sleep(_patience(answer.headers.get("Retry-After"), 0.5 * 2**attempt))
                 continue
             return self._document(answer)
         raise AssertionError("the last attempt answers or raises")
@@ -238,8 +248,8 @@ class Server:
     def _document(self, answer: httpx.Response) -> dict[str, Any]:
         """The answer's document. Raises the error that it is."""
         try:
-            document = answer.json()
-        except ValueError:
+            document = _printable(answer.json()) if _STEERING.search(answer.content) else answer.json()
+        except (ValueError, RecursionError):
             document = None
         if answer.is_success and isinstance(document, dict):
             return document
@@ -251,6 +261,24 @@ class Server:
         if answer.status_code == 404:
             raise NotFound(said)
         raise (BadInput if answer.status_code < 500 and answer.status_code != 429 else AutoQError)(said)
+
+
+def _patience(said: str | None, otherwise: float) -> float:
+    """Seconds to wait: what the server says, if that is a number, and never long."""
+    try:
+        seconds = float(said or otherwise)
+    except ValueError:  # a date, which HTTP allows too
+        seconds = otherwise
+    return min(10.0, seconds) if seconds > 0 else otherwise
+
+
+def _printable(tree: Any) -> Any:
+    """The same document with control characters spelled out, but for line breaks and tabs."""
+    if isinstance(tree, str):
+        return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", tree)
+    if isinstance(tree, dict):
+        return {_printable(key): _printable(value) for key, value in tree.items()}
+    return [_printable(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def _limits(maximum: Limits, minimum: Limits) -> dict[str, list[str]]:

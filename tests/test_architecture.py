@@ -22,7 +22,7 @@ MAPPED = {"workers": "autoq.workers", "studies": "autoq.studies", "dashboards": 
 VOCABULARY = {
     *("errors", "scheme", "layer", "assignment", "measurement", "statistics", "plugins"),
     *("granularity", "sparsity", "spec", "spec_errors", "spec_units", "strict_yaml"),
-    *("cache", "device", "energy", "folding", "kv_cache", "trained"),
+    *("cache", "device", "energy", "folding", "kv_cache", "trained", "user_path"),
 }
 NUMBERS = {
     *("methods", "targets", "kernels", "models", "calibration", "objectives", "bank", "quantized_model"),

@@ -30,6 +30,7 @@ from torch import Tensor
 from autoq.calibration._contained import SAVED, check_saved, contained, plain_columns
 from autoq.errors import DataRefused
 from autoq.spec import DataSpec, TaskSpec
+from autoq.user_path import user_path
 
 PYTHON_DOCS = "python-docs"
 TEXT_SUFFIXES = (".txt", ".md")
@@ -138,7 +139,7 @@ def load_text(spec: DataSpec) -> str:
     `python-docs`, a text file, a folder of .txt and .md files (sorted by path), a saved or plain
     dataset folder, or the name of a Hugging Face dataset. Raises `DataRefused` with one line.
     """
-    path = Path(spec.source).expanduser()
+    path = user_path(spec.source)
     if spec.source == PYTHON_DOCS:
         text = _python_docs()
     elif path.is_file():

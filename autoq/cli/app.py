@@ -98,7 +98,9 @@ def _value_of(option: str, arguments: Sequence[str]) -> str | None:
 def _complain(line: str, debug: bool) -> None:
     if debug:
         traceback.print_exc()
-    sys.stderr.write(f"autoq: {line}\n")
+    # What a file or a server said may stand in it, and must not move the cursor or set the terminal's title.
+    shown = "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in line)
+    sys.stderr.write(f"autoq: {shown}\n")
 
 
 app = typer.Typer(

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 
 from autoq.errors import ModelRefused
 from autoq.layer import ModelInfo
@@ -61,7 +60,8 @@ def _read_weights(spec: ModelSpec, folder: Path, config: Any) -> Any:
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as problem:
+    except Exception as problem:
+        # The files beside the weights are read too, and transformers raises whatever it meets in them.
         raise ModelRefused(f"model {spec.id!r}: its weights cannot be read: {first_line(problem)}") from problem
     for what in ("missing_keys", "mismatched_keys"):
         if found := sorted(key if isinstance(key, str) else key[0] for key in report[what]):

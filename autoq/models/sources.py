@@ -3,7 +3,10 @@
 A model id is a demo model (`demo:smollm2`), a folder, a GGUF file, or a name on the Hugging Face hub,
 asked in this order. Weights are read from safetensors only: a pickle can run code when it is read. A
 checkpoint that brings its own Python (`auto_map`) is refused even though nothing here would run it,
-because its weights mean what that code makes of them. This module knows no torch.
+because its weights mean what that code makes of them. What a tokenizer's settings say goes to its
+constructor as it stands, and some constructors open what they are given: settings that name a file
+outside of the folder would put it into the vocabulary, and into whatever is exported. They are refused.
+This module knows no torch.
 """
 
 from __future__ import annotations
@@ -17,11 +20,17 @@ from typing import Any
 from autoq.errors import AutoQError, ModelRefused
 from autoq.models import demo
 from autoq.spec import ModelSpec
+from autoq.user_path import user_path
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+MAX_CONFIG_BYTES = 1 << 26
+# Where a tokenizer's own file says what its constructor is given, and what of that is never opened.
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+_NOT_OPENED = ("name_or_path", "special_tokens_map_file")
+
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 _HUB_LEFT_OUT = ["*/*", "consolidated*", "*.onnx*"]
 
@@ -33,7 +42,7 @@ def resolve(spec: ModelSpec) -> Path:
     """
     if demo.is_demo(spec.id):
         found = demo.fetch(spec.id)
-    elif (path := Path(spec.id).expanduser()).exists():
+    elif (path := user_path(spec.id)).exists():
         found = path
     elif _HUB_ID.fullmatch(spec.id) and not spec.id.endswith((".gguf", ".safetensors", *PICKLES)):
         found = _from_hub(spec)
@@ -73,9 +82,12 @@ def check_folder(model_id: str, folder: Path) -> None:
         raise ModelRefused(f"model {model_id!r} has no config.json{hint}")
     if (folder / "adapter_config.json").is_file():
         raise ModelRefused(f"model {model_id!r} is an adapter (adapter_config.json); merge it into its model first")
-    for name in ("config.json", "tokenizer_config.json"):
+    for name in ("config.json", *_SETTINGS):
         if (folder / name).is_file():
-            _check_config(model_id, name, read_json(model_id, folder / name))
+            config = read_json(model_id, folder / name)
+            _check_config(model_id, name, config)
+            if name in _SETTINGS:
+                _check_settings(model_id, folder, name, config)
     if not stored:
         raise ModelRefused(f"model {model_id!r} has no {WEIGHTS} and no {WEIGHTS_INDEX}")
     weight_files(model_id, folder)
@@ -90,10 +102,44 @@ def _check_config(model_id: str, name: str, config: dict[str, Any]) -> None:
             raise ModelRefused(
                 f"model {model_id!r} is quantized already ({method or key} in {name}); give the unquantized model"
             )
-        if key.endswith(("attn_implementation", "experts_implementation")) and "/" in str(value):
+        if "_implementation" in f"_{key}" and "/" in str(value):
             raise ModelRefused(f"model {model_id!r} asks for code from the hub ({key} {value!r} in {name})")
         if key == "transformers_weights" and value:
             raise ModelRefused(f"model {model_id!r} renames its weights ({key} in {name}); only {WEIGHTS} is read")
+
+
+def _check_settings(model_id: str, folder: Path, name: str, settings: dict[str, Any]) -> None:
+    """Refuse what a tokenizer's constructor would open: positional values, and files that are not the folder's own."""
+    if settings.get("init_inputs"):
+        raise ModelRefused(f"model {model_id!r} gives its tokenizer values without names (init_inputs in {name})")
+    for key, value in settings.items():
+        for text in () if key in _NOT_OPENED else _texts(value):
+            if _is_file_elsewhere(text, folder):
+                raise ModelRefused(
+                    f"model {model_id!r} names a file that is not its own ({key} in {name}: {text[:200]!r}); "
+                    "take that setting out"
+                )
+
+
+def _texts(tree: Any) -> Iterator[str]:
+    """Every text of a JSON tree but its keys."""
+    left = [tree]
+    while left:
+        node = left.pop()
+        if isinstance(node, str):
+            yield node
+        else:
+            left.extend(node.values() if isinstance(node, dict) else node if isinstance(node, list) else ())
+
+
+def _is_file_elsewhere(text: str, folder: Path) -> bool:
+    if not text or len(text) > 4096 or "\0" in text:
+        return False
+    try:
+        path = Path(text)
+        return path.is_file() and not path.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError):
+        return False
 
 
 def _entries(tree: Any) -> Iterator[tuple[str, Any]]:
@@ -111,7 +157,11 @@ def _entries(tree: Any) -> Iterator[tuple[str, Any]]:
 def read_json(model_id: str, file: Path) -> dict[str, Any]:
     """The mapping in a JSON file of the model. Raises `ModelRefused`."""
     try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
+        with file.open("rb") as opened:
+            raw = opened.read(MAX_CONFIG_BYTES + 1)
+        if len(raw) > MAX_CONFIG_BYTES:
+            raise ModelRefused(f"model {model_id!r}: {file.name} is larger than {MAX_CONFIG_BYTES} bytes")
+        tree = json.loads(raw.decode("utf-8"))
     except (OSError, ValueError, RecursionError) as problem:
         raise ModelRefused(f"model {model_id!r}: {file.name} cannot be read: {problem}") from None
     if not isinstance(tree, dict):

@@ -105,8 +105,10 @@ class Scheduler:
     def start(self) -> None:
         """Begin, in a thread. Raises `AutoQError` where the folder cannot be made."""
         try:
-            (self.folder / "logs").mkdir(parents=True, exist_ok=True)
-            self.exporter.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o700, exist_ok=True)  # logs and exports are whose studies they are
+            (self.folder / "logs").mkdir(exist_ok=True)
+            self.exporter.folder.mkdir(exist_ok=True)
         except OSError as problem:
             raise AutoQError(f"the server's folder {str(self.folder)!r} cannot be used: {problem}") from None
         self._thread = threading.Thread(target=self._loop, name="scheduler", daemon=True)

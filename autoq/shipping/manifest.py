@@ -115,6 +115,8 @@ def write(folder: Path, manifest: Manifest) -> None:
 def _read_json(folder: Path, name: str) -> Any:
     path = folder / name
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ExportBroken(f"{name} is not a plain file")
         if path.stat().st_size > _LIMIT_BYTES:
             raise ExportBroken(f"{name} has {path.stat().st_size} bytes; it cannot be one of AutoQ's")
         return json.loads(path.read_text(encoding="utf-8"))

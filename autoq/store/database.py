@@ -10,6 +10,7 @@ lock can fail at once, without waiting (https://sqlite.org/lang_transaction.html
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 import threading
 import time
@@ -222,6 +223,11 @@ def _check_file(url: sa.URL, create: bool) -> None:
     if path.is_dir() or not path.parent.is_dir():
         what = "is a folder" if path.is_dir() else f"cannot be made: there is no folder {str(path.parent)!r}"
         raise StoreError(f"the database {str(path)!r} {what}")
+    if create:
+        # Its owner's alone: it holds what was measured, and hashes of tokens. SQLite gives the files beside it the same
+        # mode. Where it cannot be made, SQLite says why.
+        with contextlib.suppress(OSError):
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
 
 
 def _engine(url: sa.URL) -> sa.Engine:

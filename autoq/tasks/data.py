@@ -13,6 +13,7 @@ import numpy as np
 
 from autoq.errors import DataRefused
 from autoq.tasks import Examples, Row, Source
+from autoq.user_path import user_path
 
 _SUFFIXES = (".jsonl", ".csv")
 
@@ -22,7 +23,7 @@ def read_rows(source: Source, columns: Mapping[str, str]) -> Iterator[tuple[str,
 
     `columns` maps each column that is needed to what it holds. Raises `DataRefused` with one line.
     """
-    spec, path = source.spec, Path(source.spec.source).expanduser()
+    spec, path = source.spec, user_path(source.spec.source)
     if unknown := sorted(spec.columns.keys() - columns):
         raise DataRefused(f"{source.field}.columns: no column {unknown[0]!r}; choose from {', '.join(columns)}")
     named = {name: spec.columns.get(name, name) for name in columns}
