@@ -174,6 +174,20 @@ def reads(url: str, store: Store, count: int, repeats: int) -> None:
         ])  # fmt: skip
 
 
+async def post(url: str, path: str, body: Any, *headers: str) -> tuple[int, Any]:
+    """One request on a connection of its own; status and document. A client library takes thrice the server's time."""
+    host, port = url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    text = json.dumps(body).encode()
+    told = (f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json", "Connection: close")
+    writer.write("\r\n".join([*told, f"Content-Length: {len(text)}", *headers, "", ""]).encode() + text)
+    try:
+        head, _, document = (await reader.read()).partition(b"\r\n\r\n")
+        return int(head.split()[1]), json.loads(document)
+    finally:
+        writer.close()
+
+
 def submissions(url: str, store: Store, count: int) -> None:
     """`count` submissions at once, each sent twice under its key."""
     before = len(store.feed.versions())
@@ -183,19 +197,14 @@ def submissions(url: str, store: Store, count: int) -> None:
         assert checked.json()["ok"], checked.text
         print(f"first check of a spec against its model, backroom and all: {time.perf_counter() - begun:.1f} s")
 
+    async def one(number: int) -> tuple[float, int, int]:
+        body = {"spec": {**SUBMITTED, "name": f"s{number // 2}"}}
+        begun = time.perf_counter()
+        status, document = await post(url, "/api/v1/studies", body, f"Idempotency-Key: k{number // 2}")
+        return time.perf_counter() - begun, status, int(document.get("id", 0))
+
     async def all_at_once() -> list[tuple[float, int, int]]:
-        limits = httpx.Limits(max_connections=count)
-        async with httpx.AsyncClient(timeout=120, limits=limits) as client:
-
-            async def one(number: int) -> tuple[float, int, int]:
-                body = {"spec": {**SUBMITTED, "name": f"s{number // 2}"}}
-                begun = time.perf_counter()
-                answer = await client.post(
-                    f"{url}/api/v1/studies", json=body, headers={"Idempotency-Key": f"k{number // 2}"}
-                )
-                return time.perf_counter() - begun, answer.status_code, int(answer.json().get("id", 0))
-
-            return list(await asyncio.gather(*(one(number) for number in range(count))))
+        return list(await asyncio.gather(*(one(number) for number in range(count))))
 
     found = asyncio.run(all_at_once())
     said(f"{count} submissions at once, each key twice", [seconds for seconds, _, _ in found])

@@ -33,7 +33,7 @@ from autoq.search.stopping import Finished, choose, expected, was_stopped
 from autoq.spec import Bound, StudySpec
 from autoq.statistics import Rival
 from autoq.store import Store, StudyRecord, TrialRecord
-from autoq.store.queue import CLOCK, CRASHES
+from autoq.store.queue_records import CLOCK, CRASHES
 from autoq.store.records import Origin
 from autoq.targets import CostTable
 

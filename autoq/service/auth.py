@@ -18,13 +18,14 @@ so a token that is revoked ends its sessions with it. Neither is ever written to
 
 from __future__ import annotations
 
+import asyncio
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
 from typing import Any, Literal
 from urllib.parse import quote
 
-import anyio
-from anyio import to_thread
 from starlette.datastructures import Headers
 from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -94,16 +95,44 @@ class Authenticate:
     def __init__(self, app: ASGIApp, settings: Settings, store: Store) -> None:
         self.app, self.settings, self.store = app, settings, store
         self.closed = not settings.loopback
-        self.limiter: anyio.CapacityLimiter | None = None
+        self._threads = ThreadPoolExecutor(_LOOKUPS, thread_name_prefix="tokens")
+        self._lock = threading.Lock()
+        self._looking: set[str | None] = set()
+        self._next: dict[str | None, Future[Asker | None]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            self.limiter = self.limiter or anyio.CapacityLimiter(_LOOKUPS)
             secret = secret_of(Headers(scope=scope), self.settings)
             needless = scope["path"] == "/healthz" or scope["path"].startswith(PUBLIC_BELOW)
-            asker = None if needless else await to_thread.run_sync(self.find, secret, limiter=self.limiter)
+            asker = None if needless else await self.ask(secret)
             scope.setdefault("state", {})["asker"] = asker
         await self.app(scope, receive, send)
+
+    async def ask(self, secret: str | None) -> Asker | None:
+        """`find`, where those who ask at the same moment share one look at the database.
+
+        It begins after each of them has come, so a token that was revoked before a request lets nobody in.
+        """
+        with self._lock:
+            if (future := self._next.get(secret)) is None:
+                future = self._next[secret] = Future()
+                if secret not in self._looking:
+                    self._looking.add(secret)
+                    self._threads.submit(self._look, secret)
+        return await asyncio.shield(asyncio.wrap_future(future))  # who goes away ends the wait of nobody else
+
+    def _look(self, secret: str | None) -> None:
+        with self._lock:
+            future = self._next.pop(secret)  # who comes from now on is for the next look
+        try:
+            future.set_result(self.find(secret))
+        except BaseException as problem:
+            future.set_exception(problem)
+        with self._lock:
+            if secret in self._next:
+                self._threads.submit(self._look, secret)  # behind those of others
+            else:
+                self._looking.discard(secret)
 
     def find(self, secret: str | None) -> Asker | None:
         """Who has that token. Without any token in the database, on loopback: everybody is `OPEN`."""

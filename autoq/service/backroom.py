@@ -91,6 +91,14 @@ class Backroom:
         """
         return Prepared.from_json(await asyncio.wrap_future(self._verdict(spec)))
 
+    def known(self, spec: StudySpec) -> Prepared | None:
+        """What `prepare` would give at once because it found it a moment ago; None where it would have to ask."""
+        with self._lock:
+            asked, future = self._verdicts.get(_key(spec), (0.0, None))
+        if future is None or not future.done() or future.cancelled() or future.exception() is not None:
+            return None
+        return Prepared.from_json(future.result()) if time.monotonic() - asked < KEPT_SECONDS else None
+
     async def offer(
         self, study_id: int, maximum: Mapping[str, Any], minimum: Mapping[str, Any], best: str | None = None
     ) -> dict[str, Any]:

@@ -1,12 +1,16 @@
-"""What every route gets: the store, who asks, and the study that the address names, if that one may see it."""
+"""What every route gets: the store, who asks, and the study that the address names, if that one may see it.
+
+All are coroutines: FastAPI sends a plain function to a thread and back, which costs more than what these do.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from typing import Annotated, cast
 
 from fastapi import Depends, Path, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.routing import APIRoute
 
 from autoq.errors import BadInput, NotFound
@@ -20,33 +24,37 @@ FREE = "figures"  # the tag of routes that judge their parameters themselves
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
-def _store(request: Request) -> Store:
+async def _store(request: Request) -> Store:
     return cast(Store, request.app.state.store)
 
 
-def _settings(request: Request) -> Settings:
+async def _settings(request: Request) -> Settings:
     return cast(Settings, request.app.state.settings)
 
 
-def _asker(request: Request) -> Asker:
+async def _asker(request: Request) -> Asker:
+    return _known(request)
+
+
+def _known(request: Request) -> Asker:
     asker = asker_of(request.scope)
     if asker is None:
         raise Refusal(401, "a valid token is needed: Authorization: Bearer …")
     return asker
 
 
-def _admin(request: Request) -> Asker:
-    asker = _asker(request)
+async def _admin(request: Request) -> Asker:
+    asker = _known(request)
     if asker.role != "admin":
         raise Refusal(403, "an admin's token is needed")
     return asker
 
 
-def studied(request: Request) -> None:
+async def studied(request: Request) -> None:
     """A dependency of every route: where its address names a study, that one is there for who asks; and of the API's
     routes, that no parameter is there which they do not know."""
     if "study" in request.path_params:
-        _visible(request, str(request.path_params["study"]))
+        await _visible(request, str(request.path_params["study"]))
     route = request.scope.get("route")
     if isinstance(route, APIRoute) and route.include_in_schema and FREE not in route.tags:
         known = _parameters(route)
@@ -69,19 +77,20 @@ def _parameters(route: APIRoute) -> dict[str, bool]:
     return found
 
 
-def _visible(
+async def _visible(
     request: Request, study: Annotated[str, Path(description="A study's name or id.", min_length=1, max_length=128)]
 ) -> Stamp:
     found: Stamp | None = getattr(request.state, "study", None)
     if found is None:
-        found = _store(request).feed.stamp(study) if _NAME.fullmatch(study) else None
-        if found is None or not _asker(request).sees(found.owner):
+        store: Store = request.app.state.store
+        found = await run_in_threadpool(store.feed.stamp, study) if _NAME.fullmatch(study) else None
+        if found is None or not _known(request).sees(found.owner):
             raise NotFound(f"no study {study[:128]!r}")
         request.state.study = found
     return found
 
 
-def _queue(request: Request) -> Iterator[None]:
+async def _queue(request: Request) -> AsyncIterator[None]:
     """After the route: let the scheduler look at what was queued or cancelled."""
     yield
     if (scheduler := request.app.state.scheduler) is not None:

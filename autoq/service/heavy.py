@@ -15,6 +15,9 @@ class Backroom(Protocol):
     async def prepare(self, spec: StudySpec) -> Prepared:
         """Check a spec against model and target; what its study begins with. Raises `BadInput` in one line."""
 
+    def known(self, spec: StudySpec) -> Prepared | None:
+        """What `prepare` would give at once, None where it would have to ask."""
+
     async def offer(
         self, study_id: int, maximum: Mapping[str, Any], minimum: Mapping[str, Any], best: str | None
     ) -> dict[str, Any]:

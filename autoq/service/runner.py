@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoq.errors import AutoQError, LeaseLost, Stopped, StudyBusy
 from autoq.store import Store, StudyRecord
-from autoq.store.queue import JOB, RUN
+from autoq.store.queue_records import JOB, RUN
 
 if TYPE_CHECKING:
     from autoq.search.executors import Executor

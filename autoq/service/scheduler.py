@@ -36,7 +36,7 @@ from autoq.service.exporting import Exporter
 from autoq.service.processes import cause, tail
 from autoq.service.shares import QUANTUM_SECONDS, Running, Start, Waiting, account, decide
 from autoq.store import LeaseRecord, Store, StudyRecord, holders
-from autoq.store.queue import CRASHES, JOB, LOG, RUN
+from autoq.store.queue_records import CRASHES, JOB, LOG, RUN
 
 MAX_CRASHES = 3
 LOOK_SECONDS = 1.0

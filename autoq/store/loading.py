@@ -175,10 +175,17 @@ def _trial(row: Any, measured: dict[tuple[str, Part], Measurement], assignment: 
 def load_study(connection: sa.Connection, where: sa.ColumnElement[bool]) -> StudyRecord | None:
     """The one study for which the condition holds, None if there is none."""
     row = connection.execute(sa.select(m.studies).where(where)).one_or_none()
-    if row is None:
-        return None
-    fields = row._asdict()
-    return StudyRecord(**fields | {"objectives": _objectives(row.objectives)})
+    return None if row is None else _study(row)
+
+
+def load_studies(connection: sa.Connection, ids: Sequence[int]) -> dict[int, StudyRecord]:
+    """The studies of those ids by id, in one statement."""
+    rows = connection.execute(sa.select(m.studies).where(m.studies.c.id.in_(ids))) if ids else ()
+    return {row.id: _study(row) for row in rows}
+
+
+def _study(row: Any) -> StudyRecord:
+    return StudyRecord(**row._asdict() | {"objectives": _objectives(row.objectives)})
 
 
 def load_summaries(connection: sa.Connection, ids: Sequence[int] | None = None) -> list[StudySummary]:

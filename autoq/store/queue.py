@@ -1,8 +1,7 @@
 """The queue: studies that are submitted, who runs which, and what evaluates.
 
-A submission is one transaction: the study's row, its tables, and the key under which it was sent. Submissions of one
-user wait for each other, so a key that is sent by two hundred connections at once makes one study, and a limit on a
-user's studies is never overstepped.
+A submission is the study's row, its tables, and the key under which it was sent, in one transaction (see
+`queue_submissions`).
 
 A lease says who runs a study. It is taken for some seconds and renewed; when it has ended, or its holder is a process
 of this machine that is gone, another one takes it, and `epoch` counts on. What a former holder still writes is refused
@@ -19,93 +18,40 @@ a clock: machines that share a database need not agree on the time.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
-from zlib import crc32
 
 import sqlalchemy as sa
 
-from autoq.errors import BadInput, Conflict, LimitReached, NotFound
+from autoq.errors import BadInput, Conflict, NotFound
 from autoq.store import holders, writing
 from autoq.store import models as m
 from autoq.store.loading import load_study
 from autoq.store.queue_exports import ExportQueue
-from autoq.store.queue_records import LeaseRecord, Prepared, RequestKind, StudyInLine, WorkerRecord
+from autoq.store.queue_records import (
+    CLOCK,
+    CRASHES,
+    JOB,
+    RUN,
+    WAITS,
+    LeaseRecord,
+    RequestKind,
+    StudyInLine,
+    WorkerRecord,
+)
+from autoq.store.queue_submissions import SubmissionQueue, check_limit, database_time, hold_user
 from autoq.store.records import StudyRecord, StudyState
 
 if TYPE_CHECKING:
-    from autoq.spec import StudySpec
+    pass
 
 STALE_SECONDS = 60.0  # a worker that was not seen for so long is gone
-JOB, CLOCK, CRASHES, LOG = "job", "clock", "crashes", "log"  # tables of a study that the queue keeps
-RUN: Mapping[str, Any] = {"kind": "run"}
-_SUBMITTING = 0x61717371  # "aqsq", of PostgreSQL's advisory locks
-_WAITS = ("queued", "running")
-_LENGTH = {"user": 64, "key": 128}
 
 
-class Queue(ExportQueue):
+class Queue(SubmissionQueue, ExportQueue):
     """The queue of one database. Every method is one short transaction; see `Store` for what they raise."""
 
-    # Submissions
-
-    def submit(
-        self,
-        user: str | None,
-        key: str | None,
-        fingerprint: str,
-        spec: StudySpec,
-        prepared: Prepared,
-        priority: int = 0,
-        limit: int | None = None,
-    ) -> tuple[StudyRecord, bool]:
-        """A new study in state `queued`, and True; or the one that `user` has submitted under `key`, and False.
-
-        `fingerprint` tells one body from another: the same key with another one raises `Conflict`. `limit` is how
-        many studies a user may have that are queued or running; beyond it `LimitReached` is raised. Without a key
-        every call makes a study.
-        """
-        for name, text in (("user", user), ("key", key)):
-            if text is not None and not 0 < len(text) <= _LENGTH[name]:
-                raise BadInput(f"{name} must have 1 to {_LENGTH[name]} characters (got {len(text)})")
-        t = m.submissions
-        with self._database.turn, self._database.writing() as connection:
-            _wait_for_user(connection, user)
-            if key is not None:
-                query = sa.select(t.c.study_id, t.c.fingerprint).where(t.c.user == (user or ""), t.c.key == key)
-                if (former := connection.execute(query).one_or_none()) is not None:
-                    if former.fingerprint != fingerprint:
-                        raise Conflict(f"the idempotency key {key!r} was used for another study; choose a new one")
-                    return _study(connection, former.study_id), False
-            _check_limit(connection, user, limit)
-            study_id = writing.insert_study(
-                connection,
-                spec.name,
-                spec.model_dump(mode="json"),
-                prepared.objectives,
-                {**prepared.tables, JOB: dict(RUN)},
-                state="queued",
-                owner=user,
-                priority=priority,
-                queued_at=_now(connection),
-            )
-            if key is not None:
-                row = {"user": user or "", "key": key, "fingerprint": fingerprint, "study_id": study_id}
-                connection.execute(sa.insert(t).values(**row, created_at=_now(connection)))
-            return _study(connection, study_id), True
-
-    def submitted(self, user: str | None, key: str, fingerprint: str) -> StudyRecord | None:
-        """The study that `user` has submitted under `key`, so that a repeated submission need not be prepared again;
-        None if there is none. Raises `Conflict` as `submit` does."""
-        t = m.submissions.c
-        with self._database.reading() as connection:
-            query = sa.select(t.study_id, t.fingerprint).where(t.user == (user or ""), t.key == key)
-            former = connection.execute(query).one_or_none()
-            if former is None:
-                return None
-            if former.fingerprint != fingerprint:
-                raise Conflict(f"the idempotency key {key!r} was used for another study; choose a new one")
-            return _study(connection, former.study_id)
+    # Resume, refine, cancel
 
     def enqueue(
         self, study_id: int, trials: int | None = None, job: Mapping[str, Any] = RUN, limit: int | None = None
@@ -119,21 +65,21 @@ class Queue(ExportQueue):
         adds = job["kind"] != "run"
         with self._database.writing() as connection:
             study = _study(connection, study_id)
-            _wait_for_user(connection, study.owner)
+            hold_user(connection, study.owner)
             writing.lock(connection, study_id)
             study = _study(connection, study_id)
-            if study.state in _WAITS:
+            if study.state in WAITS:
                 raise Conflict(f"study {study.name!r} is {study.state} already")
             if adds and study.state != "finished":
                 raise Conflict(f"study {study.name!r} is {study.state} and cannot be added to; resume it first")
             if not adds and trials is None and study.state == "finished":
                 raise Conflict(f"study {study.name!r} is finished; give it more trials to go on")
-            _check_limit(connection, study.owner, limit)
+            check_limit(connection, study.owner, limit)
             if trials is not None:
                 _raise_budget(connection, study, trials)
             writing.put_table(connection, study_id, JOB, dict(job))
             writing.put_table(connection, study_id, CRASHES, None)
-            values = {"state": "queued", "message": None, "queued_at": _now(connection), "request": None}
+            values = {"state": "queued", "message": None, "queued_at": database_time(connection), "request": None}
             writing.set_study(connection, study_id, finished_at=study.finished_at if adds else None, **values)
             return _study(connection, study_id)
 
@@ -152,7 +98,7 @@ class Queue(ExportQueue):
         with self._database.writing() as connection:
             writing.lock(connection, study_id)
             study = _study(connection, study_id)
-            if study.state not in _WAITS:
+            if study.state not in WAITS:
                 raise Conflict(f"study {study.name!r} is {study.state} and cannot be cancelled")
             lease = self._lease(connection, study_id)
             # The request stands in any case: a runner may be about to take up what is queued.
@@ -160,7 +106,9 @@ class Queue(ExportQueue):
             if study.state == "queued" or lease is None or not lease.live:
                 job = _table(connection, study_id, JOB) or RUN
                 ended: StudyState = "cancelled" if job["kind"] == "run" else "finished"
-                writing.set_study(connection, study_id, state=ended, message=None, finished_at=_now(connection))
+                writing.set_study(
+                    connection, study_id, state=ended, message=None, finished_at=database_time(connection)
+                )
             return _study(connection, study_id)
 
     def ask(self, study_id: int, request: RequestKind | None) -> None:
@@ -221,9 +169,9 @@ class Queue(ExportQueue):
         with self._database.reading() as connection:
             found: dict[str, int] = {}
             for name, table in (("studies", m.studies), ("exports", m.exports)):
-                query = sa.select(table.c.state, sa.func.count()).where(table.c.state.in_(_WAITS))
+                query = sa.select(table.c.state, sa.func.count()).where(table.c.state.in_(WAITS))
                 counts = {row[0]: row[1] for row in connection.execute(query.group_by(table.c.state))}
-                found |= {f"{name}_{state}": counts.get(state, 0) for state in _WAITS}
+                found |= {f"{name}_{state}": counts.get(state, 0) for state in WAITS}
             return found
 
     # Leases
@@ -240,7 +188,7 @@ class Queue(ExportQueue):
             lease = self._lease(connection, study_id)
             if lease is not None and lease.live:
                 return None
-            until = _now(connection) + timedelta(seconds=seconds)
+            until = database_time(connection) + timedelta(seconds=seconds)
             if lease is None:
                 connection.execute(sa.insert(t).values(study_id=study_id, holder=holder, epoch=1, until=until))
                 return 1
@@ -253,14 +201,17 @@ class Queue(ExportQueue):
         t = m.leases
         with self._database.writing() as connection:
             mine = sa.update(t).where(t.c.study_id == study_id, t.c.epoch == epoch, t.c.holder.is_not(None))
-            return connection.execute(mine.values(until=_now(connection) + timedelta(seconds=seconds))).rowcount == 1
+            return (
+                connection.execute(mine.values(until=database_time(connection) + timedelta(seconds=seconds))).rowcount
+                == 1
+            )
 
     def release(self, study_id: int, epoch: int) -> None:
         """Let go of the lease, unless another one has taken it."""
         t = m.leases
         with self._database.writing() as connection:
             mine = sa.update(t).where(t.c.study_id == study_id, t.c.epoch == epoch)
-            connection.execute(mine.values(holder=None, until=_now(connection)))
+            connection.execute(mine.values(holder=None, until=database_time(connection)))
 
     def lease(self, study_id: int) -> LeaseRecord | None:
         """The study's lease, None where it was never run under one."""
@@ -271,7 +222,7 @@ class Queue(ExportQueue):
         row = connection.execute(sa.select(m.leases).where(m.leases.c.study_id == study_id)).one_or_none()
         if row is None:
             return None
-        live = row.holder is not None and row.until > _now(connection) and not holders.is_dead(row.holder)
+        live = row.holder is not None and row.until > database_time(connection) and not holders.is_dead(row.holder)
         return LeaseRecord(row.study_id, row.holder, row.epoch, row.until, live)
 
     # Workers
@@ -280,7 +231,7 @@ class Queue(ExportQueue):
         """Say that these workers live. Forgets those that have not been seen for `STALE_SECONDS`."""
         t = m.workers
         with self._database.writing() as connection:
-            now = _now(connection)
+            now = database_time(connection)
             connection.execute(sa.delete(t).where(t.c.seen_at < now - timedelta(seconds=STALE_SECONDS)))
             for worker in workers:
                 values = {
@@ -304,37 +255,10 @@ class Queue(ExportQueue):
         """The workers that were seen within `STALE_SECONDS`, by name."""
         t, s = m.workers.c, m.studies.c
         with self._database.reading() as connection:
-            fresh = t.seen_at >= _now(connection) - timedelta(seconds=STALE_SECONDS)
+            fresh = t.seen_at >= database_time(connection) - timedelta(seconds=STALE_SECONDS)
             query = sa.select(m.workers, s.name.label("study")).join(m.studies, s.id == t.study_id, isouter=True)
             rows = connection.execute(query.where(fresh).order_by(t.id))
             return [WorkerRecord(**row._mapping) for row in rows]
-
-
-def _now(connection: sa.Connection) -> datetime:
-    """The database's time; SQLite's is this machine's."""
-    if connection.dialect.name == "postgresql":
-        found: datetime = connection.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
-        return found.astimezone(UTC)
-    return datetime.now(UTC)
-
-
-def _wait_for_user(connection: sa.Connection, user: str | None) -> None:
-    """Let one submission of a user happen at a time. On SQLite there is one writer at a time in any case."""
-    if connection.dialect.name == "postgresql":
-        key = (_SUBMITTING << 32) + crc32((user or "").encode())
-        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.cast(key, sa.BigInteger))))
-
-
-def _check_limit(connection: sa.Connection, user: str | None, limit: int | None) -> None:
-    if limit is None:
-        return
-    s = m.studies.c
-    own = s.owner.is_(None) if user is None else s.owner == user
-    count = sa.select(sa.func.count()).select_from(m.studies).where(own, s.state.in_(_WAITS), s.queued_at.is_not(None))
-    if (has := connection.execute(count).scalar_one()) >= limit:
-        raise LimitReached(
-            f"{user or 'this server'} has {has} studies queued or running; {limit} are allowed at a time"
-        )
 
 
 def _hold_row(connection: sa.Connection, study_id: int) -> None:

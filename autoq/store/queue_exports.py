@@ -12,9 +12,7 @@ from autoq.errors import BadInput, LimitReached, NotFound
 from autoq.store import models as m
 from autoq.store import writing
 from autoq.store.database import Database
-from autoq.store.queue_records import ExportRecord, ExportState
-
-_WAITS = ("queued", "running")
+from autoq.store.queue_records import WAITS, ExportRecord, ExportState
 
 
 class ExportQueue:
@@ -44,11 +42,11 @@ class ExportQueue:
             spec = connection.execute(sa.select(m.studies.c.spec).where(m.studies.c.id == study_id)).scalar_one()
             target = target or str(spec["target"]["name"])
             same = sa.select(e.c.id).where(e.c.study_id == study_id, e.c.trial == trial, e.c.target == target)
-            there = connection.execute(same.where(e.c.state.in_((*_WAITS, "finished")))).scalar()
+            there = connection.execute(same.where(e.c.state.in_((*WAITS, "finished")))).scalar()
             if there is not None:
                 return _export(connection, there)
             own = e.c.user.is_(None) if user is None else e.c.user == user
-            busy = sa.select(sa.func.count()).select_from(e).where(own, e.c.state.in_(_WAITS))
+            busy = sa.select(sa.func.count()).select_from(e).where(own, e.c.state.in_(WAITS))
             if limit is not None and (has := connection.execute(busy).scalar_one()) >= limit:
                 raise LimitReached(
                     f"{user or 'this server'} has {has} exports queued or running; {limit} are allowed at a time"

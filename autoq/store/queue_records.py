@@ -10,6 +10,9 @@ from typing import Any, Literal, NamedTuple
 ExportState = Literal["queued", "running", "finished", "failed", "removed"]
 WorkerState = Literal["loading", "idle", "busy"]
 RequestKind = Literal["cancel", "yield"]
+JOB, CLOCK, CRASHES, LOG = "job", "clock", "crashes", "log"  # tables of a study that the queue keeps
+RUN: Mapping[str, Any] = {"kind": "run"}
+WAITS = ("queued", "running")
 
 
 @dataclass(frozen=True)

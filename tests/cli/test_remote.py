@@ -24,6 +24,9 @@ OBJECTIVES = [("kl_nats_per_token", "nats/token", "minimize"), ("size_bytes", "b
 class Desk:
     """A backroom that knows one model."""
 
+    def known(self, spec):
+        return None
+
     async def prepare(self, spec):
         if spec.model.id != "demo:smollm2":
             raise SpecError(f"model.id: no model {spec.model.id[:80]!r}")

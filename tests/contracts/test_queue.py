@@ -11,11 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from autoq.assignment import Assignment
-from autoq.errors import BadInput, Conflict, LeaseLost, LimitReached, NotFound
+from autoq.errors import BadInput, Conflict, LeaseLost, LimitReached, NotFound, StoreError
 from autoq.measurement import Measurement
 from autoq.scheme import parse_scheme
 from autoq.spec import build_spec
 from autoq.store import Prepared, Store, WorkerRecord, holders
+from autoq.store.queue_submissions import Submission
 
 OBJECTIVES = [("kl_nats_per_token", "nats/token", "minimize"), ("size_bytes", "bytes", "minimize")]
 TABLES = {"layers": {"a": {"inputs": 4}}, "recipes": [{"baseline": "recipe:x"}]}
@@ -116,6 +117,46 @@ def test_a_users_limit_holds_when_all_come_at_once(store):
     kept = next(i for i, each in enumerate(found) if not isinstance(each, str))
     assert submit(store, f"k{kept}", limit=7)[1] is False
     assert submit(store, "k", user="bob", limit=7)[1]
+
+
+def submission(key=None, user="ann", fingerprint="f", name="demo", prepared=PREPARED, limit=None):
+    return Submission(user, key, fingerprint, spec(name), prepared, 0, limit)
+
+
+def test_submissions_at_once_are_each_judged_for_itself(store):
+    first, _ = submit(store, "old", name="there")
+    found = store.queue.submit_all([
+        submission("a"), submission("a"), submission("a", fingerprint="g"), submission("a", user="bob", name="demo-2"),
+        submission("old"), submission(None), submission(None), submission("k" * 200), submission("z", limit=4),
+        submission("y", limit=6), submission("x", limit=5),
+    ])  # fmt: skip
+    told = [(each[0].name, each[1]) if isinstance(each, tuple) else type(each) for each in found]
+    assert told == [
+        ("demo", True), ("demo", False), Conflict, ("demo-2", True), ("there", False), ("demo-3", True),
+        ("demo-4", True), BadInput, LimitReached, ("demo-5", True), LimitReached,
+    ]  # fmt: skip
+    assert found[4][0] == first
+    studies = [each[0] for each in found if isinstance(each, tuple) and each[1]]
+    assert [study.id for study in store.queue.queued()] == [first.id, *(study.id for study in studies)]
+    assert all(store.table(study.id, "layers") == TABLES["layers"] for study in studies)
+    assert store.queue.submit_all([submission("x"), submission("x")])[0][1]
+
+
+def test_one_that_cannot_be_stored_takes_no_other_with_it(store):
+    broken = Prepared(OBJECTIVES, {"layers": float("nan")}, {})
+    found = store.queue.submit_all([submission("a"), submission("b", prepared=broken), submission("c", name="other")])
+    assert [each[0].name for each in found[::2]] == ["demo", "other"]
+    assert isinstance(found[1], StoreError)
+    assert {study.name for study in store.queue.queued()} == {"demo", "other"}
+
+
+@pytest.mark.parametrize("wanted", [("a", "a", "a-2"), ("a-2", "a", "a"), ("a", "a-2", "a", "a-2")])
+def test_names_that_are_given_at_once_are_free(store, wanted):
+    submit(store, name="a-2-2")
+    found = store.queue.submit_all([submission(name=name) for name in wanted])
+    names = [study.name for study, _ in found]
+    assert len(set(names)) == len(names) == len(wanted)
+    assert all(name.startswith(stem) for name, stem in zip(names, wanted, strict=True))
 
 
 def test_a_submission_that_fails_leaves_nothing(store):

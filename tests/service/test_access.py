@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from datetime import timedelta
 
 import pytest
 
-from autoq.service.auth import PUBLIC, PUBLIC_BELOW
+from autoq.service.auth import PUBLIC, PUBLIC_BELOW, Authenticate
 from autoq.service.settings import Settings, is_loopback
 
 BODIES = {
@@ -134,6 +136,38 @@ def test_a_session_holds_the_token_where_no_script_reads_it(server):
     assert client.get("/api/v1/session").json()["user"] == "ada"
     assert "Max-Age=0" in client.delete("/api/v1/session").headers["set-cookie"]
     assert client.get("/api/v1/studies").status_code == 401
+
+
+def test_who_asks_at_once_shares_a_look_at_the_database_that_begins_after_all_have_asked(server, in_loop):
+    looks = []
+
+    class Slow(Authenticate):
+        def find(self, secret):
+            looks.append(secret)
+            found = super().find(secret)
+            time.sleep(0.05)  # what is found may be old by the time that it is told
+            return found
+
+    door = Slow(None, server.app.state.settings, server.store)
+    secret, token = server.store.accounts.create("short", "ada", "submitter")
+
+    async def all_at_once():
+        first = [asyncio.create_task(door.ask(secret)) for _ in range(50)]
+        others = [asyncio.create_task(door.ask(each)) for each in ("aq_wrong", None)]
+        while not looks:
+            await asyncio.sleep(0)
+        server.store.accounts.revoke(token.id)
+        late = [asyncio.create_task(door.ask(secret)) for _ in range(50)]
+        first[0].cancel()  # a client that goes away
+        return await asyncio.gather(*first[1:]), await asyncio.gather(*others), await asyncio.gather(*late)
+
+    first, others, late = in_loop(all_at_once())
+    assert {asker if asker is None else asker.user for asker in first} <= {"ada", None}
+    assert len(set(first)) == 1
+    assert others == [None, None]
+    assert set(late) == {None}, "a token that was revoked before"
+    assert looks.count(secret) == 2
+    assert door._next == {}
 
 
 def test_a_header_goes_before_a_cookie(server):
