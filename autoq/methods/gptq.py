@@ -17,16 +17,23 @@ gathered and done as one product ("lazy batch updates").
 
 Where we differ, and why:
 
-- Grids are those of rtn, fixed before the first column ("static groups"), so that columns can be taken in any
-  order while groups stay contiguous and the scheme ships no permutation. The order is that of H's diagonal,
-  greatest first ("act-order" in the authors' code): inputs that matter most are rounded while all others can
-  still make up for them. Without groups it is the same order; there grids are fixed in the paper, too.
+- Grids are fixed before the first column ("static groups"), so that columns can be taken in any order while groups
+  stay contiguous and the scheme ships no permutation. The order is that of H's diagonal, greatest first ("act-order"
+  in the authors' code): inputs that matter most are rounded while all others can still make up for them. Without
+  groups it is the same order; there grids are fixed in the paper, too.
+- The grids are those of `clip`, where the authors take the whole range of each group (their code's `mse` clips by plain
+  squares). Each input counts by what an error of its weights costs once those to come have made up for it: the sum that
+  the codes end with is Σ_j e_j², so an error of w_j counts 1 / U_jj². By H_jj instead, one input that is nearly always
+  the same decides the grid of its group, although others make up for all its errors. On layers of SmolLM2 the error on
+  other text is 0.91 of that on whole ranges at 4 bits, 0.83 at 3 and 0.63 at 2; by H_jj 1.04, 0.89 and 0.65.
+- λ is 0.1 of the diagonal's mean, not 0.01: codes are chosen less for the accidents of a few thousand tokens.
 - The factor is formed from the Cholesky factor of H in reversed order, whose inverse it is: two triangular
   steps instead of an inverse between two factorizations, and none of them meets a matrix of squared condition.
 - An input that was always zero (H_jj = 0) gets plain rounding and takes no part, as in the authors' code, but its
   weights are kept, not set to zero: other text may read them. λ doubles until the factorization succeeds, so a
   Hessian of any rank will do; of rank 0 the result is rtn's.
-- Each row keeps rtn's codes where theirs is the smaller error by H: never worse than rtn, row by row.
+- Each row keeps rtn's grid and codes where theirs is the smaller error by H: never worse than rtn, row by row; where
+  all rows share a grid, all together.
 - The row is scaled by a power of two, so that nothing overflows that the weight itself holds.
 """
 
@@ -38,18 +45,22 @@ from torch import Tensor
 from autoq.layer import MOST_HESSIAN_INPUTS
 from autoq.methods import QuantizedWeight, Statistics
 from autoq.methods._inputs import InputMethod, second_moments
-from autoq.methods._search import plain_grid, row_errors, unit_of
+from autoq.methods._search import best_grid, plain_grid, row_errors, unit_of
 from autoq.methods._uniform import encode
 from autoq.methods._weights import IntegerWeight
-from autoq.scheme import Integer, Scheme
+from autoq.methods.clip import clipped_grids
+from autoq.scheme import Integer, PerTensor, Scheme
 
-DAMPING = 0.01
+DAMPING = 0.1
 BLOCK = 64
+_LEAST = torch.finfo(torch.float32).tiny
 _ROWS = 4096  # at once: rows do not depend on each other, and a block of columns of so many stays in a cache
 
 
 class Gptq(InputMethod):
-    """Uniform integers on rtn's grids, with codes that make up for each other's errors."""
+    """Uniform integers on clip's grids, with codes that make up for each other's errors."""
+
+    version = 2
 
     def rule(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         if not isinstance(scheme, Integer):
@@ -60,30 +71,50 @@ class Gptq(InputMethod):
 
     def make(self, weight: Tensor, scheme: Scheme, statistics: Statistics | None) -> QuantizedWeight:
         assert isinstance(scheme, Integer)
-        rows, columns = weight.shape
-        hessian = second_moments(scheme, statistics, columns)
-        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-        factor = inverse_factor(hessian[order][:, order], DAMPING).float()
-        moments = hessian.float()
-        weight = weight.float()
-        scales, zeros = plain_grid(weight, scheme)
-        codes = torch.empty(rows, columns, dtype=torch.uint8)
-        unit = unit_of(weight)
-        group_of = torch.arange(columns) // (columns // scales.shape[1])
-        for start in range(0, rows, _ROWS):
-            part = slice(start, min(start + _ROWS, rows))
-            # In units in which the largest weight is near 1, so that no sum of others overflows.
-            own = weight[part] * unit
-            scale = (scales[part] if len(scales) > 1 else scales) * unit
-            scale = scale.clamp_(min=torch.finfo(torch.float32).tiny)[:, group_of]
-            zero = (zeros[part] if len(zeros) > 1 else zeros)[:, group_of]
-            plain = encode(own, scale, zero, scheme.bits)
-            found = torch.empty_like(plain)
-            turned = [matrix[:, order].t().contiguous().expand(-1, len(own)) for matrix in (own, scale, zero)]
-            found[:, order] = solve(turned[0], turned[1], turned[2], factor, scheme.bits).t()
-            errors = [row_errors(own - (each - zero) * scale, moments) for each in (found, plain)]
-            codes[part] = torch.where((errors[0] < errors[1])[:, None], found, plain)
-        return IntegerWeight.of(scheme, codes, scales, zeros)
+        return corrected(weight, scheme, second_moments(scheme, statistics, weight.shape[1]))
+
+
+def corrected(weight: Tensor, scheme: Integer, hessian: Tensor) -> IntegerWeight:
+    """A weight (out, in) by its inputs' second moments (in, in), float64, whose diagonal has the mean 1 or is zero."""
+    rows, columns = weight.shape
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    factor = inverse_factor(hessian[order][:, order], DAMPING).float()
+    moments = hessian.float()
+    weight = weight.float()
+    costs = torch.empty(columns)
+    costs[order] = factor.diagonal().reciprocal().square_()
+    costs[hessian.diagonal() <= 0] = 0.0  # as no error of theirs shows
+    costs /= costs.mean().clamp(min=_LEAST)
+    bits, origin = scheme.bits, scheme.zero
+    clipped = best_grid(weight, scheme, lambda low, high: clipped_grids(low, high, bits, origin), costs)
+    grids = [clipped, plain_grid(weight, scheme)]
+    together = isinstance(scheme.granularity, PerTensor)  # all rows have one grid: no row chooses by itself
+    unit = unit_of(weight)
+    group_of = torch.arange(columns) // (columns // grids[0][0].shape[1])
+    codes = [torch.empty(rows, columns, dtype=torch.uint8) for _ in grids]
+    errors = [torch.empty(rows) for _ in grids]
+    for start in range(0, rows, _ROWS):
+        part = slice(start, min(start + _ROWS, rows))
+        # In units in which the largest weight is near 1, so that no sum of others overflows.
+        own = weight[part] * unit
+        for index, (scales, zeros) in enumerate(grids):
+            shared = slice(None) if together else part
+            scale = (scales[shared] * unit).clamp_(min=_LEAST)[:, group_of]
+            zero = zeros[shared][:, group_of]
+            if index == 0:
+                found = torch.empty_like(own)
+                turned = [matrix[:, order].t().contiguous().expand(-1, len(own)) for matrix in (own, scale, zero)]
+                found[:, order] = solve(turned[0], turned[1], turned[2], factor, scheme.bits).t()
+            else:
+                found = encode(own, scale, zero, scheme.bits)
+            errors[index][part] = row_errors(own - (found - zero) * scale, moments)
+            codes[index][part] = found
+    if together:
+        errors = [each.sum(0, keepdim=True) for each in errors]
+    better = (errors[0] < errors[1])[:, None]
+    (scales, zeros), (plain_scales, plain_zeros) = grids
+    scales, zeros = torch.where(better, scales, plain_scales), torch.where(better, zeros, plain_zeros)
+    return IntegerWeight.of(scheme, torch.where(better, codes[0], codes[1]), scales, zeros)
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:

@@ -21,7 +21,7 @@ times as long as eight sweeps, and ended at an error above that of gptq.
 
 Where we differ, and why:
 
-- It starts from gptq's codes on the grid of `clip`, or row by row on that of rtn where the error is smaller.
+- It starts from gptq's algorithm on gptq's grids, by the Hessian of the next line, or row by row from gptq's own codes.
 - H + λ diag(H) stands for H, with λ = SHRINKAGE: inputs are taken to be less related than they were on the calibration
   text. The more is chosen, the more of it is chosen for that text's accidents; with λ the error on other text is 7 %
   less. An input that was always zero (H_jj = 0) gets plain rounding.
@@ -41,15 +41,15 @@ from torch import Tensor
 
 from autoq.layer import MOST_HESSIAN_INPUTS
 from autoq.methods import QuantizedWeight, Statistics, gptq
-from autoq.methods._inputs import InputMethod, mean_squares, second_moments
-from autoq.methods._search import best_grid, row_errors, unit_of
+from autoq.methods._inputs import InputMethod, second_moments
+from autoq.methods._search import row_errors, unit_of
 from autoq.methods._uniform import MIN_SCALE, stored
 from autoq.methods._weights import IntegerWeight
-from autoq.methods.clip import clipped_grids
 from autoq.methods.gptq import inverse_factor, solve
 from autoq.scheme import Integer, PerTensor, Scheme
 
 SHRINKAGE = 0.3
+DAMPING = 0.01  # of the start, beside SHRINKAGE
 SWEEPS = 8  # of codes and scales, at most
 LEAST_GAIN = 2e-3  # of the error, in a sweep that another one follows
 _BLOCK = 64  # columns whose gradients are kept up to date one by one
@@ -59,6 +59,8 @@ _LEAST = torch.finfo(torch.float32).tiny
 
 class Round(InputMethod):
     """Uniform integers whose codes and scales are chosen together, by the second moments of the inputs."""
+
+    version = 2
 
     def rule(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         if not isinstance(scheme, Integer):
@@ -71,29 +73,24 @@ class Round(InputMethod):
         assert isinstance(scheme, Integer)
         columns = weight.shape[1]
         hessian = second_moments(scheme, statistics, columns)
+        plain = gptq.corrected(weight, replace(scheme, method="gptq"), hessian)
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
         moments, shrunk = hessian.float(), hessian
         shrunk.diagonal().mul_(1 + SHRINKAGE)
-        factor = inverse_factor(shrunk[order][:, order], gptq.DAMPING).float()
+        factor = inverse_factor(shrunk[order][:, order], DAMPING).float()
         shrunk = shrunk.float()
         diagonal = shrunk.diagonal()
         diagonal[diagonal <= 0] = 1.0
-        plain = gptq.Gptq().make(weight, replace(scheme, method="gptq"), statistics)
-        assert isinstance(plain, IntegerWeight)
-        bits, zero = scheme.bits, scheme.zero
-        importance = mean_squares(scheme, statistics, columns)
-        narrow = best_grid(weight, scheme, lambda low, high: clipped_grids(low, high, bits, zero), importance)
         weight, unit = weight.float(), unit_of(weight)
         first = _Layer(weight, plain.codes(), plain.scales(), plain.zeros(), unit)
-        scales, zeros = (each.expand(len(weight), -1) for each in narrow)
-        clipped = _Layer(weight, plain.codes(), scales, zeros, unit)
-        for rows in clipped.parts():
-            turned = [matrix[:, order].t().contiguous() for matrix in clipped.expanded(rows)]
-            clipped.codes[rows, order] = solve(turned[0], turned[1], turned[2], factor, bits).t().to(torch.uint8)
+        again = _Layer(weight, plain.codes(), plain.scales(), plain.zeros(), unit)
+        for rows in again.parts():
+            turned = [matrix[:, order].t().contiguous() for matrix in again.expanded(rows)]
+            again.codes[rows, order] = solve(turned[0], turned[1], turned[2], factor, scheme.bits).t().to(torch.uint8)
         together = isinstance(scheme.granularity, PerTensor)  # all rows have one grid: no row chooses by itself
-        found = clipped.better(first, shrunk, together)
+        found = again.better(first, shrunk, together)
         for rows in found.parts():
-            _Descent(found, rows, shrunk, bits, scales=not together).run()
+            _Descent(found, rows, shrunk, scheme.bits, scales=not together).run()
         found = found.better(first, moments, together)
         count = 1 if together else len(weight)
         return IntegerWeight.of(scheme, found.codes, found.scales[:count], found.zeros[:count])

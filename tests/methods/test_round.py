@@ -160,13 +160,13 @@ def test_a_scale_is_the_best_for_its_codes_to_what_bfloat16_holds():
 def test_two_codes_that_make_up_for_each_other_by_hand():
     """Two inputs that are always equal, so that what counts is the sum of both weights: 1.8 for 1.4 and 0.4.
 
-    The other columns, which nobody reads, make the range 0 … 3 on which s = 1 and z = 0. Codes 1 and 1, or 2 and 0,
+    The third column, unrelated to both, makes the range 0 … 3 on which s = 1 and z = 0. Codes 1 and 1, or 2 and 0,
     have a sum of 2; the nearest, 1 and 0, a sum of 1. The scale then follows: 1.8 for a sum of 2 asks for s = 0.9, the
     3 for 1.
     """
     weight = torch.tensor([[1.4, 0.4, 3.0, 0.0]])
     hessian = torch.zeros(4, 4)
-    hessian[:2, :2] = 1
+    hessian[:2, :2] = hessian[2, 2] = 1
     found = Round().quantize(weight, Integer("round", 2, PerChannel(), "integer"), statistics(hessian))
     codes, scale = found.codes().tolist()[0], found.scales().item()
     assert sum(codes[:2]) == 2
