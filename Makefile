@@ -54,9 +54,14 @@ help:  ## this list
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
 
+# transformers imports hqq wherever it finds it, and with it torch's compiler: seconds in every process of a test. So the
+# package stands aside, where only the test finds it that compares with it.
+REFERENCE := hqq termcolor
+
 # What tests need holds what a user needs: after the larger install the smaller one has nothing to do.
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/.created
 	$(BIN)/python -m pip install --disable-pip-version-check --no-compile $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --no-compile $(PIP_FLAGS) -c constraints.txt --no-deps --upgrade --target $(VENV)/reference $(REFERENCE)
 	touch $(VENV)/.installed $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.created

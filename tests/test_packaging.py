@@ -263,13 +263,22 @@ def test_a_second_call_installs_nothing(checkout: Path) -> None:
     assert "-c constraints.txt" in call
     assert call.endswith("-e .[gguf,serve,client]")
     assert make(checkout, "install") == []
-    (call,) = make(checkout, "install-dev")
+    call, aside = make(checkout, "install-dev")
     assert call.endswith("-e .[dev]")
+    assert "-c constraints.txt --no-deps" in aside
+    target, *packages = aside.partition(" --target ")[2].split()
+    assert target == ".venv/reference"
+    assert set(packages) <= set(pins())
     assert make(checkout, "install", "install-dev") == []
 
 
+def test_what_transformers_would_import_for_seconds_stands_aside() -> None:
+    """Whatever is found under these names is imported with transformers, by every process of every test."""
+    assert not {"hqq", "optimum-quanto"} & direct_dependencies()
+
+
 def test_the_larger_install_holds_the_smaller(checkout: Path) -> None:
-    assert len(make(checkout, "install-dev")) == 1
+    assert len(make(checkout, "install-dev")) == 2
     assert make(checkout, "install") == []
 
 

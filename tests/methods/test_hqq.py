@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
+import sys
 import warnings
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,17 +30,24 @@ def weights(kind: str) -> torch.Tensor:
     return torch.distributions.StudentT(4.0).sample(shape) * 0.02 * (0.2 + torch.rand(shape[0], 1))
 
 
+@functools.cache
+def quantizer() -> Any:
+    """That of the package `hqq`, which stands aside so that transformers does not import it (see the Makefile)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(sys.prefix) / "reference")
+        from hqq.core.quantize import Quantizer
+    return Quantizer
+
+
 def reference(weight: torch.Tensor, bits: int, group: int) -> torch.Tensor:
     """What the package `hqq` makes of it, in float32."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        from hqq.core.quantize import Quantizer
-
-        codes, meta = Quantizer.quantize(
+        codes, meta = quantizer().quantize(
             weight, nbits=bits, group_size=group, axis=1, device="cpu", bitpack=False, optimize=True
         )
         meta["compute_dtype"] = torch.float32
-        return Quantizer.dequantize(codes, meta)
+        return quantizer().dequantize(codes, meta)
 
 
 def norm(error: torch.Tensor, power: float = NORM) -> float:
