@@ -9,10 +9,11 @@ PIP_FLAGS ?=         # given to every pip install, such as an index with CPU whe
 JOBS ?= 0            # test processes; 0 runs the tests in one
 PYTEST_FLAGS ?=
 SEARCH_FLAGS ?=
+AUDIT ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test test-fast test-faults lint format bench bench-search clean help install install-dev
+.PHONY: demo test test-fast test-faults audit lint format bench bench-search clean help install install-dev
 
 demo: install  ## search SmolLM2-135M for this machine and show the frontier
 	$(BIN)/autoq search demo
@@ -25,6 +26,9 @@ test-fast: install-dev  ## the tests that need no real model and few processes
 
 test-faults: install-dev  ## kill, cut, fill and corrupt for hours; `make test` holds a short form of each
 	AUTOQ_FAULTS=long $(BIN)/python -m pytest -n $(JOBS) tests/faults --timeout 14400 $(PYTEST_FLAGS)
+
+audit: install-dev  ## known vulnerabilities of the pinned versions (AUDIT=--ci: blame only who pinned them)
+	$(BIN)/python .ci/audit.py $(AUDIT)
 
 lint: install-dev  ## ruff, its formatter, and mypy
 	$(BIN)/ruff check .

@@ -222,7 +222,8 @@ def unpack(content: bytes, scheme: Scheme, shape: tuple[int, int], expected: str
     try:
         found = _parse(content, scheme, shape)
     except _BROKEN as problem:
-        raise AutoQError(f"trained weights {expected[:12]}… as {scheme} are damaged: {problem}") from problem
+        line = " ".join(str(problem).split())[:300]  # it quotes them
+        raise AutoQError(f"trained weights {expected[:12]}… as {scheme} are damaged: {line}") from problem
     if digest(found) != expected:
         raise AutoQError(f"trained weights {expected[:12]}… as {scheme} are damaged: they are others")
     return found

@@ -53,6 +53,12 @@ def believable() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def mutations() -> ModuleType:
+    """`tests/support/mutations.py`: good inputs, broken."""
+    return _support("mutations")
+
+
+@pytest.fixture(scope="session")
 def tiny_model_dir(tiny_models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Family -> folder of a tiny bfloat16 checkpoint, made when first asked for. Read only."""
     return _made_once(tiny_models, tmp_path_factory)

@@ -141,7 +141,8 @@ def open_weights(model_id: str, file: Path) -> Iterator[Any]:
         with safe_open(file, framework="pt") as opened:
             yield opened
     except SafetensorError as problem:
-        raise ModelRefused(f"model {model_id!r}: {file.name} is not a whole safetensors file: {problem}") from None
+        line = " ".join(str(problem).split())[:300]  # it quotes the file
+        raise ModelRefused(f"model {model_id!r}: {file.name} is not a whole safetensors file: {line}") from None
 
 
 def _recast_file(model_id: str, file: Path, dtype: torch.dtype, target: Path) -> None:
