@@ -169,6 +169,32 @@ class Server:
         """What differs between two trials, each a number or a baseline's name, as JSON."""
         return self._get(f"/studies/{_part(study)}/diff", a=a, b=b)
 
+    def report(self, study: str) -> bytes:
+        """The study as one HTML file."""
+        return b"".join(self._stream(f"/studies/{_part(study)}/report"))
+
+    def tokens(self) -> list[dict[str, Any]]:
+        """All tokens as JSON, oldest first; for admins."""
+        found: list[dict[str, Any]] = self._get("/tokens")["tokens"]
+        return found
+
+    def offered(self, what: str) -> list[dict[str, Any]]:
+        """What there is to choose from there: of `methods`, `targets`, `objectives` or `samplers`, as JSON."""
+        found: list[dict[str, Any]] = self._get(f"/{what}")[what]
+        return found
+
+    def has_sensitivities(self, study: str) -> bool:
+        """Whether there is something to predict from."""
+        try:
+            self._get(f"/studies/{_part(study)}/sensitivity")
+        except NotFound:
+            return False
+        return True
+
+    def offer(self, study: str, maximum: Limits, minimum: Limits, best: str | None) -> dict[str, Any]:
+        """What the study's model would have within limits, as `search.offers.offer_json` says it; not measured."""
+        return self._get(f"/studies/{_part(study)}/offer", best=best, **_limits(maximum, minimum))
+
     # Writing
 
     def submit(self, spec: Mapping[str, Any], priority: int = 0) -> StudyRecord:
@@ -185,6 +211,11 @@ class Server:
         body = None if trials is None else {"trials": trials}
         return StudyRecord.from_json(self._send("POST", f"/studies/{_part(study)}/resume", body))
 
+    def refine(self, study: str, maximum: Limits, minimum: Limits, best: str | None, count: int) -> StudyRecord:
+        """Queue up to `count` trials of what the study's model offers within limits."""
+        body = {"max": dict(maximum), "min": dict(minimum), "best": best, "n": count}
+        return StudyRecord.from_json(self._send("POST", f"/studies/{_part(study)}/refine", body))
+
     def export(self, study: str, trial: str, target: str | None) -> dict[str, Any]:
         """Queue an export of a trial, by its number or its baseline's name; the export as it stands."""
         wanted: dict[str, Any] = {"trial": int(trial) if trial.isascii() and trial.isdecimal() else trial}
@@ -196,18 +227,30 @@ class Server:
 
     def download(self, export: int) -> Iterator[bytes]:
         """The archive of a finished export, piece by piece."""
+        return self._stream(f"/exports/{export}/download")
+
+    def create_token(self, name: str, user: str, role: str, days: float | None) -> dict[str, Any]:
+        """Make a token; its record with the secret under `token`. Not sent again: the answer is its only copy."""
+        return self._send("POST", "/tokens", {"name": name, "user": user, "role": role, "days": days})
+
+    def revoke_token(self, token: int) -> dict[str, Any]:
+        """Let a token open nothing from now on; its record."""
+        return self._send("DELETE", f"/tokens/{token}", None, {})
+
+    # HTTP
+
+    def _stream(self, path: str) -> Iterator[bytes]:
+        """What is no JSON, piece by piece."""
         import httpx
 
         try:
-            with self._client.stream("GET", f"/api/v1/exports/{export}/download") as answer:
+            with self._client.stream("GET", f"/api/v1{path}") as answer:
                 if answer.status_code != 200:
                     answer.read()
                     self._document(answer)
                 yield from answer.iter_bytes()
         except httpx.HTTPError as problem:
             raise self._silent(problem) from None
-
-    # HTTP
 
     def _get(self, path: str, **query: Any) -> dict[str, Any]:
         said = {key: value for key, value in query.items() if value is not None and value != []}

@@ -136,6 +136,22 @@ def choices(folder: Folder) -> list[dict[str, Any]]:
     return [{"name": name, "summary": plugins.summary(folder, name)} for name in plugins.names(folder)]
 
 
+def methods() -> list[dict[str, Any]]:
+    """The methods, and how KV caches are quantized, which is no method: it knows no weights."""
+    from autoq import kv_cache
+
+    caches = [{"name": f"kv{bits}", "summary": kv_cache.summary(bits)} for bits in kv_cache.BITS]
+    return [*choices("methods"), *caches]
+
+
+def offered(what: str) -> list[dict[str, Any]]:
+    """What there is to choose from: of `methods`, `targets`, `objectives` or `samplers`."""
+    made = {"methods": methods, "targets": targets}.get(what)
+    if made is not None:
+        return made()
+    return choices("search.samplers" if what == "samplers" else "objectives")
+
+
 def targets() -> list[dict[str, Any]]:
     """`[{"name", "summary", "times", "predicts_only", "exports", "unavailable"}]` of all targets."""
     from autoq import plugins

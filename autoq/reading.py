@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -56,6 +57,15 @@ class Reader(Protocol):
 
     def diff(self, study: str, a: str, b: str) -> dict[str, Any]:
         """What differs between two trials, each a number or a baseline's name, as JSON."""
+
+    def report(self, study: str) -> bytes:
+        """The study as one HTML file."""
+
+    def tokens(self) -> list[dict[str, Any]]:
+        """All tokens as JSON, oldest first; none of them has its secret."""
+
+    def offered(self, what: str) -> list[dict[str, Any]]:
+        """What there is to choose from: of `methods`, `targets`, `objectives` or `samplers`, as JSON."""
 
 
 class StoreReader:
@@ -109,3 +119,17 @@ class StoreReader:
         left, right = (documents.named_trial(self.store, record, text) for text in (a, b))
         layers, caches = documents.layers(self.store, record), self.store.table(record.id, "caches")
         return diff.document(record, left, right, layers, caches)
+
+    def report(self, study: str) -> bytes:
+        """The study as one HTML file."""
+        reports = importlib.import_module("autoq.dashboards.report")
+        text: str = reports.html(self.store, self.store.study(study).id)
+        return text.encode()
+
+    def tokens(self) -> list[dict[str, Any]]:
+        """All tokens as JSON, oldest first; none of them has its secret."""
+        return [record.to_json() for record in self.store.accounts.list()]
+
+    def offered(self, what: str) -> list[dict[str, Any]]:
+        """What there is to choose from here, as JSON. No database is asked."""
+        return documents.offered(what)

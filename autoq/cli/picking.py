@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from autoq.errors import AutoQError
 
 if TYPE_CHECKING:
+    from autoq.client import Server as Client
     from autoq.spec import Bound
     from autoq.store import Store, StudyRecord, TrialRecord
 
@@ -40,23 +41,55 @@ def picked(
     found = store.trial(study.id, chosen.number).to_json() | {"no_better_than": [trial.number for trial in others]}
     if others:
         sys.stderr.write(tie_line(study, chosen.number, others) + "\n")
-    if (offer := offered(store, study, chosen, maximum, minimum, best)) is not None:
+
+    def ask() -> Mapping[str, Any] | None:
+        if store.table(study.id, "sensitivity") is None:
+            return None  # nothing to predict from
+        from autoq.search.offers import offer_json
+        from autoq.study import bounds
+
+        return offer_json(store, study, bounds(study, maximum, minimum), best)
+
+    if (offer := offered(study, chosen, store.frontier(study.id), maximum, minimum, best, ask)) is not None:
         found["offer"] = offer
-        sys.stderr.write(offer_line(study, chosen, offer) + "\n")
     return found
 
 
+def picked_there(
+    client: Client, name: str, maximum: Mapping[str, str], minimum: Mapping[str, str], best: str | None
+) -> dict[str, Any]:
+    """As `picked`, by a server."""
+    found = client.pick(name, maximum, minimum, best)
+    whole = client.frontier(name, {}, {}, with_assignments=False)
+    by_number = {trial.number: trial for trial in whole.points}
+    if others := [by_number[number] for number in found["no_better_than"] if number in by_number]:
+        sys.stderr.write(tie_line(whole.study, found["number"], others) + "\n")
+
+    def ask() -> Mapping[str, Any] | None:
+        return client.offer(name, maximum, minimum, best) if client.has_sensitivities(name) else None
+
+    chosen = by_number.get(found["number"])
+    if chosen is None:
+        return found  # the frontier went on since
+    offer = offered(whole.study, chosen, whole.points, maximum, minimum, best, ask)
+    return found if offer is None else found | {"offer": offer}
+
+
 def offered(
-    store: Store,
     study: StudyRecord,
     chosen: TrialRecord,
+    frontier: Sequence[TrialRecord],
     maximum: Mapping[str, str],
     minimum: Mapping[str, str],
     best: str | None,
+    ask: Callable[[], Mapping[str, Any] | None],
 ) -> dict[str, Any] | None:
     """`{"predicted": {objective: {"value", "low", "high", "kind"}}, "assignment"}` of what the study's model
     offers between `chosen` and the bound on the size, or as the smallest within a bound on the loss; None where
-    that is full, or nothing better is offered."""
+    that is full, or nothing better is offered. Says on standard error what it offers, or why it cannot.
+
+    `ask` gives the model's offer as `search.offers.offer_json` does, None where there is no model.
+    """
     from autoq.study import bounds
 
     names = {objective.name for objective in study.objectives}
@@ -70,30 +103,23 @@ def offered(
     objective = next(o for o in study.objectives if o.name == (best or study.objectives[0].name))
     sign = 1 if objective.direction == "minimize" else -1
     value = chosen.values([objective.name])[0]
-    if all(sign * trial.values([objective.name])[0] >= sign * value for trial in store.frontier(study.id)):
+    if all(sign * trial.values([objective.name])[0] >= sign * value for trial in frontier):
         return None  # the limits keep nothing better out
     if smallest:
         value *= 1 - GAP
-    if store.table(study.id, "sensitivity") is None:
-        return None  # nothing to predict from
-    from autoq.search.offers import offer
-
     try:
-        found = offer(store, study, limits, best)
-        assert found is not None, "only a fresh one may be missing"
+        found = ask()
     except AutoQError as problem:
         sys.stderr.write(f"nothing is offered between trial {chosen.number} and the bounds: {problem}\n")
         return None
-    if store.find(study.id, found.assignment.hash) is not None:
+    if found is None or found["trial"] is not None:
+        return None  # no model, or an assignment that was measured
+    predicted = found["predicted"]
+    if objective.name in predicted and sign * predicted[objective.name]["value"] >= sign * value:
         return None
-    if objective.name in found.predicted and sign * found.predicted[objective.name][0] >= sign * value:
-        return None
-    exact = {name for (name, _), m in chosen.measurements.items() if m.kind == "computed"}
-    predicted = {
-        name: {"value": value, "low": low, "high": high, "kind": "computed" if name in exact else "predicted"}
-        for name, (value, low, high) in found.predicted.items()
-    }
-    return {"predicted": predicted, "assignment": found.assignment.to_dict()}
+    offer = {"predicted": predicted, "assignment": found["assignment"]}
+    sys.stderr.write(offer_line(study, chosen, offer) + "\n")
+    return offer
 
 
 def offer_line(study: StudyRecord, chosen: TrialRecord, found: Mapping[str, Any]) -> str:

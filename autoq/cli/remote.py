@@ -9,7 +9,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
@@ -110,6 +110,15 @@ def resume_there(server: str, study: str, trials: int | None, as_json: bool) -> 
         print_json(found.to_json())
     else:
         sys.stdout.write(f"study {found.name} is {found.state}\n")
+
+
+def refine_there(
+    client: Client, study: str, maximum: Mapping[str, str], minimum: Mapping[str, str], best: str | None, count: int
+) -> None:
+    """Have a server measure up to `count` offers, and wait for them."""
+    queued = client.refine(study, maximum, minimum, best, count)
+    sys.stderr.write(f"study {queued.name} is {queued.state}: {client.url}/studies/{queued.name}\n")
+    _wait(client, queued.name, quiet=False)
 
 
 def export_there(

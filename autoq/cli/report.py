@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from autoq.cli.app import DEFAULT_DB, Db, StudyArgument, app, examples
-from autoq.cli.output import open_store
+from autoq.cli.app import DEFAULT_DB, Db, Server, StudyArgument, app, examples
+from autoq.cli.output import reading
+from autoq.errors import AutoQError
 
 
-@app.command(epilog=examples("autoq report demo --out demo.html", "autoq report demo --out demo.html --db runs.db"))
+@app.command(
+    epilog=examples(
+        "autoq report demo --out demo.html", "autoq report demo --out demo.html --server https://autoq.internal"
+    )
+)
 def report(
     study: StudyArgument,
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where to write it; an older one is replaced.")],
     db: Db = DEFAULT_DB,
+    server: Server = None,
 ) -> None:
     """Write a study as one HTML file.
 
@@ -26,8 +31,10 @@ def report(
     """
     from autoq.display import numbers
 
-    reports = importlib.import_module("autoq.dashboards.report")
-
-    with open_store(db) as store:
-        size = reports.write(store, store.study(study).id, out)
-    sys.stderr.write(f"{out}: {numbers.size(size)}\n")
+    with reading(db, server) as reader:
+        found = reader.report(study)
+    try:
+        out.write_bytes(found)
+    except OSError as problem:
+        raise AutoQError(f"cannot write {str(out)!r}: {problem.strerror or problem}") from None
+    sys.stderr.write(f"{out}: {numbers.size(len(found))}\n")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
 
+from autoq import documents
 from autoq.cli.app import DEFAULT_DB, Db, Json, Server, StudyArgument, app, examples
 from autoq.cli.output import open_store, print_frontier, print_json, reading, show
-from autoq.documents import choices, document, pairs
-from autoq.documents import targets as all_targets
+from autoq.documents import document, pairs
 from autoq.errors import BadInput
 
 Maximum = Annotated[
@@ -132,15 +131,13 @@ def pick(
     from autoq.study import bounds
 
     if server is not None:
-        if refine is not None:
-            raise BadInput("--refine measures here; ask a server for it on its page, or give --db")
-        with reading(db, server) as reader:
-            found = reader.pick(study, upper, lower, best)
-            points = reader.frontier(study, upper, lower, with_assignments=False) if found["no_better_than"] else None
-        if points is not None:
-            by_number = {trial.number: trial for trial in points.points}
-            others = [by_number[number] for number in found["no_better_than"] if number in by_number]
-            sys.stderr.write(picking.tie_line(points.study, found["number"], others) + "\n")
+        from autoq.cli.remote import refine_there
+        from autoq.client import Server as Client
+
+        with Client.open(server) as client:
+            if refine is not None:
+                refine_there(client, study, upper, lower, best, refine)
+            found = picking.picked_there(client, study, upper, lower, best)
     else:
         with open_store(db) as store:
             record = store.study(study)
@@ -183,34 +180,40 @@ def diff(
         show(display.table(found))
 
 
-def _print_choices(folder: Any, what: str, as_json: bool, more: Sequence[tuple[str, str]] = ()) -> None:
-    found = [*choices(folder), *({"name": name, "summary": line} for name, line in more)]
+def _offered(what: str, server: str | None) -> list[dict[str, Any]]:
+    """What there is to choose from here, or on a server."""
+    if server is None:
+        return documents.offered(what)
+    with reading("", server) as reader:
+        return reader.offered(what)
+
+
+def _print_choices(what: str, server: str | None, as_json: bool) -> None:
+    found = _offered(what, server)
     if as_json:
-        print_json({f"{what}s": found})
+        print_json({what: found})
         return
     from autoq.display import tables
 
-    show(tables.choices([(choice["name"], choice["summary"]) for choice in found], what))
+    show(tables.choices([(choice["name"], choice["summary"]) for choice in found], what.removesuffix("s")))
 
 
 @app.command(epilog=examples("autoq methods", "autoq methods --json"))
-def methods(as_json: Json = False) -> None:
+def methods(server: Server = None, as_json: Json = False) -> None:
     """List the quantization methods.
 
     And how KV caches are quantized, which is no method: it knows no weights.
     """
-    from autoq import kv_cache
-
-    _print_choices("methods", "method", as_json, [(f"kv{bits}", kv_cache.summary(bits)) for bits in kv_cache.BITS])
+    _print_choices("methods", server, as_json)
 
 
 @app.command(epilog=examples("autoq targets"))
-def targets(as_json: Json = False) -> None:
+def targets(server: Server = None, as_json: Json = False) -> None:
     """List the deployment runtimes.
 
-    What each one times, what it exports, and whether it can measure on this machine.
+    What each one times, what it exports, and whether it can measure on this machine, or on the server's.
     """
-    found = all_targets()
+    found = _offered("targets", server)
     if as_json:
         print_json({"targets": found})
         return
@@ -220,15 +223,15 @@ def targets(as_json: Json = False) -> None:
 
 
 @app.command(epilog=examples("autoq objectives"))
-def objectives(as_json: Json = False) -> None:
+def objectives(server: Server = None, as_json: Json = False) -> None:
     """List what can be measured."""
-    _print_choices("objectives", "objective", as_json)
+    _print_choices("objectives", server, as_json)
 
 
 @app.command(epilog=examples("autoq samplers"))
-def samplers(as_json: Json = False) -> None:
+def samplers(server: Server = None, as_json: Json = False) -> None:
     """List what can propose assignments."""
-    _print_choices("search.samplers", "sampler", as_json)
+    _print_choices("samplers", server, as_json)
 
 
 @app.command(epilog=examples("autoq doctor", "autoq doctor --json"))

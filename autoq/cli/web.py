@@ -14,8 +14,8 @@ from typing import Annotated
 
 import typer
 
-from autoq.cli.app import DEFAULT_DB, Db, Json, app, examples
-from autoq.cli.output import open_store, print_json, show
+from autoq.cli.app import DEFAULT_DB, Db, Json, Server, app, examples
+from autoq.cli.output import open_store, print_json, reading, show
 from autoq.cli.run import ExecutorName
 from autoq.errors import AutoQError, BadInput
 
@@ -149,12 +149,14 @@ def create_token(
     role: Annotated[RoleName, typer.Option(help="viewer reads, submitter submits, admin does all for all users.")],
     expires: Annotated[str | None, typer.Option(metavar="TIME", help="After how long, such as 90d.")] = None,
     db: Db = DEFAULT_DB,
+    server: Server = None,
     as_json: Json = False,
 ) -> None:
     """Make a token and print it, this once: the database has only its hash.
 
     Whoever serves this database asks everybody for a token from now on.
     """
+    from autoq.client import Server as Client
     from autoq.spec_units import parse_seconds
     from autoq.store import Store
 
@@ -167,21 +169,27 @@ def create_token(
         if not 0 < seconds <= 100 * 365 * 86400 or not math.isfinite(seconds):
             raise BadInput(f"--expires must be more than nothing and at most 100 years (got {expires[:80]!r})")
         lasting = timedelta(seconds=seconds)
-    with Store.open(db) as store:
-        secret, record = store.accounts.create(name, user, role.value, lasting)
+    if server is not None:
+        with Client.open(server) as client:
+            days = None if lasting is None else lasting / timedelta(days=1)
+            made = client.create_token(name, user, role.value, days)
+    else:
+        with Store.open(db) as store:
+            secret, record = store.accounts.create(name, user, role.value, lasting)
+        made = record.to_json() | {"token": secret}
     if as_json:
-        print_json(record.to_json() | {"token": secret})
+        print_json(made)
         return
-    until = "until it is revoked" if record.expires_at is None else f"until {record.expires_at:%Y-%m-%d %H:%M} UTC"
-    sys.stderr.write(f"token {record.id} of {user} ({role.value}), valid {until}; it is shown this once:\n")
-    sys.stdout.write(f"{secret}\n")
+    until = f"until {_cell(made['expires_at'])} UTC" if made["expires_at"] else "until it is revoked"
+    sys.stderr.write(f"token {made['id']} of {user} ({role.value}), valid {until}; it is shown this once:\n")
+    sys.stdout.write(f"{made['token']}\n")
 
 
 @token.command("list", epilog=examples("autoq token list", "autoq token list --json"))
-def list_tokens(db: Db = DEFAULT_DB, as_json: Json = False) -> None:
+def list_tokens(db: Db = DEFAULT_DB, server: Server = None, as_json: Json = False) -> None:
     """List all tokens, those too that open nothing any more."""
-    with open_store(db) as store:
-        found = [record.to_json() for record in store.accounts.list()]
+    with reading(db, server) as reader:
+        found = reader.tokens()
     if as_json:
         print_json({"tokens": found})
         return
@@ -203,10 +211,17 @@ def _cell(value: object) -> str:
 def revoke_token(
     token_id: Annotated[int, typer.Argument(metavar="ID", min=0, help="As `autoq token list` shows it.")],
     db: Db = DEFAULT_DB,
+    server: Server = None,
 ) -> None:
     """Let a token open nothing from now on, its sessions in browsers neither."""
     if token_id >= 2**31:
         raise AutoQError(f"no token with id {token_id}")
-    with open_store(db) as store:
-        record = store.accounts.revoke(token_id)
-    sys.stdout.write(f"token {record.id} ({record.name}) of {record.user} is revoked\n")
+    if server is not None:
+        from autoq.client import Server as Client
+
+        with Client.open(server) as client:
+            gone = client.revoke_token(token_id)
+    else:
+        with open_store(db) as store:
+            gone = store.accounts.revoke(token_id).to_json()
+    sys.stdout.write(f"token {gone['id']} ({gone['name']}) of {gone['user']} is revoked\n")

@@ -26,13 +26,19 @@ def offers(monkeypatch):
     fake.predicted = {"kl_nats_per_token": (0.05, 0.04, 0.06), "size_bytes": (99.9e6, 99.9e6, 99.9e6)}
     fake.assignment = OFFERED
 
-    def offer(store, study, bounds, best):
+    def offer_json(store, study, bounds, best):
         fake.asked.append((study.name, bounds, best))
         if fake.assignment is None:
             raise AutoQError("no assignment keeps the bounds")
-        return types.SimpleNamespace(assignment=fake.assignment, predicted=fake.predicted)
+        known = store.find(study.id, fake.assignment.hash)
+        predicted = {
+            name: {"value": value, "low": low, "high": high, "kind": "predicted" if low < high else "computed"}
+            for name, (value, low, high) in fake.predicted.items()
+        }
+        trial = None if known is None else known.number
+        return {"predicted": predicted, "assignment": fake.assignment.to_dict(), "trial": trial}
 
-    fake.offer = offer
+    fake.offer_json = offer_json
     monkeypatch.setitem(sys.modules, "autoq.search.offers", fake)
     return fake
 

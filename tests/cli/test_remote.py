@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import tarfile
 import threading
 import time
+import types
 
 import pytest
 import uvicorn
+import yaml
 
 from autoq.cli.remote import fetch
 from autoq.client import Server, check_url, read_token
@@ -133,8 +136,8 @@ def test_an_interrupt_says_what_may_have_happened(autoq, server, monkeypatch):
         (("submit", "demo", "-q", "--set", "model.id=other", "--server", "{server}"), "model.id: no model 'other'"),
         (("cancel", "demo", "--server", "{server}"), "demo"),
         (
-            ("pick", "demo", "--max", "size_bytes=1GB", "--refine", "1", "--server", "{server}"),
-            "--refine measures here",
+            ("pick", "demo", "--max", "speed=1GB", "--refine", "1", "--server", "{server}"),
+            "speed",
         ),
     ],
 )
@@ -240,3 +243,134 @@ def test_what_is_no_export_leaves_nothing_behind(tmp_path, entries):
 def test_links_are_left_out(tmp_path):
     fetch(iter(packed(("a/autoq.json", b"{}"), ("a/link", None))), tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["autoq.json"]
+
+
+# What a command does with a server. One that is new has to say so here.
+READERS = {
+    "studies": [()],
+    "trials": [("demo",)],
+    "frontier": [("demo",), ("demo", "--min", "size_bytes=75MB")],
+    "pick": [("demo", "--max", "size_bytes=100MB")],
+    "diff": [("demo", "3", "4")],
+    "report": [("demo", "--out", "{out}")],
+    "token list": [()],
+    "methods": [()],
+    "targets": [()],
+    "objectives": [()],
+    "samplers": [()],
+}
+WRITERS = {"submit", "cancel", "resume", "export", "token create", "token revoke"}
+HERE = {
+    "search",  # measures on this machine; `submit` has a server do it
+    "sensitivity",  # as well
+    "recover",
+    "sequential",
+    "verify",  # a folder that is here
+    "serve",
+    "doctor",  # what is installed here
+}
+
+
+def commands(group, before=""):
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{before}{name} ")
+        else:
+            yield f"{before}{name}", {option for parameter in command.params for option in parameter.opts}
+
+
+def test_every_command_says_whether_it_asks_a_server():
+    from typer.main import get_command
+
+    from autoq.cli import app
+
+    found = dict(commands(get_command(app)))
+    assert set(found) == READERS.keys() | WRITERS | HERE
+    assert {name for name, options in found.items() if "--server" in options} == READERS.keys() | WRITERS
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_every_command_that_reads_gives_the_same_json_from_a_server(
+    autoq, server, database, tmp_path, name, monkeypatch
+):
+    with Store.open(database) as store:
+        secret, _ = store.accounts.create("mine", "ada", "admin")
+    monkeypatch.setenv("AUTOQ_TOKEN", secret)
+    for arguments in READERS[name]:
+        told = []
+        for where in ((), ("--server", server)):
+            out = tmp_path / f"{len(told)}.html"
+            line = [*name.split(), *(each.format(out=out) for each in arguments), *where]
+            done = autoq(*line, *([] if "--out" in line else ["--json"]))
+            assert done.exit_code == 0, done.output
+            told.append(out.read_text() if out.exists() else json.loads(done.stdout))
+        if name == "token list":
+            told = [[{**token, "used_at": None} for token in each["tokens"]] for each in told]
+        assert told[0] == told[1]
+        assert told[0]
+
+
+def test_a_server_offers_what_the_database_offers(autoq, server, database, monkeypatch):
+    offer = {
+        "predicted": {
+            "kl_nats_per_token": {"value": 0.05, "low": 0.04, "high": 0.06, "kind": "predicted"},
+            "size_bytes": {"value": 99e6, "low": 99e6, "high": 99e6, "kind": "computed"},
+        },
+        "assignment": {"model.layers.0.q_proj": "rtn-int8-g64"},
+        "trial": None,
+    }
+    fake = types.ModuleType("autoq.search.offers")
+    fake.offer_json = lambda *_: offer
+    monkeypatch.setitem(sys.modules, "autoq.search.offers", fake)
+
+    async def ask(*_):
+        return offer
+
+    monkeypatch.setattr(Desk, "offer", ask, raising=False)
+    line = ("pick", "demo", "--max", "size_bytes=100MB", "--json")
+    assert "offer" not in json.loads(autoq(*line).stdout)
+    with Store.open(database) as store:
+        store.put_table(1, "sensitivity", {"model.layers.0.q_proj": {"rtn-int4-g64": 0.1}})
+    here, there = autoq(*line), autoq(*line, "--server", server)
+    assert json.loads(here.stdout)["offer"]["predicted"] == offer["predicted"]
+    assert (here.stdout, here.stderr) == (there.stdout, there.stderr)
+
+
+def test_a_refinement_is_measured_by_the_server(autoq, server, database):
+    line = ("pick", "demo", "--max", "size_bytes=100MB", "--refine", "2", "--server", server)
+    found = []
+    waiting = threading.Thread(target=lambda: found.append(autoq(*line)))
+    waiting.start()
+    with Store.open(database) as store:
+        while store.study("demo").state != "queued":
+            time.sleep(0.01)
+        assert store.table(1, "job")["kind"] == "refine"
+        store.queue.settle(1, "finished")
+    waiting.join()
+    assert found[0].exit_code == 0, found[0].output
+    assert f"study demo is queued: {server}/studies/demo" in found[0].stderr
+    assert yaml.safe_load(found[0].stdout)["study"] == "demo"
+
+
+def test_tokens_are_made_and_revoked_on_a_server(autoq, server, database, monkeypatch):
+    first = json.loads(
+        autoq("token", "create", "a", "--user", "ada", "--role", "admin", "--server", server, "--json").stdout
+    )
+    assert autoq("studies", "--server", server).exit_code == 2
+    monkeypatch.setenv("AUTOQ_TOKEN", first["token"])
+    made = autoq("token", "create", "b", "--user", "bob", "--role", "viewer", "--expires", "90d", "--server", server)
+    assert made.stdout.startswith("aq_") or len(made.stdout.strip()) > 20
+    assert "of bob (viewer), valid until 20" in made.stderr
+    assert autoq("token", "revoke", "2", "--server", server).stdout == "token 2 (b) of bob is revoked\n"
+    with Store.open(database) as store:
+        assert [token.valid() for token in store.accounts.list()] == [True, False]
+    assert autoq("token", "revoke", "9", "--server", server).stderr == "autoq: no token with id 9\n"
+
+
+def test_a_report_that_there_is_none_of_is_one_line(autoq, server, database, tmp_path):
+    done = autoq("submit", "demo", "--name", "fresh", "--server", server)
+    assert done.exit_code == 0, done.output
+    done = autoq("report", "fresh", "--out", str(tmp_path / "x.html"), "--server", server)
+    assert done.exit_code == 2
+    assert done.stderr == "autoq: study 'fresh' has no complete trial: there is nothing to report yet\n"
+    assert not (tmp_path / "x.html").exists()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 router = APIRouter(prefix="/api/v1/studies/{study}", tags=["figures"])
 
 _UNCHANGED: dict[int | str, dict[str, Any]] = {304: {"description": "What the client has is still so"}}
+_HTML: dict[int | str, dict[str, Any]] = _UNCHANGED | {200: {"content": {"text/html": {"schema": {"type": "string"}}}}}
 
 
 def _dashboard(module: str) -> Any:
@@ -102,6 +103,21 @@ def get_points(
         return points(view.study, view.trials)
 
     return tagged(request, (study.id, study.changes), make, keep=since is None)
+
+
+@router.get("/report", response_class=Response, responses=_HTML)
+def get_report(request: Request, store: Stored, study: Visible) -> Response:
+    """The study as one HTML file, as `autoq report` writes it. A study without a complete trial has none: 409."""
+
+    def make() -> str:
+        text: str = _dashboard("report").html(store, study.id)
+        return text
+
+    response = tagged(request, (study.id, study.changes), make, "text/html; charset=utf-8")
+    # Its scripts stand in it, and run where it is saved; they are not let near this server's pages.
+    response.headers["Content-Disposition"] = f'attachment; filename="{study.name}.html"'
+    response.headers["Content-Security-Policy"] = "sandbox; default-src 'none'"
+    return response
 
 
 @router.get("/overview", response_model=OverviewAnswer, responses=_UNCHANGED)

@@ -59,7 +59,7 @@ def metrics(request: Request) -> Response:
 @router.get("/api/v1/methods", response_model=MethodsAnswer, responses=_UNCHANGED)
 def list_methods(request: Request) -> Response:
     """The quantization methods."""
-    return tagged(request, (), lambda: {"methods": documents.choices("methods")})
+    return tagged(request, (), lambda: {"methods": documents.methods()})
 
 
 @router.get("/api/v1/objectives", response_model=ObjectivesAnswer, responses=_UNCHANGED)
