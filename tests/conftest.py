@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -74,6 +74,18 @@ def trained_models(tiny_models: ModuleType) -> ModuleType:
 def trained_model_dir(trained_models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Family -> folder of a small bfloat16 checkpoint that was trained, when first asked for. Read only."""
     return _made_once(trained_models, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def brief_timings() -> Iterator[None]:
+    """Latencies of the fewest rounds that a target takes: for studies whose milliseconds nobody judges."""
+    from autoq.targets import _llama_cpp_timing, _onnx_session, _torch_cpu_timing
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_torch_cpu_timing, "ROUNDS_SECONDS", 0.0)
+        patch.setattr(_llama_cpp_timing, "ROUNDS_SECONDS", 0.0)
+        patch.setattr(_onnx_session, "RUNS_SECONDS", 0.0)
+        yield
 
 
 def _made_once(models: ModuleType, folders: pytest.TempPathFactory) -> Callable[[str], Path]:

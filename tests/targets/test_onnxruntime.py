@@ -282,7 +282,7 @@ def test_runtime_names_its_version():
 
 
 @pytest.mark.slow
-def test_a_study_of_a_sentence_encoder(tmp_path):
+def test_a_study_of_a_sentence_encoder(brief_timings, tmp_path):
     spec = build_spec(
         {
             "model": {"id": "demo:minilm", "dtype": "float32"},
