@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -73,7 +74,13 @@ class Layer:
 
     def nbytes(self, scheme: Scheme) -> int:
         """Bytes that ship for this layer's weight under `scheme`."""
-        return scheme.nbytes(self.out_features, self.in_features, self.dtype_bytes)
+        return _nbytes(scheme, self.out_features, self.in_features, self.dtype_bytes)
+
+
+@functools.lru_cache(maxsize=65536)
+def _nbytes(scheme: Scheme, out_features: int, in_features: int, dtype_bytes: int) -> int:
+    """Of few shapes and schemes, and asked for with every layer of every trial."""
+    return scheme.nbytes(out_features, in_features, dtype_bytes)
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from autoq import trained
 from autoq.assignment import Assignment
 from autoq.errors import BadInput, LeaseLost, NotFinite
 from autoq.objectives import computed
-from autoq.search.controller import MAX_KILLED, violations
+from autoq.search.controller import MAX_KILLED
 from autoq.search.executors import Executor, Failure, Job, completed
 from autoq.search.holding import Hold
+from autoq.search.outcomes import violations
 from autoq.search.reporting import is_finite
 from autoq.search.setup import Problem
 from autoq.store import Descent, Origin, StudyRecord, TrialRecord

@@ -2,36 +2,40 @@
 
 Proposals come from the plan (baselines, seeds), then from the sampler. `workers.count` trials are out
 at a time. Results are stored as they come and told to the sampler in the order of trial numbers, and
-trial n is asked for when trial n − count has been told and no later one; so the proposals depend on the
-spec and its seed alone, not on which worker was faster, not on the executor, and not on interruptions.
+trial n is asked for when trial n − window (`autoq.search.ahead`) has been told and no later one; so the
+proposals depend on the spec and its seed alone, not on which worker was faster, not on the executor, and not
+on interruptions.
 Neither does whom a proposal is held against while it is evaluated, and so when it is given up: a trial
 of those that had been told when it was asked for.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from autoq import plugins, trained
 from autoq.assignment import Assignment
 from autoq.errors import AutoQError, LeaseLost, NotFinite
 from autoq.measurement import Measurement
-from autoq.objectives import can_be_compared, computed
+from autoq.objectives import computed
+from autoq.search.ahead import ASKS_PER_RESULT, Asked, window
 from autoq.search.executors import MAX_ATTEMPTS, Executor, Failure, Job, Result, make_executor
 from autoq.search.holding import LOOK_SECONDS, Hold, StopRequested, Watching, holding
 from autoq.search.observer import Observer
 from autoq.search.optuna_study import AskTell, Row, State
+from autoq.search.outcomes import Flight, Outcome, violations
 from autoq.search.priors import make_prior
 from autoq.search.reporting import is_finite, report
+from autoq.search.rivals import Rivals
 from autoq.search.samplers import SLOPES, Sampler
 from autoq.search.setup import Problem, Proposal, create_study, make_plan, pose
 from autoq.search.stages import run_job
-from autoq.search.stopping import Finished, choose, expected, was_stopped
-from autoq.spec import Bound, StudySpec
-from autoq.statistics import Rival
+from autoq.search.stopping import expected, was_stopped
+from autoq.spec import StudySpec
 from autoq.store import Store, StudyRecord, TrialRecord
 from autoq.store.queue_records import CLOCK, CRASHES
 from autoq.store.records import Origin
@@ -111,30 +115,6 @@ def _leave_failed(store: Store, study_id: int, reason: str) -> None:
         return
 
 
-def violations(constraints: Mapping[str, Bound], measurements: Sequence[Measurement]) -> dict[str, float]:
-    """How far each bound is overstepped, relative to the bound; at most 0 where it is kept."""
-    values = {m.objective: expected(m) for m in measurements if m.part == "search"}
-    found = {}
-    for name, bound in constraints.items():
-        if bound.max is not None:
-            found[f"{name}.max"] = (values[name] - bound.max) / (abs(bound.max) or 1.0)
-        if bound.min is not None:
-            found[f"{name}.min"] = (bound.min - values[name]) / (abs(bound.min) or 1.0)
-    return found
-
-
-@dataclass
-class _Outcome:
-    """What the sampler is told of a trial: the values that it steers by, or None if it failed.
-
-    `beats` says whether it was evaluated in full and is feasible, so that others may be held against it.
-    """
-
-    values: list[float] | None
-    violations: list[float] = field(default_factory=list)
-    beats: bool = False
-
-
 class _Run:
     """One run of `run_study`: the state of the loop."""
 
@@ -160,9 +140,14 @@ class _Run:
         self.told = 0  # trials told to the sampler, in order
         self.done = 0  # trials that count against the budget
         # What is known and not told yet; a number stands for "as that trial came out".
-        self.outcomes: dict[int, _Outcome | int] = {}
-        self.told_outcomes: dict[int, _Outcome] = {}
-        self.flying: dict[str, TrialRecord] = {}
+        self.outcomes: dict[int, Outcome | int] = {}
+        self.told_outcomes: dict[int, Outcome] = {}
+        self.window = window(self.spec.workers.count)
+        self.ahead: deque[Asked] = deque()  # asked for and not stored yet
+        self.repeats = 0  # proposals in a row that were there before
+        self.exhausted = False
+        self.flying: dict[str, Flight] = {}
+        self.rivals = Rivals(problem, store, study.id)
         self.by_hash: dict[str, int] = {}
         # A baseline outside of the space is a trial that the sampler never hears of, so it counts its own.
         self.sampler_numbers: dict[int, int] = {}
@@ -257,7 +242,7 @@ class _Run:
             self.store.fail_trial(trial.id, trial.attempt, "WorkerLost", reason, "", 0.0, "")
             self.observer.note(f"trial {trial.number}: {reason}")
             self.done += trial.parent is None
-            self.outcomes[trial.number] = _Outcome(None)
+            self.outcomes[trial.number] = Outcome(None)
         else:
             trained.place(assignment, self.store.trained_layers)
             self._dispatch(trial, assignment, self.store.retry_trial(trial.id))
@@ -265,24 +250,18 @@ class _Run:
     def _search(self) -> None:
         self.observer.stage("search", self.spec.budget.trials)
         self.observer.advance(self.done)
-        repeats = 0
-        exhausted = False
         while True:
-            while not exhausted and self._may_ask():
-                fresh = self._propose()
-                if fresh is None:
-                    exhausted = True
-                    self.observer.note("every assignment of the space has been tried")
-                    break
-                repeats = 0 if fresh else repeats + 1
-                if repeats >= MAX_REPEATS:
-                    exhausted = True
-                    self.observer.note(f"the sampler proposed nothing new {MAX_REPEATS} times in a row; stopping")
+            # Whoever is free comes first. Then is the time to ask for what the next ones will be given.
+            while len(self.flying) < self.spec.workers.count and self._may_start() and self._ask():
+                self._start(self.ahead.popleft())
             if not self.flying:
                 self.hold.watch()
-                if not exhausted and self.done < self.spec.budget.trials:
+                if not self.exhausted and self.done < self.spec.budget.trials:
                     self.observer.note(f"the wall time is over after {self.done} of {self.spec.budget.trials} trials")
                 return
+            for _ in range(ASKS_PER_RESULT):
+                if self.spec.workers.count > 1 and self._may_start():
+                    self._ask(more=True)
             self._receive(self._next())
 
     def _next(self) -> Result:
@@ -315,23 +294,39 @@ class _Run:
             error = failed[0].error
             raise AutoQError(f"all {self.done} trials failed, the first with {error.type}: {error.message}")
 
-    def _may_ask(self) -> bool:
-        budget = self.spec.budget
-        if self.done + len(self.flying) >= budget.trials:
-            return False
-        if budget.wall_time is not None and self._elapsed() >= budget.wall_time:
-            return False
-        if self.hold.stops() is not None:
+    def _may_start(self) -> bool:
+        """Whether new trials may begin, as far as time and what is asked of the study go."""
+        limit = self.spec.budget.wall_time
+        return (limit is None or self._elapsed() < limit) and self.hold.stops() is None
+
+    def _ask(self, more: bool = False) -> bool:
+        """Have a proposal in `ahead`, or one more; False where there is none to be had now."""
+        if self.ahead and not more:
+            return True
+        counted = sum(asked.repeats is None for asked in self.ahead) if self.ahead else 0
+        if self.exhausted or self.done + len(self.flying) + counted >= self.spec.budget.trials:
             return False
         self._tell()
-        return not self._waits()
+        if self._waits():
+            return False
+        asked = self._propose()
+        if asked is None:
+            self.exhausted = True
+            self.observer.note("every assignment of the space has been tried")
+            return False
+        self.ahead.append(asked)
+        self.repeats = self.repeats + 1 if asked.repeats is not None else 0
+        if self.repeats >= MAX_REPEATS:
+            self.exhausted = True
+            self.observer.note(f"the sampler proposed nothing new {MAX_REPEATS} times in a row; stopping")
+        return True
 
     def _waits(self) -> bool:
         """Whether the next proposal waits for another outcome to be told."""
-        return self.asked - self.told >= self.spec.workers.count
+        return self.asked - self.told >= self.window
 
-    def _propose(self) -> bool | None:
-        """Take the next proposal: True if it is new, False if it repeats a trial, None if none is left."""
+    def _propose(self) -> Asked | None:
+        """Take the next proposal; None if none is left."""
         number, known_as = self.asked, len(self.sampler_numbers)
         if number < len(self.plan):
             proposal = self.plan[number]
@@ -349,23 +344,40 @@ class _Run:
         if indices is not None:
             attrs = self.asktell.attrs(known_as)
             self.sampler_numbers[number] = known_as
-        if (study_attrs := self.asktell.study_attrs()) != self.study_attrs:
-            self.store.save_sampler_attrs(self.study.id, study_attrs)
-            self.study_attrs = study_attrs
+        study_attrs: Mapping[str, Any] | None = self.asktell.study_attrs()
+        if study_attrs == self.study_attrs:
+            study_attrs = None
+        else:
+            self.study_attrs = dict(study_attrs or {})
         self.asked += 1
-        if (original := self.by_hash.get(assignment.hash)) is not None:
-            trial = self.store.record_duplicate(self.study.id, number, assignment, original, attrs, origin)
+        original = self.by_hash.setdefault(assignment.hash, number)
+        if original != number:
             self.outcomes[number] = original
+        repeats = None if original == number else original
+        return Asked(number, assignment, origin, baseline, attrs, study_attrs, repeats)
+
+    def _start(self, asked: Asked) -> None:
+        """Store a proposal as the next trial, and dispatch it unless it repeats another one."""
+        store, study_id, number, assignment = self.store, self.study.id, asked.number, asked.assignment
+        if asked.repeats is not None:
+            trial = store.record_duplicate(
+                study_id, number, assignment, asked.repeats, asked.attrs, asked.origin, asked.study_attrs
+            )
             self.observer.trial(trial, self.done, self.spec.budget.trials)
-            return False
-        self.by_hash[assignment.hash] = number
-        trial = self.store.start_trial(self.study.id, number, assignment, origin, baseline, attrs)
+            return
+        trial = store.start_trial(
+            study_id, number, assignment, asked.origin, asked.baseline, asked.attrs,
+            study_sampler_attrs=asked.study_attrs,
+        )  # fmt: skip
         self._dispatch(trial, assignment, trial.attempt)
-        return True
 
     def _dispatch(self, trial: TrialRecord, assignment: Assignment, attempt: int) -> None:
         key = f"trial-{trial.number}"
-        self.flying[key] = trial
+        flight = self.flying.get(key)
+        if flight is None:
+            flight = self.flying[key] = Flight(trial, self._computed(assignment))
+            if trial.origin == "sampler" and not self._wants_slopes(trial):
+                flight.rival = self._rival(trial.number, flight.computed)
         arguments: dict[str, Any] = {"assignment": assignment, "part": "search"}
         action = "measure"
         if self._wants_slopes(trial):
@@ -373,7 +385,7 @@ class _Run:
             variables = self.problem.space.variables
             arguments["choices"] = {part.name: [str(s) for s in v.choices] for v in variables for part in v.members}
             arguments["turn"] = trial.number
-        elif trial.origin == "sampler" and (rival := self._rival(trial.number, assignment)) is not None:
+        elif (rival := self.rivals.rival(flight.rival)) is not None:
             arguments["rival"] = rival
         self.executor.submit(Job(key, action, arguments, attempt, limit_seconds=self.spec.budget.trial_time))
 
@@ -394,32 +406,18 @@ class _Run:
         self.asktell.learn(self.sampler_numbers[trial.number], found)
         return {**trial.sampler_attrs, **found}
 
-    def _rival(self, number: int, assignment: Assignment) -> Rival | None:
+    def _rival(self, number: int, known: Sequence[Measurement]) -> int | None:
         """Whom trial `number` is held against: a trial that was told before it was asked for."""
-        spec, problem = self.spec, self.problem
-        if spec.budget.stop_confidence is None:
+        if not self.rivals.wanted:
             return None
-        told = ((n, self.told_outcomes[n]) for n in range(max(0, number - spec.workers.count + 1)))
-        finished = [Finished(n, outcome.values) for n, outcome in told if outcome.beats and outcome.values is not None]
-        directions = [problem.objectives[name].direction for name in spec.objectives]
-        known = {m.objective: m.value for m in self._computed(assignment)}
-        chosen = choose(finished, spec.objectives, directions, problem.qualities, known)
-        if chosen is None:
-            return None
-        # What only bounds what is feasible is left out: who beats whom is a matter of the objectives.
-        compared = [name for name in problem.qualities if name in spec.objectives]
-        if not can_be_compared([problem.objectives[name] for name in compared]):
-            return None
-        values = {}
-        for name in compared:
-            found = self.store.token_values(self.study.id, chosen, name, "search")
-            if found is None:
-                return None
-            values[name] = found
-        return Rival(chosen, values, spec.budget.stop_confidence)
+        while self.rivals.told <= number - self.window:
+            outcome = self.told_outcomes[self.rivals.told]
+            self.rivals.tell(outcome.values if outcome.beats else None)
+        return self.rivals.number({m.objective: m.value for m in known})
 
     def _receive(self, result: Result) -> None:
-        trial = self.flying[result.job.key]
+        flight = self.flying[result.job.key]
+        trial = flight.trial
         assignment: Assignment = result.job.arguments["assignment"]
         failure = result.failure
         if failure is not None and failure.crashed and result.job.attempt < MAX_ATTEMPTS:
@@ -432,7 +430,7 @@ class _Run:
         if failure is None:
             quality, slopes = result.value if result.job.action == "measure_with_slopes" else (result.value, {})
             attrs = self._learn(trial, slopes)
-            measurements = self._complete(quality, assignment)
+            measurements = self._complete(quality, flight.computed)
             if bad := next((m for m in measurements if not is_finite(m)), None):
                 failure = Failure.of(NotFinite(f"{bad.objective} is {bad.value} under this assignment"))
         if failure is not None:
@@ -445,13 +443,14 @@ class _Run:
         if not accepted:  # somebody else finished this attempt; what is stored is what counts
             self.observer.note(f"trial {trial.number}: a late result was dropped")
         self.done += trial.parent is None
-        stored = self.store.trial(self.study.id, trial.number)
+        stored = self.store.trial(self.study.id, trial.number, with_assignments=False)
+        stored = dataclasses.replace(stored, assignment=assignment)
         self.outcomes[trial.number] = self._outcome(stored)
         self._keep_time()
         self.observer.trial(stored, self.done, self.spec.budget.trials)
 
-    def _complete(self, quality: Sequence[Measurement], assignment: Assignment) -> list[Measurement]:
-        by_name = {m.objective: m for m in [*quality, *self._computed(assignment)]}
+    def _complete(self, quality: Sequence[Measurement], known: Sequence[Measurement]) -> list[Measurement]:
+        by_name = {m.objective: m for m in [*quality, *known]}
         return [by_name[name] for name in self.spec.measured]
 
     def _computed(self, assignment: Assignment) -> list[Measurement]:
@@ -466,12 +465,12 @@ class _Run:
             trial.id, result.job.attempt, failure.error, message, failure.traceback, result.seconds, result.worker
         )
 
-    def _outcome(self, trial: TrialRecord) -> _Outcome:
+    def _outcome(self, trial: TrialRecord) -> Outcome:
         # What was trained was not proposed: its schemes are those of another trial, which the sampler has learned from.
         if trial.state not in ("complete", "stopped") or trial.parent is not None:
-            return _Outcome(None)
+            return Outcome(None)
         values = [expected(trial.measurements[name, "search"]) for name in self.problem.steering]
-        return _Outcome(values, [trial.violations[k] for k in sorted(trial.violations)], bool(trial.feasible))
+        return Outcome(values, [trial.violations[k] for k in sorted(trial.violations)], bool(trial.feasible))
 
     def _settle(self) -> int | None:
         """Take the outcome that is next in order, if it is known, and return its trial's number."""

@@ -18,8 +18,10 @@ and TPE is lost with it (10.1, random search 10.3) and does well without (12.4).
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import warnings
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -91,6 +93,7 @@ class AskTell:
         self._names = [name for name, _ in parameters]
         self._sizes = [n for _, n in parameters]
         self._n_constraints = n_constraints
+        self._places = {name: place for place, name in enumerate(self._names)}
         self._distributions = _Shared(
             {name: _Index(0, n - 1) if plugin.ordinal else _Category(range(n)) for name, n in parameters}
         )
@@ -99,7 +102,7 @@ class AskTell:
         self._proposed: set[tuple[int, ...]] = set()
         space = {name: self._distributions[name] for name, n in parameters if n > 1}
         self._proposer = _Proposer(plugin, seed, n_startup, options, space, prior or Prior())
-        self._storage = InMemoryStorage()
+        self._storage = _Storage()
         with _quiet():
             self._study = optuna.create_study(
                 storage=self._storage, sampler=self._proposer, directions=list(directions), study_name="study"
@@ -120,34 +123,42 @@ class AskTell:
 
     def ask_fixed(self, number: int, indices: Sequence[int]) -> None:
         """Make trial `number` the given choices (a baseline, a seed), as if they had been proposed."""
-        self._ask(number, self._choices(indices))
+        self._ask(number, dict(zip(self._names, self._choices(indices).indices, strict=True)))
 
     def _ask(self, number: int, fixed: dict[str, int] | None) -> list[int]:
+        # What `Study.ask` does, but for setting one parameter after the other, each with a copy of all before it: of
+        # 210 that takes longer than all else.
         assert number == self._count(), f"trial {number} is asked for and {self._count()} is next"
-        self._proposer.fixed = fixed
+        self._forget_snapshot()
         with _quiet():
-            trial = self._study.ask(self._distributions)
-        assert trial.number == number
-        chosen = trial.params
-        proposal = [int(chosen[name]) for name in self._names]
+            trial_id = self._storage.create_new_trial(self._study_id)
+            trial = self._storage.get_trial(trial_id)
+            assert trial.number == number
+            self._proposer.fixed = fixed
+            chosen = self._proposer.sample_relative(self._study, trial, self._proposer.space)
+        proposal = [int(chosen.get(name, 0)) for name in self._names]
+        self._storage.settle(trial_id, self._choices(proposal), self._distributions)
         self._remember(proposal)
         return proposal
+
+    def _forget_snapshot(self) -> None:
+        """Have samplers see all trials as they are now; Optuna keeps a list of them per trial."""
+        self._study._thread_local.cached_all_trials = None
 
     def tell(self, number: int, values: Sequence[float] | None, constraints: Sequence[float] = ()) -> None:
         """The result of trial `number`: values in the order of the directions, or None if it failed.
 
         A constraint holds where it is at most 0. Values may be infinite but not NaN.
         """
+        self._forget_snapshot()
         if values is None:
-            with _quiet():
-                self._study.tell(number, state=TrialState.FAIL)
+            self._storage.set_trial_state_values(number, TrialState.FAIL)
             return
         self._check(values, constraints)
         trial = optuna.Trial(self._study, number)
         for i, value in enumerate(constraints):
             trial.set_constraint(str(i), float(value))
-        with _quiet():
-            self._study.tell(number, [float(value) for value in values])
+        self._storage.set_trial_state_values(number, TrialState.COMPLETE, [float(value) for value in values])
 
     def solutions(self, budgets: Sequence[float]) -> list[list[int]]:
         """The choices that a sampler with a model (`frontier`) would answer for totals of the first table."""
@@ -208,13 +219,13 @@ class AskTell:
             constraints={str(i): float(v) for i, v in enumerate(row.constraints)} if complete else None,
         )
         # Set afterwards: `create_trial` would copy and check every range for every trial.
-        trial.params = self._choices(row.indices)
+        trial.params = self._choices(row.indices)  # type: ignore[assignment]
         trial.distributions = self._distributions
         return trial
 
-    def _choices(self, indices: Sequence[int]) -> _Shared:
+    def _choices(self, indices: Sequence[int]) -> _Choices:
         assert all(0 <= i < n for i, n in zip(indices, self._sizes, strict=True)), indices
-        return _Shared(zip(self._names, map(int, indices), strict=True))
+        return _Choices(self._places, indices)
 
     def _check(self, values: Sequence[float], constraints: Sequence[float]) -> None:
         assert len(values) == len(self._study.directions), values
@@ -247,13 +258,51 @@ class _Category(CategoricalDistribution):
 
 
 class _Shared(dict[str, Any]):
-    """Ranges or choices of a restored trial, of which a copy is itself for the same reason.
+    """The ranges of all trials, of which a copy is itself for the same reason.
 
     Optuna's storage in memory never writes to a trial's dictionaries; it replaces them.
     """
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
         return self
+
+
+class _Choices(Mapping[str, int]):
+    """A trial's choices by name: one byte each where all fit, as a dictionary of 210 takes nine kilobytes.
+
+    `places` is shared by all trials. Never changes, so a copy is itself.
+    """
+
+    __slots__ = ("_places", "indices")
+
+    def __init__(self, places: Mapping[str, int], indices: Sequence[int]) -> None:
+        self._places = places
+        self.indices: bytes | array[int] = (
+            bytes(indices) if max(indices, default=0) < 256 else array("L", map(int, indices))
+        )
+
+    def __getitem__(self, name: str) -> int:
+        return self.indices[self._places[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Choices:
+        return self
+
+
+class _Storage(InMemoryStorage):
+    """Optuna's storage in memory, that takes all choices of a trial at once."""
+
+    def settle(self, trial_id: int, choices: _Choices, ranges: _Shared) -> None:
+        """Give a running trial its choices."""
+        with self._lock:
+            trial = copy.copy(self._get_trial(trial_id))
+            trial.params, trial.distributions = choices, ranges  # type: ignore[assignment]
+            self._set_trial(trial_id, trial)
 
 
 class _Proposer(BaseSampler):

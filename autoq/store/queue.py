@@ -233,18 +233,17 @@ class Queue(SubmissionQueue, ExportQueue):
         with self._database.writing() as connection:
             now = database_time(connection)
             connection.execute(sa.delete(t).where(t.c.seen_at < now - timedelta(seconds=STALE_SECONDS)))
-            for worker in workers:
-                values = {
-                    "study_id": worker.study_id,
-                    "node": worker.node,
-                    "device": worker.device,
-                    "memory_bytes": worker.memory_bytes,
-                    "state": worker.state,
-                    "trial": worker.trial,
-                    "seen_at": now,
-                }
-                if not connection.execute(sa.update(t).where(t.c.id == worker.id).values(**values)).rowcount:
-                    connection.execute(sa.insert(t).values(id=worker.id, started_at=now, **values))
+            known = set(connection.execute(sa.select(t.c.id)).scalars())
+            rows = [_beaten(worker) | {"seen_at": now} for worker in workers]
+            again = [row for row in rows if row["worker_id"] in known]
+            if again:
+                # Of a thousand workers one statement each would hold everybody's writes up for a second.
+                named: dict[str, Any] = {name: sa.bindparam(name) for name in again[0] if name != "worker_id"}
+                connection.execute(sa.update(t).where(t.c.id == sa.bindparam("worker_id")).values(**named), again)
+            new = [row for row in rows if row["worker_id"] not in known]
+            if new:
+                named = {name: sa.bindparam(name) for name in new[0] if name != "worker_id"}
+                connection.execute(sa.insert(t).values(id=sa.bindparam("worker_id"), started_at=now, **named), new)
 
     def forget_workers(self, ids: Sequence[str]) -> None:
         """These workers have ended."""
@@ -259,6 +258,18 @@ class Queue(SubmissionQueue, ExportQueue):
             query = sa.select(m.workers, s.name.label("study")).join(m.studies, s.id == t.study_id, isouter=True)
             rows = connection.execute(query.where(fresh).order_by(t.id))
             return [WorkerRecord(**row._mapping) for row in rows]
+
+
+def _beaten(worker: WorkerRecord) -> dict[str, Any]:
+    return {
+        "worker_id": worker.id,
+        "study_id": worker.study_id,
+        "node": worker.node,
+        "device": worker.device,
+        "memory_bytes": worker.memory_bytes,
+        "state": worker.state,
+        "trial": worker.trial,
+    }
 
 
 def _hold_row(connection: sa.Connection, study_id: int) -> None:

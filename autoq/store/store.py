@@ -11,7 +11,6 @@ study or trial that is not there.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -202,16 +201,18 @@ class Store:
         baseline: str | None = None,
         sampler_attrs: Mapping[str, Any] | None = None,
         descent: Descent | None = None,
+        study_sampler_attrs: Mapping[str, Any] | None = None,
     ) -> TrialRecord:
-        """A new trial in state `running`, at attempt 1; of a trained one, in the same transaction, its layers.
+        """A new trial in state `running`, at attempt 1; in the same transaction, of a trained one its layers, and what
+        the sampler remembers of the study now, unless that is None.
 
         Raises `StoreError` if the study has a trial of that number, so two controllers cannot mix.
         """
         with self._database.writing() as connection:
-            trial_id = writing.insert_trial(
-                connection, study_id, number, assignment, "running", origin, baseline, sampler_attrs, descent=descent
-            )
-            return dataclasses.replace(_one(connection, trial_id), assignment=assignment)
+            return writing.insert_trial(
+                connection, study_id, number, assignment, "running", origin, baseline, sampler_attrs,
+                descent=descent, study_sampler_attrs=study_sampler_attrs,
+            )  # fmt: skip
 
     def record_duplicate(
         self,
@@ -221,13 +222,14 @@ class Store:
         duplicate_of: int,
         sampler_attrs: Mapping[str, Any] | None = None,
         origin: Origin = "sampler",
+        study_sampler_attrs: Mapping[str, Any] | None = None,
     ) -> TrialRecord:
         """A trial that ended before it began: trial `duplicate_of` of the study has the same assignment."""
         with self._database.writing() as connection:
-            trial_id = writing.insert_trial(
-                connection, study_id, number, assignment, "duplicate", origin, None, sampler_attrs, duplicate_of
-            )
-            return dataclasses.replace(_one(connection, trial_id), assignment=assignment)
+            return writing.insert_trial(
+                connection, study_id, number, assignment, "duplicate", origin, None, sampler_attrs, duplicate_of,
+                study_sampler_attrs=study_sampler_attrs,
+            )  # fmt: skip
 
     def retry_trial(self, trial_id: int) -> int:
         """Send a running or failed trial out again: state `running`, and the new attempt's number.

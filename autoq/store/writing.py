@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -9,6 +11,7 @@ from typing import Any, NamedTuple, get_args
 
 import sqlalchemy as sa
 from sqlalchemy import exc
+from sqlalchemy.dialects import postgresql, sqlite
 
 from autoq.assignment import Assignment
 from autoq.errors import LeaseLost, NotFinite, NotFound, StoreError
@@ -17,7 +20,7 @@ from autoq.store import dominance
 from autoq.store import models as m
 from autoq.store.database import fence_of
 from autoq.store.loading import pack, pack_values
-from autoq.store.records import Descent, StudyState
+from autoq.store.records import Descent, StudyState, TrialRecord
 
 _TEXT_LIMIT = 65536
 
@@ -36,24 +39,29 @@ def lock(connection: sa.Connection, study_id: int) -> _Locked:
 
     Raises `NotFound`, and `LeaseLost` on a fenced connection whose lease on the study somebody else took over.
     """
-    s = m.studies
-    counted = sa.update(s).where(s.c.id == study_id).values(changes=s.c.changes + 1)
-    if connection.execute(counted).rowcount == 0:
-        raise NotFound(f"no study with id {study_id}")
-    # Whoever takes a lease holds the study's row too, so what is read here stays true until the commit.
-    if (fence := fence_of(connection)) is not None and fence.study_id == study_id:
-        epoch = connection.execute(sa.select(m.leases.c.epoch).where(m.leases.c.study_id == study_id)).scalar()
-        if epoch != fence.epoch:
-            raise LeaseLost
-    query = sa.select(s.c.id, s.c.name, s.c.objectives, s.c.changes).where(s.c.id == study_id)
-    return _Locked(*connection.execute(query).one())
+    return _counted(connection, m.studies.c.id == study_id, f"no study with id {study_id}")
 
 
 def _lock_of(connection: sa.Connection, trial_id: int) -> _Locked:
-    study_id = connection.execute(sa.select(m.trials.c.study_id).where(m.trials.c.id == trial_id)).scalar()
-    if study_id is None:
-        raise NotFound(f"no trial with id {trial_id}")
-    return lock(connection, study_id)
+    # A trial never moves to another study, so looking it up in the same statement is looking it up under the lock.
+    study_id = sa.select(m.trials.c.study_id).where(m.trials.c.id == trial_id).scalar_subquery()
+    return _counted(connection, m.studies.c.id == study_id, f"no trial with id {trial_id}")
+
+
+def _counted(connection: sa.Connection, which: sa.ColumnElement[bool], missing: str) -> _Locked:
+    s = m.studies
+    counted = sa.update(s).where(which).values(changes=s.c.changes + 1)
+    row = connection.execute(counted.returning(s.c.id, s.c.name, s.c.objectives, s.c.changes)).one_or_none()
+    if row is None:
+        raise NotFound(missing)
+    study = _Locked(*row)
+    # Whoever takes a lease holds the study's row too, so what is read here stays true until the commit. In a
+    # statement of its own: one that has waited for the row would see the lease as it was before.
+    if (fence := fence_of(connection)) is not None and fence.study_id == study.id:
+        epoch = connection.execute(sa.select(m.leases.c.epoch).where(m.leases.c.study_id == study.id)).scalar()
+        if epoch != fence.epoch:
+            raise LeaseLost
+    return study
 
 
 def _now() -> datetime:
@@ -197,17 +205,20 @@ def insert_trial(
     sampler_attrs: Mapping[str, Any] | None,
     duplicate_of: int | None = None,
     descent: Descent | None = None,
-) -> int:
-    """A new trial; its id. Raises `StoreError` if the study has a trial of that number."""
+    study_sampler_attrs: Mapping[str, Any] | None = None,
+) -> TrialRecord:
+    """A new trial. Raises `StoreError` if the study has a trial of that number."""
     study = lock(connection, study_id)
     t = m.trials.c
+    if study_sampler_attrs is not None:
+        set_study(connection, study_id, sampler_attrs=dict(study_sampler_attrs))
     if duplicate_of is not None:
         original = sa.select(t.assignment).where(t.study_id == study_id, t.number == duplicate_of)
         assert connection.execute(original).scalar() == assignment.hash, (number, duplicate_of)
     _insert_assignment(connection, assignment)
     _insert_layers(connection, descent.layers if descent else {})
     now = _now()
-    values = {
+    values: dict[str, Any] = {
         "study_id": study_id,
         "number": number,
         "state": state,
@@ -230,30 +241,47 @@ def insert_trial(
             f"study {study.name!r} has a trial {number} already; does another process run this study?"
         ) from None
     assert done.inserted_primary_key is not None
-    return int(done.inserted_primary_key[0])
+    return TrialRecord(
+        **{name: value for name, value in values.items() if name != "assignment"},
+        id=int(done.inserted_primary_key[0]),
+        study=study.name,
+        hash=assignment.hash,
+        assignment=assignment,
+        feasible=None,
+        on_frontier=False,
+        violations={},
+        error=None,
+        worker=None,
+        seconds=None,
+    )
 
 
 def _insert_layers(connection: sa.Connection, layers: Mapping[str, bytes]) -> None:
     t = m.trained_layers
     for digest, body in layers.items():
-        if connection.execute(sa.select(t.c.digest).where(t.c.digest == digest)).scalar() is not None:
-            continue
-        try:
-            with connection.begin_nested():
-                connection.execute(sa.insert(t).values(digest=digest, body=body))
-        except exc.IntegrityError:
-            pass  # Another study stored the same content since.
+        _insert_missing(connection, t, t.c.digest == digest, digest=digest, body=body)
 
 
 def _insert_assignment(connection: sa.Connection, assignment: Assignment) -> None:
     a = m.assignments
-    if connection.execute(sa.select(a.c.hash).where(a.c.hash == assignment.hash)).scalar() is not None:
+    _insert_missing(connection, a, a.c.hash == assignment.hash, hash=assignment.hash, body=pack(assignment))
+
+
+def _insert_missing(connection: sa.Connection, table: sa.Table, there: sa.ColumnElement[bool], **values: Any) -> None:
+    """Insert what is known by its content, unless a controller of another study has stored the same."""
+    if connection.dialect.name == "sqlite":
+        connection.execute(sqlite.insert(table).values(**values).on_conflict_do_nothing())
+        return
+    if connection.dialect.name == "postgresql":
+        connection.execute(postgresql.insert(table).values(**values).on_conflict_do_nothing())
+        return
+    if connection.execute(sa.select(sa.literal(1)).where(sa.exists().where(there))).scalar() is not None:
         return
     try:
         with connection.begin_nested():
-            connection.execute(sa.insert(a).values(hash=assignment.hash, body=pack(assignment)))
+            connection.execute(sa.insert(table).values(**values))
     except exc.IntegrityError:
-        pass  # A controller of another study stored the same content since.
+        pass
 
 
 def retry(connection: sa.Connection, trial_id: int) -> int:
@@ -306,7 +334,8 @@ def finish(
     }
     missing = [name for name, _, _ in study.objectives if name not in searched]
     assert not missing, f"no search value of {', '.join(missing)}"
-    _put_measurements(connection, trial_id, measurements)
+    # It was running, and what runs has no measurements to replace.
+    _insert_measurements(connection, trial_id, measurements)
     if feasible and not stopped:
         _update_frontier(connection, study, trial_id, [float(searched[name]) for name, _, _ in study.objectives])
     return True
@@ -376,12 +405,19 @@ def _put_measurements(connection: sa.Connection, trial_id: int, measurements: Se
     if not measurements:
         return
     keys = {(measurement.objective, measurement.part) for measurement in measurements}
-    assert len(keys) == len(measurements), "an objective is measured twice in one part"
     # Delete and insert is an upsert in everybody's SQL; the study's lock makes it one step.
     for table in (m.measurements, m.token_values):
         t = table.c
         replaced = sa.or_(*(sa.and_(t.objective == objective, t.part == part) for objective, part in keys))
         connection.execute(sa.delete(table).where(t.trial_id == trial_id, replaced))
+    _insert_measurements(connection, trial_id, measurements)
+
+
+def _insert_measurements(connection: sa.Connection, trial_id: int, measurements: Sequence[Measurement]) -> None:
+    keys = {(measurement.objective, measurement.part) for measurement in measurements}
+    assert len(keys) == len(measurements), "an objective is measured twice in one part"
+    if not measurements:
+        return
     rows = [
         measurement.to_json()
         | {"trial_id": trial_id, "objective": measurement.objective, "value": float(measurement.value)}
@@ -401,14 +437,21 @@ def _put_measurements(connection: sa.Connection, trial_id: int, measurements: Se
 def _update_frontier(connection: sa.Connection, study: _Locked, trial_id: int, point: Sequence[float]) -> None:
     """Let one feasible point join the stored frontier, and what it dominates leave."""
     f, t = m.frontier, m.trials
-    stored = connection.execute(sa.select(f.c.trial_id, f.c.point).where(f.c.study_id == study.id))
-    members = {row.trial_id: row.point for row in stored}
+    text = sa.type_coerce(f.c.point, sa.Text)
+    stored = connection.execute(sa.select(f.c.trial_id, text).where(f.c.study_id == study.id))
+    members = {member: _point(text) for member, text in stored}
     added, removed = dominance.update(members, point, [direction for _, _, direction in study.objectives])
     if removed:
         connection.execute(sa.delete(f).where(f.c.study_id == study.id, f.c.trial_id.in_(removed)))
         connection.execute(sa.update(t).where(t.c.id.in_(removed)).values(changed=study.change))
     if added:
         connection.execute(sa.insert(f).values(study_id=study.id, trial_id=trial_id, point=list(point)))
+
+
+@functools.lru_cache(maxsize=16384)
+def _point(text: str) -> tuple[float, ...]:
+    """The values of a stored point. The same few hundred are read with every result."""
+    return tuple(json.loads(text))
 
 
 def put_shared(connection: sa.Connection, table: sa.Table, key: str, **values: Any) -> None:

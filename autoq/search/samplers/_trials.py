@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from operator import attrgetter, itemgetter
 from typing import Any
@@ -44,6 +45,17 @@ class Told:
 
 
 @dataclass(frozen=True)
+class Used:
+    """Assignments that were asked for; two sets, as joining them would copy every trial for every proposal."""
+
+    ended: AbstractSet[bytes]
+    pending: AbstractSet[bytes]
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self.ended or key in self.pending
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """The trials of a study at one time: those told, by number; choices that are pending (k, n); all that were used.
 
@@ -53,7 +65,7 @@ class Snapshot:
     told: Sequence[Told]
     interactions: Interactions | None
     pending: Indices
-    used: set[bytes]
+    used: Used
     turn: int
 
 
@@ -74,6 +86,8 @@ class Trials:
         )
         self._signs = [1.0 if d == optuna.study.StudyDirection.MINIMIZE else -1.0 for d in study.directions]
         self._ended: set[int] = set()
+        self._first_open = 0  # all trials before it have ended
+        self._rows: dict[int, list[int]] = {}  # choices of trials that had not ended when they were seen
         self._told: list[Told] = []
         self._used: set[bytes] = set()
         self._turn = 0
@@ -94,12 +108,17 @@ class Trials:
             ended: list[tuple[FrozenTrial, list[int]]] = []
             pending: list[list[int]] = []
             turn = 0
-            for trial in study.get_trials(deepcopy=False):
+            trials = study.get_trials(deepcopy=False)
+            while self._first_open in self._ended:
+                self._ended.remove(self._first_open)
+                self._first_open += 1
+            for trial in trials[self._first_open :]:
                 if trial.number in self._ended or trial.number == number:
                     continue
+                row = self._row(trial)
                 if finished := trial.state.is_finished():
                     self._ended.add(trial.number)
-                row = self._row(trial)
+                    self._rows.pop(trial.number, None)
                 if row is None:
                     continue
                 if finished:
@@ -110,11 +129,19 @@ class Trials:
                     turn += PREDICTED in trial.system_attrs
             self._add(ended)
             running = np.array(pending, dtype=np.int64).reshape(-1, len(self.known.names))
-            used = self._used | set(keys(running)) if pending else self._used
+            used = Used(self._used, frozenset(keys(running)))
             return Snapshot(list(self._told), self._interactions, running, used, self._turn + turn)
 
     def _row(self, trial: FrozenTrial) -> list[int] | None:
-        """A trial's choices, None where it lies outside of the space."""
+        """A trial's choices, None where it lies outside of the space or lacks some yet."""
+        if (known := self._rows.get(trial.number)) is not None:
+            return known
+        row = self._read(trial)
+        if row is not None:  # one that runs is asked for with every proposal
+            self._rows[trial.number] = row
+        return row
+
+    def _read(self, trial: FrozenTrial) -> list[int] | None:
         try:
             picked = self._picked(trial.params)
         except KeyError:

@@ -1,0 +1,47 @@
+"""How far proposals run ahead of what is known.
+
+Trial n is asked for when trial n − `window` has been told, and results are told in the order of trial numbers. With a
+window of `workers` a worker that is done waits for the slowest trial that is out: of many durations the longest is
+far from the mean, and one that hangs until its limit stops all. With a larger one it goes on with a proposal that was
+made before. It costs that the sampler has heard less when it proposes. The longest of w exponential durations is
+about ln w times the mean, and durations of trials vary less than that; so the window is w + w log₂(w) / 4: one worker
+has 1, two have 3, eight 14, a thousand 3,492. It depends on the spec alone, and so does the study.
+
+Asking takes longer than storing a result, so it is done while workers work: of what may be asked for, as much is as
+keeps pace with results, and waits here, in no database, until a worker is free. After a break it is asked for anew,
+and is the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from autoq.assignment import Assignment
+from autoq.store.records import Origin
+
+ASKS_PER_RESULT = 2  # so that what waits grows while results come in
+
+
+def window(workers: int) -> int:
+    """How many trials may be asked for and not told."""
+    return workers + math.ceil(workers * math.log2(workers) / 4)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A proposal that is to be stored and dispatched: what `Store.start_trial` gets.
+
+    `repeats` is the trial of the same assignment. `study_attrs` are what the sampler remembers of the study after it,
+    None where nothing has changed.
+    """
+
+    number: int
+    assignment: Assignment
+    origin: Origin
+    baseline: str | None
+    attrs: Mapping[str, Any]
+    study_attrs: Mapping[str, Any] | None
+    repeats: int | None
