@@ -40,10 +40,11 @@ def lock(connection: sa.Connection, study_id: int) -> _Locked:
     counted = sa.update(s).where(s.c.id == study_id).values(changes=s.c.changes + 1)
     if connection.execute(counted).rowcount == 0:
         raise NotFound(f"no study with id {study_id}")
-    # Whoever takes a lease holds the study's row too, so what is read here stays true until the commit.
-    if (fence := fence_of(connection)) is not None and fence.study_id == study_id:
-        epoch = connection.execute(sa.select(m.leases.c.epoch).where(m.leases.c.study_id == study_id)).scalar()
-        if epoch != fence.epoch:
+    # Whoever takes a lease holds the study's row too, so what is found here stays true until the commit.
+    if (found := fence_of(connection)) is not None and found[0].study_id == study_id:
+        fence, receipt = found
+        mine = sa.update(m.leases).where(m.leases.c.study_id == study_id, m.leases.c.epoch == fence.epoch)
+        if connection.execute(mine.values(receipt=receipt)).rowcount == 0:
             raise LeaseLost
     query = sa.select(s.c.id, s.c.name, s.c.objectives, s.c.changes).where(s.c.id == study_id)
     return _Locked(*connection.execute(query).one())
