@@ -166,6 +166,8 @@ class Bank:
                 return
             path.parent.mkdir(exist_ok=True)
             write_atomically(path, content)
+        except FileNotFoundError:
+            return  # another process took our temporary file for a leftover: its clock is ahead. The result is at hand
         except OSError as problem:
             if problem.errno not in _FULL:
                 raise AutoQError(f"the bank cannot write to {str(self._root)!r}: {problem.strerror}") from problem

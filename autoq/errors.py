@@ -81,6 +81,10 @@ class StoreError(AutoQError):
     """The database cannot be used."""
 
 
+class StoreAway(StoreError):
+    """The database does not answer."""
+
+
 class NotFinite(AutoQError):
     """A measurement came out as NaN or infinite."""
 

@@ -59,6 +59,18 @@ def mutations() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def postgresql() -> ModuleType:
+    """`tests/support/postgresql.py`: a server of our own."""
+    return _support("postgresql")
+
+
+@pytest.fixture(scope="session")
+def made_up() -> ModuleType:
+    """`tests/support/made_up.py`: whole studies through the real controller, whose qualities are made up."""
+    return _support("made_up")
+
+
+@pytest.fixture(scope="session")
 def tiny_model_dir(tiny_models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Family -> folder of a tiny bfloat16 checkpoint, made when first asked for. Read only."""
     return _made_once(tiny_models, tmp_path_factory)

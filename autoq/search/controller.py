@@ -11,6 +11,7 @@ of those that had been told when it was asked for.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections import deque
@@ -19,7 +20,7 @@ from typing import Any
 
 from autoq import plugins, trained
 from autoq.assignment import Assignment
-from autoq.errors import AutoQError, LeaseLost, NotFinite
+from autoq.errors import AutoQError, LeaseLost, NotFinite, StoreAway
 from autoq.measurement import Measurement
 from autoq.objectives import computed
 from autoq.search.ahead import ASKS_PER_RESULT, Asked, window
@@ -82,8 +83,9 @@ def run_study(
         except StopRequested as stop:
             store.queue.settle(study_id, hold.state_after(stop, "cancelled"))
         except KeyboardInterrupt as interrupt:
-            state = hold.state_after(interrupt, "interrupted")
-            store.queue.settle(study_id, state, "interrupted by the user" if state == "interrupted" else None)
+            with contextlib.suppress(StoreAway):  # it was waited for, and now it is not
+                state = hold.state_after(interrupt, "interrupted")
+                store.queue.settle(study_id, state, "interrupted by the user" if state == "interrupted" else None)
             raise
         except LeaseLost:
             raise
@@ -424,6 +426,7 @@ class _Run:
             self.observer.note(f"trial {trial.number}: the worker died; trying once more")
             self._dispatch(trial, assignment, self.store.retry_trial(trial.id))
             return
+        self.hold.patience.keeps = f"the result of trial {trial.number}"
         del self.flying[result.job.key]
         measurements: list[Measurement] = []
         attrs = None
@@ -445,6 +448,7 @@ class _Run:
         self.done += trial.parent is None
         stored = self.store.trial(self.study.id, trial.number, with_assignments=False)
         stored = dataclasses.replace(stored, assignment=assignment)
+        self.hold.patience.keeps = ""
         self.outcomes[trial.number] = self._outcome(stored)
         self._keep_time()
         self.observer.trial(stored, self.done, self.spec.budget.trials)

@@ -3,8 +3,10 @@
     with holding(store, study_id) as hold:
         hold.store.set_state(study_id, "running")
 
-A thread renews the lease and writes what the workers do. Whoever lost the lease (its machine slept, its database could
-not be reached) cannot write through `hold.store` any more, and stops at the next look. What is asked of a study,
+A thread renews the lease and writes what the workers do. Whoever lost the lease (its machine slept, or was cut off from
+the database while others were not) cannot write through `hold.store` any more, and stops at the next look. A database
+that is away is nobody's: it takes no lease from its holder, and `hold.store` waits for it, ten minutes unless the
+variable AUTOQ_DB_WAIT says otherwise (`90s`, `2h`). What is asked of a study,
 `cancel` or `yield` to another one, is looked up between trials and whenever a stage has made progress. It yields only
 what has got something done since it began: a model may take longer to load than turns are long.
 """
@@ -12,20 +14,23 @@ what has got something done since it began: a model may take longer to load than
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from autoq.errors import AutoQError, LeaseLost, StudyBusy
+from autoq.errors import AutoQError, BadInput, LeaseLost, StudyBusy
 from autoq.search.executors import Executor
 from autoq.search.observer import Observer
-from autoq.store import Store, StudyState, TrialRecord, WorkerRecord, holders
+from autoq.spec_units import parse_seconds
+from autoq.store import Patience, Store, StudyState, TrialRecord, WorkerRecord, holders
 from autoq.store.queue_records import RequestKind
 
 LEASE_SECONDS = 10.0  # what a study waits after its process was lost together with its machine
 BEAT_SECONDS = 2.5
+WAIT_SECONDS = 600.0  # for a database that is away
 LOOK_SECONDS = 0.5  # between two looks at what is asked
 # Stages whose steps are steps ahead. Others also tell of what a former run has done: loading, calibrating, what the
 # search begins with, what is reported already.
@@ -48,8 +53,10 @@ class Hold:
     """A study that this process runs. `store` writes under its lease. `queued` says that it runs for a queue, to which
     the study goes back when this process is told to end; `executor` is what its heartbeats tell of."""
 
-    def __init__(self, store: Store, study_id: int, epoch: int, queued: bool) -> None:
-        self.store = store.under(study_id, epoch)
+    def __init__(self, store: Store, study_id: int, epoch: int, queued: bool, patience: Patience | None = None) -> None:
+        self.patience = patience or Patience(WAIT_SECONDS)
+        self.store = store.under(study_id, epoch, self.patience)
+        self._impatient = store.queue
         self.study_id, self.epoch, self.queued = study_id, epoch, queued
         self.executor: Executor | None = None
         self.device = ""
@@ -88,6 +95,8 @@ class Hold:
     def state_after(self, problem: BaseException, otherwise: StudyState) -> StudyState:
         """Where a study stands that `problem` ended: `otherwise`, but for what was asked, and an interrupt of a queue's
         process, after which the study waits again."""
+        if isinstance(problem, KeyboardInterrupt):
+            self.patience.end()
         cancelled: StudyState = "finished" if otherwise == "finished" else "cancelled"
         if isinstance(problem, StopRequested):
             return cancelled if problem.kind == "cancel" else "queued"
@@ -100,23 +109,18 @@ class Hold:
         self._ended.set()
         self._thread.join()
         with contextlib.suppress(AutoQError):  # an unreachable database lets go by itself
-            self.store.queue.forget_workers(sorted(self._seen))
-            self.store.queue.release(self.study_id, self.epoch)
+            self._impatient.forget_workers(sorted(self._seen))
+            self._impatient.release(self.study_id, self.epoch)
 
     def _beat(self) -> None:
-        renewed = time.monotonic()
         while True:
-            try:
-                if not self.store.queue.renew(self.study_id, self.epoch, LEASE_SECONDS):
+            # Where the database cannot be used now, the main thread meets that when it writes. The lease may end
+            # meanwhile; it is lost when another one has taken it, and only the database knows of that.
+            with contextlib.suppress(AutoQError):
+                if not self._impatient.renew(self.study_id, self.epoch, LEASE_SECONDS):
                     self._lost.set()
                     return
-                renewed = time.monotonic()
                 self._tell()
-            except AutoQError:
-                # The database cannot be used now. The main thread meets that when it writes.
-                if time.monotonic() - renewed > LEASE_SECONDS:
-                    self._lost.set()
-                    return
             if self._ended.wait(BEAT_SECONDS):
                 return
 
@@ -140,9 +144,9 @@ class Hold:
             )
         ids = {worker.id for worker in found}
         if gone := self._seen - ids:
-            self.store.queue.forget_workers(sorted(gone))
+            self._impatient.forget_workers(sorted(gone))
         self._seen = ids
-        self.store.queue.beat(found)
+        self._impatient.beat(found)
 
 
 def _memory(process: int | None) -> int | None:
@@ -179,7 +183,8 @@ def holding(store: Store, study_id: int, hold: Hold | None = None, queued: bool 
     if epoch is None:
         refuse_busy(store, study_id)
         raise StudyBusy(f"study {store.study(study_id).name!r} is being run by another process")
-    hold = Hold(store, study_id, epoch, queued)
+    advice = f"; go on with: autoq resume {store.study(study_id).name}"
+    hold = Hold(store, study_id, epoch, queued, Patience(_patience(), advice))
     try:
         if not queued and store.queue.request(study_id) is not None:
             hold.store.queue.ask(study_id, None)
@@ -188,11 +193,22 @@ def holding(store: Store, study_id: int, hold: Hold | None = None, queued: bool 
         hold.close()
 
 
+def _patience() -> float:
+    """For how many seconds a study waits for its database."""
+    if not (text := os.environ.get("AUTOQ_DB_WAIT")):
+        return WAIT_SECONDS
+    try:
+        return parse_seconds(float(text) if text.isdecimal() else text)
+    except ValueError as problem:
+        raise BadInput(f"AUTOQ_DB_WAIT: {problem} (got {text[:80]!r})") from None
+
+
 class Watching(Observer):
     """Tells another observer, and has the study stop at the next progress of a stage if that is asked."""
 
     def __init__(self, told: Observer, hold: Hold) -> None:
         self._told, self._hold = told, hold
+        hold.patience.tell = told.note
         self._stage = ""
 
     def study(self, name: str, facts: Mapping[str, Any]) -> None:

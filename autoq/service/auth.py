@@ -103,7 +103,8 @@ class Authenticate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             secret = secret_of(Headers(scope=scope), self.settings)
-            needless = scope["path"] == "/healthz" or scope["path"].startswith(PUBLIC_BELOW)
+            # Both tell how the server is, also where the database does not.
+            needless = scope["path"] in ("/healthz", "/readyz") or scope["path"].startswith(PUBLIC_BELOW)
             asker = None if needless else await self.ask(secret)
             scope.setdefault("state", {})["asker"] = asker
         await self.app(scope, receive, send)

@@ -80,15 +80,21 @@ def _answer(request: Request, status: int, message: str, field: str | None, head
 
 async def _autoq(request: Request, problem: Exception) -> Response:
     assert isinstance(problem, AutoQError)
+    status, message, headers = _told(problem, request.app.state.metrics)
+    return _answer(request, status, message, field_of(problem), headers)
+
+
+def _told(problem: AutoQError, metrics: Any) -> tuple[int, str, dict[str, str]]:
+    """Status, message and headers of an error. What a database says is for the log: it names hosts and files."""
     status, headers = status_of(problem), dict(getattr(problem, "headers", {}))
     if status == 429:
         headers.setdefault("Retry-After", "30")
-    if isinstance(problem, StoreError):
-        headers.setdefault("Retry-After", "5")
-        log.warning("%s", problem)
-        request.app.state.metrics.database_errors.inc()
-        return _answer(request, status, _UNREACHABLE, None, headers)
-    return _answer(request, status, str(problem), field_of(problem), headers)
+    if not isinstance(problem, StoreError):
+        return status, str(problem), headers
+    headers.setdefault("Retry-After", "5")
+    log.warning("%s", problem)
+    metrics.database_errors.inc()
+    return status, _UNREACHABLE, headers
 
 
 async def _invalid(request: Request, problem: Exception) -> Response:
@@ -144,9 +150,8 @@ class Bugs:
         except AutoQError as problem:  # of a middleware: handlers answer those of routes
             if begun:
                 raise
-            status = status_of(problem)
-            message = _UNREACHABLE if isinstance(problem, StoreError) else str(problem)
-            answer = error_response(status, message, field_of(problem), getattr(problem, "headers", {}))
+            status, message, headers = _told(problem, scope["app"].state.metrics)
+            answer = error_response(status, message, field_of(problem), headers)
             await answer(scope, receive, send)
         except Exception:
             log.exception("a request failed: %s", scope.get("method"))

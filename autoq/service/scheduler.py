@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from autoq.cache import cache_dir
-from autoq.errors import AutoQError
+from autoq.errors import AutoQError, StoreAway
 from autoq.service.exporting import Exporter
 from autoq.service.processes import cause, tail
 from autoq.service.shares import QUANTUM_SECONDS, Running, Start, Waiting, account, decide
@@ -42,6 +42,7 @@ MAX_CRASHES = 3
 LOOK_SECONDS = 1.0
 PATIENCE_SECONDS = 30.0  # from a cancellation to SIGTERM, and again to SIGKILL
 RUNNER = (sys.executable, "-m", "autoq.service.runner")
+_GRACE_SECONDS = 15.0  # after a database was away, for those whose leases ended meanwhile to renew them
 _LEASE_SECONDS = 10.0  # for which the scheduler itself holds a study whose runner is gone
 
 
@@ -94,6 +95,7 @@ class Scheduler:
         self._widths: dict[int, int] = {}
         self._usage: dict[str, float] = {}
         self._accounted = time.monotonic()
+        self._grace = 0.0  # until when nobody is held for dead because of a lease that has ended
         self._counts = dict.fromkeys(("started", "yielded", "crashed", "busy"), 0)
         self._wake, self._ended = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
@@ -158,6 +160,8 @@ class Scheduler:
                 self.problem = None
             except (AutoQError, OSError) as problem:  # no database, no disk, no process to be had: what runs goes on
                 self.problem = str(problem)
+                if isinstance(problem, StoreAway):
+                    self._grace = time.monotonic() + _GRACE_SECONDS
             self._wake.wait(LOOK_SECONDS)
             self._wake.clear()
 
@@ -207,9 +211,9 @@ class Scheduler:
         for study_id, slot in list(self._running.items()):
             if slot.process is None or (code := slot.process.poll()) is None:
                 continue
-            del self._running[study_id]
             self._keep_log(study_id)
             study = self._store.study(study_id)
+            del self._running[study_id]  # not before: a database that is away would have this end forgotten
             if code == 75:  # runner.BUSY
                 self._counts["busy"] += 1
             elif study.state == "running" or (study.state == "queued" and code != 0):
@@ -226,6 +230,8 @@ class Scheduler:
         for study, lease in found:
             slot = self._running.get(study.id)
             if lease is None or not lease.live:
+                if time.monotonic() < self._grace:
+                    continue
                 # The process of a slot of ours has not taken the lease yet, or its end is seen at the next look.
                 if slot is None or slot.process is None:
                     self._running.pop(study.id, None)

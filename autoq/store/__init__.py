@@ -7,6 +7,7 @@
 Only a study's controller writes its trials; everyone else reads.
 """
 
+from autoq.store.patience import Patience
 from autoq.store.queue import Queue
 from autoq.store.queue_records import ExportRecord, LeaseRecord, Prepared, WorkerRecord
 from autoq.store.records import (
@@ -27,6 +28,7 @@ __all__ = [
     "ExportRecord",
     "LeaseRecord",
     "Origin",
+    "Patience",
     "Prepared",
     "Queue",
     "Store",

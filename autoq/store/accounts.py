@@ -18,7 +18,7 @@ import sqlalchemy as sa
 
 from autoq.errors import BadInput, NotFound, UnknownName
 from autoq.store import models as m
-from autoq.store.database import Database
+from autoq.store.database import Database, database_time
 
 Role = Literal["viewer", "submitter", "admin"]
 PREFIX = "autoq_"
@@ -41,9 +41,9 @@ class TokenRecord:
     revoked_at: datetime | None
     used_at: datetime | None
 
-    def valid(self, now: datetime | None = None) -> bool:
+    def valid(self, moment: datetime | None = None) -> bool:
         """Whether it is neither revoked nor expired."""
-        expired = self.expires_at is not None and self.expires_at <= (now or datetime.now(UTC))
+        expired = self.expires_at is not None and self.expires_at <= (moment or datetime.now(UTC))
         return self.revoked_at is None and not expired
 
     def to_json(self) -> dict[str, Any]:
@@ -72,17 +72,12 @@ class Accounts:
             )
         if role not in get_args(Role):
             raise UnknownName("role", role, get_args(Role))
-        now = datetime.now(UTC)
         secret = PREFIX + secrets.token_urlsafe(32)
-        values = {
-            "name": name,
-            "user": user,
-            "role": role,
-            "digest": _digest(secret),
-            "created_at": now,
-            "expires_at": None if lasting is None else now + lasting,
-        }
+        values: dict[str, Any] = {"name": name, "user": user, "role": role, "digest": _digest(secret)}
         with self._database.writing() as connection:
+            # The database's time, by which all servers on it let the token expire.
+            moment = database_time(connection)
+            values |= {"created_at": moment, "expires_at": None if lasting is None else moment + lasting}
             done = connection.execute(sa.insert(m.tokens).values(**values))
             assert done.inserted_primary_key is not None
             row = connection.execute(sa.select(*_COLUMNS).where(m.tokens.c.id == done.inserted_primary_key[0])).one()
@@ -105,28 +100,29 @@ class Accounts:
         t, digest = m.tokens.c, _digest(secret)
         with self._database.reading() as connection:
             row = connection.execute(sa.select(t.digest, *_COLUMNS).where(t.digest == digest)).one_or_none()
+            moment = database_time(connection)
         if row is None or not hmac.compare_digest(row[0], digest):
             return None
-        found, now = TokenRecord(*row[1:]), datetime.now(UTC)
-        if not found.valid(now):
+        found = TokenRecord(*row[1:])
+        if not found.valid(moment):
             return None
-        if found.used_at is None or now - found.used_at > _USED:
+        if found.used_at is None or abs(moment - found.used_at) > _USED:
             with self._database.writing() as connection:
-                connection.execute(sa.update(m.tokens).where(t.id == found.id).values(used_at=now))
+                connection.execute(sa.update(m.tokens).where(t.id == found.id).values(used_at=moment))
         return found
 
     def still(self, token_id: int) -> bool:
         """Whether a token that was valid still is."""
         with self._database.reading() as connection:
             row = connection.execute(sa.select(*_COLUMNS).where(m.tokens.c.id == token_id)).one_or_none()
-        return row is not None and TokenRecord(*row).valid()
+            return row is not None and TokenRecord(*row).valid(database_time(connection))
 
     def revoke(self, token_id: int) -> TokenRecord:
         """Let a token open nothing from now on; one that was revoked stays so. Raises `NotFound`."""
         t = m.tokens.c
         with self._database.writing() as connection:
             revoked = sa.update(m.tokens).where(t.id == token_id, t.revoked_at.is_(None))
-            connection.execute(revoked.values(revoked_at=datetime.now(UTC)))
+            connection.execute(revoked.values(revoked_at=database_time(connection)))
             row = connection.execute(sa.select(*_COLUMNS).where(t.id == token_id)).one_or_none()
         if row is None:
             raise NotFound(f"no token with id {token_id}")

@@ -11,18 +11,22 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import sqlite3
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy import exc
 
-from autoq.errors import BadInput, NotFound, StoreError
+from autoq.errors import BadInput, NotFound, StoreAway, StoreError
+from autoq.store import models as m
 from autoq.store.models import SCHEMA, VERSION_TABLE, metadata
+from autoq.store.patience import Patience
 
 LOCK_SECONDS = 30
 CONNECT_SECONDS = 10
@@ -45,7 +49,12 @@ _POSTGRESQL_REASONS = {
     "53300": "has no free connections",
     "55P03": "stays locked by another process; try again",
     "57P": "was shut down",
+    "25006": "is read-only",
 }
+# What passes by itself: connections and locks, a server that stops or starts, transactions that met each other.
+_AWAY = ("08", "53300", "55P03", "57P", "40001", "40P01", "25P03")
+# A cable that was pulled is noticed after so long and not after the hours that TCP takes by itself.
+_KEEPALIVE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 30_000}
 
 
 class Fence(NamedTuple):
@@ -55,26 +64,39 @@ class Fence(NamedTuple):
     epoch: int
 
 
-def fence_of(connection: sa.Connection) -> Fence | None:
-    """The lease that what this connection writes on its study needs; None: it needs none."""
-    fence: Fence | None = connection.get_execution_options().get("autoq_fence")
-    return fence
+def fence_of(connection: sa.Connection) -> tuple[Fence, str] | None:
+    """The lease that what this connection writes on its study needs, and the receipt of this transaction, which is to
+    be put into the lease; None: it needs none."""
+    found: tuple[Fence, str] | None = connection.get_execution_options().get("autoq_fence")
+    return found
+
+
+def database_time(connection: sa.Connection) -> datetime:
+    """The database's time; SQLite's is this machine's."""
+    if connection.dialect.name == "postgresql":
+        found: datetime = connection.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
+        return found.astimezone(UTC)
+    return datetime.now(UTC)
 
 
 class Database:
     """An open database. `name` is its URL without the password, or the path of its SQLite file.
 
-    `fence` is the lease without which nothing is written on its study.
+    `fence` is the lease without which nothing is written on its study, and `patience` how long what is done under it
+    waits for a database that is away.
     """
 
-    def __init__(self, url: sa.URL, engine: sa.Engine, fence: Fence | None = None) -> None:
+    def __init__(
+        self, url: sa.URL, engine: sa.Engine, fence: Fence | None = None, patience: Patience | None = None
+    ) -> None:
         self.name = _name(url)
         self._url = url
         self._password = url.password
         self._engine = engine
+        self._fence, self.patience = fence, patience
         # Threads that would write at the same moment wait here, in turn; SQLite would have them ask again and again.
         self.turn = threading.Lock()
-        self._writer = engine.execution_options(autoq_writes=True, autoq_fence=fence)
+        self._writer = engine.execution_options(autoq_writes=True)
         # A listing takes several statements and must see one state of the database.
         snapshot = {"isolation_level": "REPEATABLE READ"} if engine.dialect.name == "postgresql" else {}
         self._reader = engine.execution_options(**snapshot)
@@ -84,9 +106,9 @@ class Database:
         """What opens this database again in another process. With the password: not to be shown."""
         return self._url.render_as_string(hide_password=False)
 
-    def fenced(self, fence: Fence) -> Database:
+    def fenced(self, fence: Fence, patience: Patience | None = None) -> Database:
         """The same database, on the same connections, for the holder of a lease."""
-        return Database(self._url, self._engine, fence)
+        return Database(self._url, self._engine, fence, patience)
 
     def close(self) -> None:
         """Close all connections."""
@@ -100,10 +122,53 @@ class Database:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[sa.Connection]:
-        """A transaction that is committed at the end, or rolled back if an exception leaves it."""
+        """A transaction that is committed at the end, or rolled back if an exception leaves it.
+
+        Where a commit is not answered, it is looked up whether it was done, if the transaction is under a lease and
+        has patience. Raises `StoreAway` where it was not, or nobody knows.
+        """
+        receipt = "" if self._fence is None else secrets.token_hex(8)
         with self._refusals(), self._writer.connect() as connection:
+            if self._fence is not None:
+                connection.execution_options(autoq_fence=(self._fence, receipt))
             yield connection
-            connection.commit()
+            self._check_place(connection)
+            try:
+                connection.commit()
+                return
+            except exc.SQLAlchemyError as problem:
+                unanswered = self._refusal(problem)
+                if not receipt or self.patience is None or not isinstance(unanswered, StoreAway):
+                    raise
+        if not self._was_stored(receipt, unanswered):
+            raise unanswered
+
+    def _was_stored(self, receipt: str, unanswered: StoreAway) -> bool:
+        """Whether the transaction of that receipt was committed; waits for a database that can say so."""
+        fence, patience = self._fence, self.patience
+        assert fence is not None and patience is not None
+        study, lease = m.studies.c, m.leases.c
+        query = sa.select(lease.receipt).where(lease.study_id == fence.study_id, lease.epoch == fence.epoch)
+        while True:
+            patience.wait(unanswered)
+            try:
+                with self._refusals(), self._writer.connect() as connection:
+                    # The server may not have noticed yet that nobody listens: it holds this row as long as it commits.
+                    connection.execute(sa.select(study.id).where(study.id == fence.study_id).with_for_update())
+                    return connection.execute(query).scalar() == receipt
+            except StoreAway as problem:
+                unanswered = problem
+
+    def _check_place(self, connection: sa.Connection) -> None:
+        """Refuse to write into an SQLite file that has been deleted or replaced: what is stored there is lost."""
+        if connection.dialect.name != "sqlite":
+            return
+        path, identity = connection.info["autoq_file"]
+        if _identity(path) != identity:
+            raise StoreError(
+                f"the database {self.name!r} was deleted, moved or replaced while it was in use; nothing more is "
+                "stored in it"
+            )
 
     @contextlib.contextmanager
     def _refusals(self) -> Iterator[None]:
@@ -111,10 +176,13 @@ class Database:
         try:
             yield
         except exc.SQLAlchemyError as problem:
-            text = f"the database {self.name!r} {_reason(problem)}"
-            if self._password:
-                text = text.replace(str(self._password), "***")
-            raise StoreError(text) from problem
+            raise self._refusal(problem) from problem
+
+    def _refusal(self, problem: exc.SQLAlchemyError) -> StoreError:
+        text = f"the database {self.name!r} {_reason(problem)}"
+        if self._password:
+            text = text.replace(str(self._password), "***")
+        return (StoreAway if _is_away(problem) else StoreError)(text)
 
     def schema(self) -> str | None:
         """The revision of the schema, None where there is none yet."""
@@ -238,6 +306,7 @@ def _engine(url: sa.URL) -> sa.Engine:
     if backend == "postgresql":
         if "connect_timeout" not in url.query:
             options["connect_timeout"] = CONNECT_SECONDS
+        options |= {name: value for name, value in _KEEPALIVE.items() if name not in url.query}
         settings = f"-c lock_timeout={LOCK_SECONDS}s -c idle_in_transaction_session_timeout={STALLED_SECONDS}s"
         options["options"] = f"{settings} {url.query.get('options', '')}"
         url = url.difference_update_query(["options"])
@@ -252,7 +321,16 @@ def _engine(url: sa.URL) -> sa.Engine:
     return engine
 
 
-def _prepare_sqlite(connection: sqlite3.Connection, _: object) -> None:
+def _identity(path: str) -> tuple[int, int] | None:
+    """What tells a file from another one of its name; None where there is none."""
+    try:
+        found = os.stat(path)  # noqa: PTH116 - once for every write
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _prepare_sqlite(connection: sqlite3.Connection, record: sa.pool.ConnectionPoolEntry) -> None:
     # The driver's own BEGIN comes late and is never IMMEDIATE: `_begin_sqlite` says it instead.
     connection.isolation_level = None
     connection.execute("PRAGMA foreign_keys = ON")
@@ -262,16 +340,30 @@ def _prepare_sqlite(connection: sqlite3.Connection, _: object) -> None:
         try:
             # The file keeps this. SQLite does not wait for other processes while it switches a new file.
             connection.execute("PRAGMA journal_mode = WAL")
-            return
+            break
         except sqlite3.OperationalError as problem:
             if problem.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
                 raise
         time.sleep(0.02)
+    path = connection.execute("PRAGMA database_list").fetchone()[2]
+    record.info["autoq_file"] = path, _identity(path)
 
 
 def _begin_sqlite(connection: sa.Connection) -> None:
     writes = connection.get_execution_options().get("autoq_writes")
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _is_away(problem: exc.SQLAlchemyError) -> bool:
+    """Whether it is likely to pass by itself: no connection, one that broke, or a lock that somebody else has."""
+    cause = getattr(problem, "orig", None) or problem
+    code, state = getattr(cause, "sqlite_errorcode", None), getattr(cause, "sqlstate", None)
+    if code is not None:
+        return code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+    if state is not None:
+        return bool(state.startswith(_AWAY))
+    broken = isinstance(problem, exc.DBAPIError) and problem.connection_invalidated
+    return broken or isinstance(problem, exc.OperationalError | exc.TimeoutError)
 
 
 def _reason(problem: exc.SQLAlchemyError) -> str:

@@ -1,9 +1,10 @@
 """Who holds a lease: a process, named so that others on its machine can tell whether it still lives.
 
-    laptop:4711:4026531836:1764163573.21
+    laptop:4711:4026531836:8824713
 
-are host, process id, the namespace that process ids are counted in, and the moment the process started. Two containers
-may share a host's name but not a namespace, and a process id is given again, but not at the same moment.
+are host, process id, the namespace that process ids are counted in, and the moment the process started, on a clock that
+nobody sets (ticks since the machine did). Two containers may share a host's name but not a namespace, and a process id
+is given again, but not at the same moment.
 """
 
 from __future__ import annotations
@@ -32,12 +33,21 @@ def _namespace() -> str:
         return "0"
 
 
-def holder(process: int | None = None) -> str:
-    """The name of a process of this machine, this one unless told otherwise."""
+def _started(process: int) -> str:
+    """When a process started. Raises `psutil.NoSuchProcess`."""
     import psutil
 
+    try:
+        # psutil makes a date of this, which is another one when the clock was set since.
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return f"{psutil.Process(process).create_time():.2f}"
+
+
+def holder(process: int | None = None) -> str:
+    """The name of a process of this machine, this one unless told otherwise."""
     process = os.getpid() if process is None else process
-    return f"{host()}:{process}:{_namespace()}:{psutil.Process(process).create_time():.2f}"
+    return f"{host()}:{process}:{_namespace()}:{_started(process)}"
 
 
 def shown(name: str) -> str:
@@ -60,7 +70,7 @@ def process_of(name: str) -> psutil.Process | None:
     _, number, _, started = name.split(":")
     try:
         process = psutil.Process(int(number))
-        alive = f"{process.create_time():.2f}" == started and process.status() != psutil.STATUS_ZOMBIE
+        alive = _started(process.pid) == started and process.status() != psutil.STATUS_ZOMBIE
     except (psutil.NoSuchProcess, OverflowError):
         return None
     return process if alive else None

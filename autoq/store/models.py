@@ -15,7 +15,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.types import TypeDecorator
 
-SCHEMA = "0005"  # the newest revision in migrations/versions
+SCHEMA = "0006"  # the newest revision in migrations/versions
 VERSION_TABLE = "autoq_schema"  # not Alembic's default name, which other tools' databases have too
 
 
@@ -211,6 +211,7 @@ leases = sa.Table(
     sa.Column("holder", sa.String(128)),
     sa.Column("epoch", sa.Integer, nullable=False),
     sa.Column("until", Moment, nullable=False),
+    sa.Column("receipt", sa.String(16)),  # of the last transaction on the study under this lease
 )
 
 # A submission that is sent twice under one key makes one study. The key is its user's own.

@@ -6,7 +6,9 @@ A submission is the study's row, its tables, and the key under which it was sent
 A lease says who runs a study. It is taken for some seconds and renewed; when it has ended, or its holder is a process
 of this machine that is gone, another one takes it, and `epoch` counts on. What a former holder still writes is refused
 by its epoch, in the transaction that would have written (`Store.under`). Times are the database's own, where it has
-a clock: machines that share a database need not agree on the time.
+a clock: machines that share a database need not agree on the time. SQLite has none, but all its processes are on one
+machine, whose monotonic clock nobody sets: leases there end by it. A lease that ends later than any lease lasts was
+taken before a clock was set back, or the machine began anew, and has ended.
 
     created ─┐                ┌──────── yield ────────┐
              ▼                ▼                       │
@@ -17,8 +19,9 @@ a clock: machines that share a database need not agree on the time.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
@@ -26,7 +29,9 @@ import sqlalchemy as sa
 from autoq.errors import BadInput, Conflict, NotFound
 from autoq.store import holders, writing
 from autoq.store import models as m
+from autoq.store.database import database_time
 from autoq.store.loading import load_study
+from autoq.store.patience import steady
 from autoq.store.queue_exports import ExportQueue
 from autoq.store.queue_records import (
     CLOCK,
@@ -39,15 +44,17 @@ from autoq.store.queue_records import (
     StudyInLine,
     WorkerRecord,
 )
-from autoq.store.queue_submissions import SubmissionQueue, check_limit, database_time, hold_user
+from autoq.store.queue_submissions import SubmissionQueue, check_limit, hold_user, last_in_line
 from autoq.store.records import StudyRecord, StudyState
 
 if TYPE_CHECKING:
     pass
 
 STALE_SECONDS = 60.0  # a worker that was not seen for so long is gone
+_LONGEST_LEASE = timedelta(hours=1)
 
 
+@steady
 class Queue(SubmissionQueue, ExportQueue):
     """The queue of one database. Every method is one short transaction; see `Store` for what they raise."""
 
@@ -79,7 +86,7 @@ class Queue(SubmissionQueue, ExportQueue):
                 _raise_budget(connection, study, trials)
             writing.put_table(connection, study_id, JOB, dict(job))
             writing.put_table(connection, study_id, CRASHES, None)
-            values = {"state": "queued", "message": None, "queued_at": database_time(connection), "request": None}
+            values = {"state": "queued", "message": None, "queued_at": last_in_line(connection), "request": None}
             writing.set_study(connection, study_id, finished_at=study.finished_at if adds else None, **values)
             return _study(connection, study_id)
 
@@ -188,7 +195,7 @@ class Queue(SubmissionQueue, ExportQueue):
             lease = self._lease(connection, study_id)
             if lease is not None and lease.live:
                 return None
-            until = database_time(connection) + timedelta(seconds=seconds)
+            until = _lease_clock(connection) + timedelta(seconds=seconds)
             if lease is None:
                 connection.execute(sa.insert(t).values(study_id=study_id, holder=holder, epoch=1, until=until))
                 return 1
@@ -202,7 +209,7 @@ class Queue(SubmissionQueue, ExportQueue):
         with self._database.writing() as connection:
             mine = sa.update(t).where(t.c.study_id == study_id, t.c.epoch == epoch, t.c.holder.is_not(None))
             return (
-                connection.execute(mine.values(until=database_time(connection) + timedelta(seconds=seconds))).rowcount
+                connection.execute(mine.values(until=_lease_clock(connection) + timedelta(seconds=seconds))).rowcount
                 == 1
             )
 
@@ -211,7 +218,7 @@ class Queue(SubmissionQueue, ExportQueue):
         t = m.leases
         with self._database.writing() as connection:
             mine = sa.update(t).where(t.c.study_id == study_id, t.c.epoch == epoch)
-            connection.execute(mine.values(holder=None, until=database_time(connection)))
+            connection.execute(mine.values(holder=None, until=_lease_clock(connection)))
 
     def lease(self, study_id: int) -> LeaseRecord | None:
         """The study's lease, None where it was never run under one."""
@@ -222,7 +229,8 @@ class Queue(SubmissionQueue, ExportQueue):
         row = connection.execute(sa.select(m.leases).where(m.leases.c.study_id == study_id)).one_or_none()
         if row is None:
             return None
-        live = row.holder is not None and row.until > database_time(connection) and not holders.is_dead(row.holder)
+        lasts = timedelta(0) < row.until - _lease_clock(connection) <= _LONGEST_LEASE
+        live = row.holder is not None and lasts and not holders.is_dead(row.holder)
         return LeaseRecord(row.study_id, row.holder, row.epoch, row.until, live)
 
     # Workers
@@ -232,7 +240,9 @@ class Queue(SubmissionQueue, ExportQueue):
         t = m.workers
         with self._database.writing() as connection:
             now = database_time(connection)
-            connection.execute(sa.delete(t).where(t.c.seen_at < now - timedelta(seconds=STALE_SECONDS)))
+            stale = timedelta(seconds=STALE_SECONDS)
+            # What was seen later than now was seen before the clock was set back.
+            connection.execute(sa.delete(t).where(~t.c.seen_at.between(now - stale, now + stale)))
             known = set(connection.execute(sa.select(t.c.id)).scalars())
             rows = [_beaten(worker) | {"seen_at": now} for worker in workers]
             again = [row for row in rows if row["worker_id"] in known]
@@ -254,7 +264,8 @@ class Queue(SubmissionQueue, ExportQueue):
         """The workers that were seen within `STALE_SECONDS`, by name."""
         t, s = m.workers.c, m.studies.c
         with self._database.reading() as connection:
-            fresh = t.seen_at >= database_time(connection) - timedelta(seconds=STALE_SECONDS)
+            now, stale = database_time(connection), timedelta(seconds=STALE_SECONDS)
+            fresh = t.seen_at.between(now - stale, now + stale)
             query = sa.select(m.workers, s.name.label("study")).join(m.studies, s.id == t.study_id, isouter=True)
             rows = connection.execute(query.where(fresh).order_by(t.id))
             return [WorkerRecord(**row._mapping) for row in rows]
@@ -270,6 +281,13 @@ def _beaten(worker: WorkerRecord) -> dict[str, Any]:
         "state": worker.state,
         "trial": worker.trial,
     }
+
+
+def _lease_clock(connection: sa.Connection) -> datetime:
+    """What leases are held against; on SQLite the monotonic clock, as if it had begun with the year 2000."""
+    if connection.dialect.name == "postgresql":
+        return database_time(connection)
+    return datetime(2000, 1, 1, tzinfo=UTC) + timedelta(seconds=time.monotonic())
 
 
 def _hold_row(connection: sa.Connection, study_id: int) -> None:

@@ -40,8 +40,8 @@ class Prepared:
 @dataclass(frozen=True)
 class LeaseRecord:
     """Who runs a study: `holder` names a process (see `store.holders`), None once it has let go. `epoch` counts the
-    holders that the study has had; `until` is when the lease ends unless it is renewed, and `live` whether it has not
-    ended and its holder is not known to be dead."""
+    holders that the study has had; `until` is when the lease ends unless it is renewed, on the clock of leases, and
+    `live` whether it has not ended and its holder is not known to be dead."""
 
     study_id: int
     holder: str | None

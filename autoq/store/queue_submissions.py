@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 from zlib import crc32
 
@@ -23,7 +23,7 @@ from sqlalchemy import exc
 from autoq.errors import AutoQError, BadInput, Conflict, LimitReached, StoreError
 from autoq.store import models as m
 from autoq.store import writing
-from autoq.store.database import Database
+from autoq.store.database import Database, database_time
 from autoq.store.loading import load_studies, load_study
 from autoq.store.queue_records import JOB, RUN, WAITS, Prepared
 from autoq.store.records import StudyRecord
@@ -113,7 +113,7 @@ class SubmissionQueue:
 def _submit_all(connection: sa.Connection, wanted: Sequence[Submission]) -> list[Submitted | AutoQError]:
     for user in sorted({one.user or "" for one in wanted}):
         hold_user(connection, user or None)
-    now = database_time(connection)
+    now = last_in_line(connection)
     known = _known(connection, wanted)
     waiting: dict[str | None, int] = {}  # of a user, before these
     added: Counter[str | None] = Counter()
@@ -192,12 +192,11 @@ def _insert(connection: sa.Connection, new: Sequence[Submission], now: datetime)
     return ids
 
 
-def database_time(connection: sa.Connection) -> datetime:
-    """The database's time; SQLite's is this machine's."""
-    if connection.dialect.name == "postgresql":
-        found: datetime = connection.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
-        return found.astimezone(UTC)
-    return datetime.now(UTC)
+def last_in_line(connection: sa.Connection) -> datetime:
+    """The time of what is queued now: after all that waits, also where the clock was set back since."""
+    s, moment = m.studies.c, database_time(connection)
+    last = connection.execute(sa.select(sa.func.max(s.queued_at)).where(s.state.in_(WAITS))).scalar()
+    return moment if last is None else max(moment, last + timedelta(microseconds=1))
 
 
 def hold_user(connection: sa.Connection, user: str | None) -> None:

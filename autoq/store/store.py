@@ -5,8 +5,8 @@ on every database, and gives whoever follows the study a number to ask from. Res
 attempt: of all the results that may come for one trial (a worker thought dead, a job sent twice) exactly
 one is stored.
 
-Every method raises `StoreError` in one line where the database cannot be used, and `NotFound` for a
-study or trial that is not there.
+Every method raises `StoreError` in one line where the database cannot be used, `StoreAway` where that is
+likely to pass by itself, and `NotFound` for a study or trial that is not there.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from autoq.store.loading import (
     load_values,
     unpack,
 )
+from autoq.store.patience import Patience, steady
 from autoq.store.queue import Queue
 from autoq.store.records import Descent, Origin, StudyRecord, StudyState, StudySummary, TrialRecord, TrialState
 from autoq.store.remarks import Remarks
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 _LISTED = 10
 
 
+@steady
 class Store:
     """One open database. May be used by several threads; not across a fork. Close it, or use `with`."""
 
@@ -79,10 +81,10 @@ class Store:
         """Submissions, leases, workers and exports."""
         return Queue(self._database)
 
-    def under(self, study_id: int, epoch: int) -> Store:
+    def under(self, study_id: int, epoch: int, patience: Patience | None = None) -> Store:
         """This store for the holder of a lease: its writes on the study raise `LeaseLost`, and change nothing, once
-        another one has the lease. Shares the connections."""
-        return Store(self._database.fenced(Fence(study_id, epoch)))
+        another one has the lease; and it waits with `patience` for a database that is away. Shares the connections."""
+        return Store(self._database.fenced(Fence(study_id, epoch), patience))
 
     @property
     def feed(self) -> Feed:

@@ -55,11 +55,11 @@ def _counted(connection: sa.Connection, which: sa.ColumnElement[bool], missing: 
     if row is None:
         raise NotFound(missing)
     study = _Locked(*row)
-    # Whoever takes a lease holds the study's row too, so what is read here stays true until the commit. In a
-    # statement of its own: one that has waited for the row would see the lease as it was before.
-    if (fence := fence_of(connection)) is not None and fence.study_id == study.id:
-        epoch = connection.execute(sa.select(m.leases.c.epoch).where(m.leases.c.study_id == study.id)).scalar()
-        if epoch != fence.epoch:
+    # Whoever takes a lease holds the study's row too, so what is found here stays true until the commit.
+    if (found := fence_of(connection)) is not None and found[0].study_id == study.id:
+        fence, receipt = found
+        mine = sa.update(m.leases).where(m.leases.c.study_id == study.id, m.leases.c.epoch == fence.epoch)
+        if connection.execute(mine.values(receipt=receipt)).rowcount == 0:
             raise LeaseLost
     return study
 

@@ -1,0 +1,374 @@
+"""A database that goes away in the middle of writes: stopped, restarted, killed, cut off, and silent after a commit."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import signal
+import socket
+import threading
+import time
+
+import pytest
+import sqlalchemy as sa
+
+from autoq.errors import LeaseLost, StoreAway, StoreError
+from autoq.search import holding as holdings
+from autoq.search.controller import create_study, run_study
+from autoq.store import Store
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+TRIALS = 24
+COMMIT = b"Q\x00\x00\x00\x0bCOMMIT\x00"
+
+
+@pytest.fixture(scope="module")
+def server(postgresql):
+    server = postgresql.Server(postgresql.binaries())
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def spec(made_up, tiny_model_dir):
+    return lambda **more: made_up.spec(tiny_model_dir("llama"), **({"trials": TRIALS} | more))
+
+
+@pytest.fixture(scope="module")
+def whole(made_up, spec, tmp_path_factory):
+    """What a study of a seed comes to without any fault."""
+    with Store.open(str(tmp_path_factory.mktemp("whole") / "autoq.db")) as store:
+        known = {}
+
+        def of(seed, sampler="random"):
+            if (seed, sampler) not in known:
+                study = create_study(store, spec(seed=seed, sampler=sampler))
+                run_study(store, study.id, make=made_up.make)
+                known[seed, sampler] = made_up.outcome(store, study)
+            return known[seed, sampler]
+
+        yield of
+
+
+@pytest.fixture
+def beats(monkeypatch):
+    """Leases that end soon, so that every outage outlasts them."""
+    monkeypatch.setattr(holdings, "LEASE_SECONDS", 0.5)
+    monkeypatch.setattr(holdings, "BEAT_SECONDS", 0.1)
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """Set for how long a study waits."""
+    return lambda text: monkeypatch.setenv("AUTOQ_DB_WAIT", text)
+
+
+def halt(mode):
+    def fault(server, dice):
+        server.halt(mode)
+        time.sleep(dice.uniform(0, 0.7))
+        server.start()
+
+    return fault
+
+
+def kill_server(server, dice):
+    server.kill()
+    time.sleep(dice.uniform(0, 0.7))
+    server.start()
+
+
+def kill_backend(server, dice):
+    """One of its processes dies; it ends all others and recovers by itself."""
+    with contextlib.suppress(sa.exc.OperationalError, ProcessLookupError, IndexError):
+        os.kill(dice.choice(server.backends()), signal.SIGKILL)
+
+
+def terminate(server, dice):
+    with contextlib.suppress(sa.exc.OperationalError):
+        server.terminate()
+
+
+FAULTS = {
+    "stopped": halt("fast"),
+    "crashed": halt("immediate"),
+    "killed": kill_server,
+    "backend-killed": kill_backend,
+    "terminated": terminate,
+}
+
+
+def test_a_server_that_goes_down_in_the_middle_of_writes_pauses_the_study(
+    server, spec, whole, made_up, beats, rounds, record_testsuite_property
+):
+    """All of them in one study, each a random moment after a trial was stored."""
+    dice, counts, paused = random.Random(1), dict.fromkeys(FAULTS, 0), 0
+    for turn in range(rounds(1, 50)):
+        names = dice.sample(list(FAULTS), len(FAULTS))
+        moments = dict(zip(sorted(dice.sample(range(1, TRIALS - 2), len(names))), names, strict=True))
+        wanted, problems = threading.Semaphore(0), []
+        queue = []
+
+        def each(trial, moments=moments, queue=queue, wanted=wanted):
+            if (name := moments.pop(trial.number, None)) is not None:
+                queue.append(name)
+                wanted.release()
+
+        def inject(queue=queue, wanted=wanted, problems=problems):
+            try:
+                for _ in FAULTS:
+                    if not wanted.acquire(timeout=600) or not queue:
+                        return
+                    time.sleep(dice.uniform(0, 0.05))
+                    name = queue.pop(0)
+                    FAULTS[name](server, dice)
+                    counts[name] += 1
+            except BaseException as problem:
+                problems.append(problem)
+
+        witness = made_up.Witness(each)
+        with Store.open(server.fresh()) as store:
+            study = create_study(store, spec(seed=turn % 4))
+            injector = threading.Thread(target=inject)
+            injector.start()
+            try:
+                run_study(store, study.id, witness, made_up.make)
+            finally:
+                for _ in FAULTS:
+                    wanted.release()
+                injector.join()
+            assert not problems, problems
+            made_up.check(store, study, witness, whole(turn % 4))
+        told = [note for note in witness.notes if "waiting for it" in note]
+        assert len(told) == len([note for note in witness.notes if note.startswith("the database answers again")])
+        for note in told:
+            assert re.match(r"the database '[^']*' [^\n]*; waiting for it, 10 min at most(; [^\n]* is kept)?$", note)
+            assert "s3cret" not in note
+        paused += len(told)
+    assert paused > 0
+    record_testsuite_property("database faults", f"{counts}, {paused} pauses")
+
+
+class Cutter:
+    """Stands between the study and its server. Of `chance` of all commits it cuts the connection: before the server
+    hears of it, or after it has answered, which nobody hears. Then it lets nobody in for a moment."""
+
+    def __init__(self, port, seed, chance):
+        self.server, self.dice, self.chance = port, random.Random(seed), chance
+        self.before = self.after = self.refused = 0
+        self.closed = 0.0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        while True:
+            try:
+                client, _ = self.listener.accept()
+            except OSError:
+                return
+            if time.monotonic() < self.closed:
+                self.refused += 1
+                client.close()
+                continue
+            upstream = socket.create_connection(("127.0.0.1", self.server))
+            state = {"cut": False}
+            threading.Thread(target=self.forward, args=(client, upstream, state), daemon=True).start()
+            threading.Thread(target=self.back, args=(upstream, client, state), daemon=True).start()
+
+    def forward(self, client, upstream, state):
+        with contextlib.suppress(OSError):
+            while data := client.recv(1 << 16):
+                if data == COMMIT and self.dice.random() < self.chance:
+                    self.closed = time.monotonic() + self.dice.uniform(0, 0.3)
+                    if self.dice.random() < 0.5:
+                        self.before += 1
+                        break
+                    state["cut"] = True
+                    self.after += 1
+                upstream.sendall(data)
+        if not state["cut"]:
+            self.end(client, upstream)
+
+    def back(self, upstream, client, state):
+        with contextlib.suppress(OSError):
+            while data := upstream.recv(1 << 16):
+                if state["cut"]:
+                    break
+                client.sendall(data)
+        self.end(client, upstream)
+
+    @staticmethod
+    def end(*sockets):
+        for each in sockets:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+
+    def close(self):
+        self.listener.close()
+
+
+def test_a_commit_that_nobody_answers_is_neither_lost_nor_repeated(
+    server, spec, whole, made_up, beats, rounds, record_testsuite_property
+):
+    before = after = refused = 0
+    for turn in range(rounds(1, 25)):
+        url = sa.make_url(server.fresh())
+        with Store.open(url.render_as_string(hide_password=False)) as direct:
+            study = create_study(direct, spec(seed=turn % 4))
+            cutter = Cutter(server.port, turn, 0.2)
+            witness = made_up.Witness()
+            through = url.set(port=cutter.port).render_as_string(hide_password=False)
+            try:
+                # Only what the study does goes through it.
+                chance, cutter.chance = cutter.chance, 0.0
+                with Store.open(through) as store:
+                    with holdings.holding(store, study.id) as hold:
+                        cutter.chance = chance
+                        run_study(store, study.id, witness, made_up.make, hold)
+                        cutter.chance = 0.0
+                    attempts = {trial.number: trial.attempt for trial in direct.trials(study.id)}
+            finally:
+                cutter.close()
+            made_up.check(direct, study, witness, whole(turn % 4))
+            # Nothing was sent out again, and nothing was taken for somebody else's result.
+            assert set(attempts.values()) == {1}
+            assert not [note for note in witness.notes if "late result" in note]
+        before, after, refused = before + cutter.before, after + cutter.after, refused + cutter.refused
+    assert before > 0 and after > 0
+    record_testsuite_property("commits cut", f"{before} before, {after} after, {refused} connections refused")
+
+
+def test_a_study_gives_up_after_the_limit_and_goes_on_when_it_is_resumed(
+    server, spec, whole, made_up, beats, monkeypatch
+):
+    monkeypatch.setenv("AUTOQ_DB_WAIT", "1s")
+    with Store.open(server.fresh()) as store:
+        study = create_study(store, spec())
+
+        def stop(trial):
+            if trial.number == 5:
+                server.halt("immediate")
+
+        witness = made_up.Witness(stop)
+        started = time.monotonic()
+        try:
+            with pytest.raises(StoreAway) as said:
+                run_study(store, study.id, witness, made_up.make)
+            assert time.monotonic() - started < 60
+            assert re.fullmatch(
+                r"the database '\S+' [^\n]*, after 1 s of waiting[^\n]*; go on with: autoq resume made-up",
+                str(said.value),
+            )
+            assert said.value.exit_code == 1
+        finally:
+            server.start()
+        assert store.study(study.id).state == "running"
+        again = made_up.Witness()
+        run_study(store, study.id, again, made_up.make)
+        made_up.check(store, study, again, whole(0))
+        assert set(range(6)) <= set(witness.acknowledged)
+
+
+def test_an_interrupt_ends_the_wait(server, spec, whole, made_up, beats):
+    with Store.open(server.fresh()) as store:
+        study = create_study(store, spec())
+
+        def stop(trial):
+            if trial.number == 5:
+                server.halt("fast")
+                threading.Timer(0.7, signal.raise_signal, [signal.SIGINT]).start()
+
+        started = time.monotonic()
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                run_study(store, study.id, made_up.Witness(stop), made_up.make)
+            assert time.monotonic() - started < 60
+        finally:
+            server.start()
+        run_study(store, study.id, None, made_up.make)
+        made_up.check(store, study, None, whole(0))
+
+
+def test_who_was_taken_over_during_a_pause_is_fenced(server, spec, whole, made_up, beats, patient):
+    """Its lease ends while it is cut off, another one takes the study; what it kept is thrown away."""
+    patient("90s")
+    url = sa.make_url(server.fresh())
+    with Store.open(url.render_as_string(hide_password=False)) as direct:
+        study = create_study(direct, spec())
+        cutter = Cutter(server.port, 0, 0.0)
+        other = made_up.Witness()
+        alone, taken = threading.Event(), threading.Event()
+
+        def cut(trial):
+            if trial.number == 5:
+                alone.set()
+                cutter.closed = time.monotonic() + 3600
+                server.terminate()
+
+        def take_over():
+            assert alone.wait(60)
+            while direct.queue.lease(study.id).live:
+                time.sleep(0.05)
+            with holdings.holding(direct, study.id) as hold:
+                taken.set()
+                cutter.closed = 0.0
+                run_study(direct, study.id, other, made_up.make, hold)
+
+        witness = made_up.Witness(cut)
+        with Store.open(url.set(port=cutter.port).render_as_string(hide_password=False)) as store:
+            # The same host and process hold it, so only the clock says that the lease has ended.
+            rival = threading.Thread(target=take_over)
+            rival.start()
+            with pytest.raises(LeaseLost):
+                run_study(store, study.id, witness, made_up.make)
+            rival.join()
+        cutter.close()
+        assert taken.is_set()
+        assert direct.queue.lease(study.id).epoch == 2
+        made_up.check(direct, study, other, whole(0))
+
+
+def test_a_database_that_another_program_locks_for_long(spec, whole, made_up, tmp_path, beats):
+    path = tmp_path / "autoq.db"
+    with Store.open(f"sqlite:///{path}?timeout=0.1") as store:
+        study = create_study(store, spec())
+        blocker = sa.create_engine(f"sqlite:///{path}", poolclass=sa.NullPool).connect()
+
+        def lock(trial):
+            if trial.number == 5:
+                blocker.exec_driver_sql("BEGIN IMMEDIATE")
+                threading.Timer(1.0, blocker.rollback).start()
+
+        witness = made_up.Witness(lock)
+        run_study(store, study.id, witness, made_up.make)
+        blocker.close()
+        assert any("stays locked by another process; try again; waiting for it" in note for note in witness.notes)
+        made_up.check(store, study, witness, whole(0))
+
+
+@pytest.mark.parametrize("what", ["deleted", "replaced", "moved"])
+def test_a_file_that_is_taken_away_under_a_study(spec, made_up, tmp_path, what, beats):
+    path = tmp_path / "autoq.db"
+    with Store.open(str(path)) as store:
+        study = create_study(store, spec())
+
+        def take(trial):
+            if trial.number == 5:
+                if what == "moved":
+                    path.rename(tmp_path / "elsewhere.db")
+                else:
+                    path.unlink()
+                if what == "replaced":
+                    path.write_bytes(b"")
+
+        witness = made_up.Witness(take)
+        with pytest.raises(
+            StoreError, match=r"^the database '\S+' was deleted, moved or replaced while it was in use; "
+        ):
+            run_study(store, study.id, witness, made_up.make)
+    assert max(witness.acknowledged) == 5
