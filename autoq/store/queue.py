@@ -26,6 +26,7 @@ import sqlalchemy as sa
 from autoq.errors import BadInput, Conflict, NotFound
 from autoq.store import holders, writing
 from autoq.store import models as m
+from autoq.store.clock import STALE_SECONDS, database_time, fresh
 from autoq.store.loading import load_study
 from autoq.store.queue_exports import ExportQueue
 from autoq.store.queue_records import (
@@ -39,13 +40,11 @@ from autoq.store.queue_records import (
     StudyInLine,
     WorkerRecord,
 )
-from autoq.store.queue_submissions import SubmissionQueue, check_limit, database_time, hold_user
+from autoq.store.queue_submissions import SubmissionQueue, check_limit, hold_user
 from autoq.store.records import StudyRecord, StudyState
 
 if TYPE_CHECKING:
     pass
-
-STALE_SECONDS = 60.0  # a worker that was not seen for so long is gone
 
 
 class Queue(SubmissionQueue, ExportQueue):
@@ -255,9 +254,8 @@ class Queue(SubmissionQueue, ExportQueue):
         """The workers that were seen within `STALE_SECONDS`, by name."""
         t, s = m.workers.c, m.studies.c
         with self._database.reading() as connection:
-            fresh = t.seen_at >= database_time(connection) - timedelta(seconds=STALE_SECONDS)
             query = sa.select(m.workers, s.name.label("study")).join(m.studies, s.id == t.study_id, isouter=True)
-            rows = connection.execute(query.where(fresh).order_by(t.id))
+            rows = connection.execute(query.where(fresh(connection)).order_by(t.id))
             return [WorkerRecord(**row._mapping) for row in rows]
 
 

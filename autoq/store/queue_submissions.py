@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 from zlib import crc32
 
@@ -23,6 +23,7 @@ from sqlalchemy import exc
 from autoq.errors import AutoQError, BadInput, Conflict, LimitReached, StoreError
 from autoq.store import models as m
 from autoq.store import writing
+from autoq.store.clock import database_time
 from autoq.store.database import Database
 from autoq.store.loading import load_studies, load_study
 from autoq.store.queue_records import JOB, RUN, WAITS, Prepared
@@ -190,14 +191,6 @@ def _insert(connection: sa.Connection, new: Sequence[Submission], now: datetime)
     if rows:
         connection.execute(sa.insert(m.submissions), rows)
     return ids
-
-
-def database_time(connection: sa.Connection) -> datetime:
-    """The database's time; SQLite's is this machine's."""
-    if connection.dialect.name == "postgresql":
-        found: datetime = connection.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
-        return found.astimezone(UTC)
-    return datetime.now(UTC)
 
 
 def hold_user(connection: sa.Connection, user: str | None) -> None:
