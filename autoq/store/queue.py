@@ -26,7 +26,7 @@ import sqlalchemy as sa
 from autoq.errors import BadInput, Conflict, NotFound
 from autoq.store import holders, writing
 from autoq.store import models as m
-from autoq.store.clock import STALE_SECONDS, database_time, fresh
+from autoq.store.clock import database_time, fresh
 from autoq.store.loading import load_study
 from autoq.store.queue_exports import ExportQueue
 from autoq.store.queue_records import (
@@ -227,11 +227,11 @@ class Queue(SubmissionQueue, ExportQueue):
     # Workers
 
     def beat(self, workers: Sequence[WorkerRecord]) -> None:
-        """Say that these workers live. Forgets those that have not been seen for `STALE_SECONDS`."""
+        """Say that these workers live. Forgets those that have not been seen for `clock.STALE_SECONDS`."""
         t = m.workers
         with self._database.writing() as connection:
             now = database_time(connection)
-            connection.execute(sa.delete(t).where(t.c.seen_at < now - timedelta(seconds=STALE_SECONDS)))
+            connection.execute(sa.delete(t).where(sa.not_(fresh(connection))))
             for worker in workers:
                 values = {
                     "study_id": worker.study_id,
@@ -251,7 +251,7 @@ class Queue(SubmissionQueue, ExportQueue):
             connection.execute(sa.delete(m.workers).where(m.workers.c.id.in_(ids)))
 
     def workers(self) -> list[WorkerRecord]:
-        """The workers that were seen within `STALE_SECONDS`, by name."""
+        """The workers that were seen within `clock.STALE_SECONDS`, by name."""
         t, s = m.workers.c, m.studies.c
         with self._database.reading() as connection:
             query = sa.select(m.workers, s.name.label("study")).join(m.studies, s.id == t.study_id, isouter=True)
