@@ -109,6 +109,14 @@ class LimitReached(AutoQError):
     """There is as much as is allowed already."""
 
 
+class GaveUp(AutoQError):
+    """It took more time or memory than it may."""
+
+
+class Unavailable(AutoQError):
+    """What is to answer cannot at the moment."""
+
+
 class StudyBusy(AutoQError):
     """Another process runs the study."""
 

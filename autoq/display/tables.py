@@ -230,7 +230,7 @@ def studies(rows: Sequence[StudySummary]) -> list[RenderableType]:
         [
             str(row.id),
             row.name,
-            row.state,
+            row.state + (f", {row.workers} at it" if row.workers else ""),
             str(row.complete)
             + (f" +{row.stopped} stopped" if row.stopped else "")
             + (f" +{row.failed} failed" if row.failed else ""),

@@ -43,7 +43,8 @@ _ERRORS = {
     415: "The body is not JSON",
     422: "A field is not valid; the message names it",
     429: "A limit is reached; Retry-After says when to try again",
-    503: "The database cannot be used at the moment",
+    503: "The database, or what answers what needs a model, cannot be used at the moment",
+    504: "What needs a model took more time or memory than it may",
 }
 
 

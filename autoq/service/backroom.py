@@ -34,7 +34,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from autoq.errors import AutoQError, LimitReached, restore
+from autoq.errors import GaveUp, LimitReached, Unavailable, restore
 from autoq.spec import StudySpec
 from autoq.store import Prepared
 
@@ -47,6 +47,11 @@ KEPT_SECONDS = 600.0
 REFUSED_SECONDS = 10.0  # a refusal may be of what somebody is about to put right
 _LOOK_SECONDS = 0.25
 _STOPPING = "the server is being stopped"
+_DOES = {
+    "hello": "begin",
+    "prepare": "check the spec against its model and target",
+    "offer": "find what the study's model would have",
+}
 
 
 class Backroom:
@@ -87,7 +92,8 @@ class Backroom:
     async def prepare(self, spec: StudySpec) -> Prepared:
         """Check a spec against model, target and data: what a study of it is made with. See `search.setup.prepare`.
 
-        Raises `BadInput` with the line that the command line gives, `AutoQError` where it took too long.
+        Raises `BadInput` with the line that the command line gives, `GaveUp` where the process took too long or
+        too much memory or died of the question, and `Unavailable` where it is being stopped.
         """
         return Prepared.from_json(await asyncio.wrap_future(self._verdict(spec)))
 
@@ -149,7 +155,7 @@ class Backroom:
             return self._asker.submit(self._ask, what, question, seconds)
         except RuntimeError:
             self._room.release()
-            raise AutoQError(_STOPPING) from None
+            raise Unavailable(_STOPPING) from None
 
     def _ask(self, what: str, question: Mapping[str, Any], seconds: float) -> Any:
         """One question and its answer; in the one thread that talks to the process."""
@@ -165,7 +171,7 @@ class Backroom:
                 return self._exchange(line, what, seconds)
             except (OSError, EOFError):
                 self._end()
-                raise AutoQError(f"the process that was to {what} died of it, twice") from None
+                raise GaveUp(f"the process that was to {_DOES[what]} died of it, twice") from None
         finally:
             self._room.release()
 
@@ -196,15 +202,15 @@ class Backroom:
                     return bytes(found)
             if time.monotonic() > until:
                 self._end()
-                raise AutoQError(f"to {what} took longer than {seconds:g} s")
+                raise GaveUp(f"to {_DOES[what]} took longer than {seconds:g} s, and was given up")
             if (used := _memory(process.pid)) > self._memory:
                 self._end()
                 allowed = self._memory / 2**30
-                raise AutoQError(f"to {what} takes {used / 2**30:.1f} GiB of memory; {allowed:.1f} are allowed")
+                raise GaveUp(f"to {_DOES[what]} takes {used / 2**30:.1f} GiB of memory; {allowed:.1f} are allowed")
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._stopped:
-            raise AutoQError(_STOPPING)
+            raise Unavailable(_STOPPING)
         if self._process is None or self._process.poll() is not None:
             self._end()
             environment = {**os.environ, "AUTOQ_DB": self._address}
@@ -234,7 +240,7 @@ def _shared(future: Future[Any]) -> Future[Any]:
         if not mine.set_running_or_notify_cancel():
             return
         if done.cancelled():
-            mine.set_exception(AutoQError(_STOPPING))
+            mine.set_exception(Unavailable(_STOPPING))
         elif (problem := done.exception()) is not None:
             mine.set_exception(problem)
         else:

@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from autoq.errors import AutoQError, BadInput, Conflict, LimitReached, NotFound, StoreError
+from autoq.errors import AutoQError, BadInput, Conflict, GaveUp, LimitReached, NotFound, StoreError, Unavailable
 from autoq.spec_errors import field_path, line_of
 
 log = logging.getLogger("autoq.service")
@@ -30,6 +30,8 @@ _STATUS: tuple[tuple[type[AutoQError], int], ...] = (
     (Conflict, 409),
     (LimitReached, 429),
     (StoreError, 503),
+    (Unavailable, 503),
+    (GaveUp, 504),
     (BadInput, 422),
     (AutoQError, 409),  # asked for well, and what is stored does not have it
 )
@@ -87,11 +89,10 @@ async def _autoq(request: Request, problem: Exception) -> Response:
 def _told(problem: AutoQError, metrics: Any) -> tuple[int, str, dict[str, str]]:
     """Status, message and headers of an error. What a database says is for the log: it names hosts and files."""
     status, headers = status_of(problem), dict(getattr(problem, "headers", {}))
-    if status == 429:
-        headers.setdefault("Retry-After", "30")
+    if status in (429, 503, 504):
+        headers.setdefault("Retry-After", "5" if status == 503 else "30")
     if not isinstance(problem, StoreError):
         return status, str(problem), headers
-    headers.setdefault("Retry-After", "5")
     log.warning("%s", problem)
     metrics.database_errors.inc()
     return status, _UNREACHABLE, headers

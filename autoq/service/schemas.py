@@ -138,6 +138,7 @@ class SummaryShape(Shape):
     objectives: list[ObjectiveShape]
     trials: CountsShape
     frontier: int
+    workers: int
     created_at: str
     queued_at: str | None
     started_at: str | None

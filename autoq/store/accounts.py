@@ -18,7 +18,8 @@ import sqlalchemy as sa
 
 from autoq.errors import BadInput, NotFound, UnknownName
 from autoq.store import models as m
-from autoq.store.database import Database, database_time
+from autoq.store.clock import database_time
+from autoq.store.database import Database
 
 Role = Literal["viewer", "submitter", "admin"]
 PREFIX = "autoq_"

@@ -16,7 +16,6 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,14 +68,6 @@ def fence_of(connection: sa.Connection) -> tuple[Fence, str] | None:
     be put into the lease; None: it needs none."""
     found: tuple[Fence, str] | None = connection.get_execution_options().get("autoq_fence")
     return found
-
-
-def database_time(connection: sa.Connection) -> datetime:
-    """The database's time; SQLite's is this machine's."""
-    if connection.dialect.name == "postgresql":
-        found: datetime = connection.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
-        return found.astimezone(UTC)
-    return datetime.now(UTC)
 
 
 class Database:

@@ -13,6 +13,7 @@ import sqlalchemy as sa
 
 from autoq.errors import NotFound
 from autoq.store import models as m
+from autoq.store.clock import worker_counts
 from autoq.store.database import Database
 from autoq.store.loading import load_summaries, load_trials
 from autoq.store.records import StudySummary, TrialRecord, TrialState
@@ -88,6 +89,11 @@ class Feed:
         with self._database.reading() as connection:
             count, changes = connection.execute(query).one()
             return int(count), int(changes)
+
+    def workers(self) -> dict[int, int]:
+        """Study id -> how many workers are at it, of studies that have any. No study's count of changes says so."""
+        with self._database.reading() as connection:
+            return worker_counts(connection)
 
     def owned(self, whose: Whose) -> set[int]:
         """The ids of the studies that somebody sees."""

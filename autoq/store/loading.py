@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from autoq.assignment import Assignment
 from autoq.measurement import Measurement, Part
 from autoq.store import models as m
+from autoq.store.clock import worker_counts
 from autoq.store.records import StudyObjective, StudyRecord, StudySummary, TrialError, TrialRecord, TrialState
 
 if TYPE_CHECKING:
@@ -189,7 +190,7 @@ def _study(row: Any) -> StudyRecord:
 
 
 def load_summaries(connection: sa.Connection, ids: Sequence[int] | None = None) -> list[StudySummary]:
-    """All studies, or those of `ids`, oldest first, with their counts: three statements for any number of them."""
+    """All studies, or those of `ids`, oldest first, with their counts: as many statements for any number of them."""
     t, f, s = m.trials.c, m.frontier.c, m.studies.c
 
     def kept(query: sa.Select[Any], column: sa.ColumnElement[int]) -> sa.Select[Any]:
@@ -199,6 +200,7 @@ def load_summaries(connection: sa.Connection, ids: Sequence[int] | None = None) 
     counts: dict[int, dict[str, int]] = {}
     for study_id, state, count in connection.execute(ended):
         counts.setdefault(study_id, {})[state] = count
+    workers = worker_counts(connection)
     members = kept(sa.select(f.study_id, sa.func.count()), f.study_id).group_by(f.study_id)
     on_frontier = {row[0]: row[1] for row in connection.execute(members)}
     columns = (s.id, s.name, s.spec, s.objectives, s.state, s.message, s.changes)
@@ -215,6 +217,7 @@ def load_summaries(connection: sa.Connection, ids: Sequence[int] | None = None) 
             message=row.message,
             **{state: counts.get(row.id, {}).get(state, 0) for state in get_args(TrialState)},
             frontier=on_frontier.get(row.id, 0),
+            workers=workers.get(row.id, 0),
             changes=row.changes,
             created_at=row.created_at,
             started_at=row.started_at,

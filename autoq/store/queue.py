@@ -29,7 +29,7 @@ import sqlalchemy as sa
 from autoq.errors import BadInput, Conflict, NotFound
 from autoq.store import holders, writing
 from autoq.store import models as m
-from autoq.store.database import database_time
+from autoq.store.clock import database_time, fresh
 from autoq.store.loading import load_study
 from autoq.store.patience import steady
 from autoq.store.queue_exports import ExportQueue
@@ -50,7 +50,6 @@ from autoq.store.records import StudyRecord, StudyState
 if TYPE_CHECKING:
     pass
 
-STALE_SECONDS = 60.0  # a worker that was not seen for so long is gone
 _LONGEST_LEASE = timedelta(hours=1)
 
 
@@ -236,13 +235,11 @@ class Queue(SubmissionQueue, ExportQueue):
     # Workers
 
     def beat(self, workers: Sequence[WorkerRecord]) -> None:
-        """Say that these workers live. Forgets those that have not been seen for `STALE_SECONDS`."""
+        """Say that these workers live. Forgets those that have not been seen for `clock.STALE_SECONDS`."""
         t = m.workers
         with self._database.writing() as connection:
             now = database_time(connection)
-            stale = timedelta(seconds=STALE_SECONDS)
-            # What was seen later than now was seen before the clock was set back.
-            connection.execute(sa.delete(t).where(~t.c.seen_at.between(now - stale, now + stale)))
+            connection.execute(sa.delete(t).where(sa.not_(fresh(connection))))
             known = set(connection.execute(sa.select(t.c.id)).scalars())
             rows = [_beaten(worker) | {"seen_at": now} for worker in workers]
             again = [row for row in rows if row["worker_id"] in known]
@@ -261,13 +258,11 @@ class Queue(SubmissionQueue, ExportQueue):
             connection.execute(sa.delete(m.workers).where(m.workers.c.id.in_(ids)))
 
     def workers(self) -> list[WorkerRecord]:
-        """The workers that were seen within `STALE_SECONDS`, by name."""
+        """The workers that were seen within `clock.STALE_SECONDS`, by name."""
         t, s = m.workers.c, m.studies.c
         with self._database.reading() as connection:
-            now, stale = database_time(connection), timedelta(seconds=STALE_SECONDS)
-            fresh = t.seen_at.between(now - stale, now + stale)
             query = sa.select(m.workers, s.name.label("study")).join(m.studies, s.id == t.study_id, isouter=True)
-            rows = connection.execute(query.where(fresh).order_by(t.id))
+            rows = connection.execute(query.where(fresh(connection)).order_by(t.id))
             return [WorkerRecord(**row._mapping) for row in rows]
 
 

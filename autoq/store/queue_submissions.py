@@ -23,7 +23,8 @@ from sqlalchemy import exc
 from autoq.errors import AutoQError, BadInput, Conflict, LimitReached, StoreError
 from autoq.store import models as m
 from autoq.store import writing
-from autoq.store.database import Database, database_time
+from autoq.store.clock import database_time
+from autoq.store.database import Database
 from autoq.store.loading import load_studies, load_study
 from autoq.store.queue_records import JOB, RUN, WAITS, Prepared
 from autoq.store.records import StudyRecord

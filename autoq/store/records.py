@@ -139,6 +139,7 @@ class StudySummary:
     owner: str | None = None
     priority: int = 0
     queued_at: datetime | None = None
+    workers: int = 0  # that were seen at it lately
 
     def to_json(self) -> dict[str, Any]:
         """The line as JSON."""
@@ -161,6 +162,7 @@ class StudySummary:
                 "duplicate": self.duplicate,
             },
             "frontier": self.frontier,
+            "workers": self.workers,
             "created_at": _iso(self.created_at),
             "queued_at": _iso(self.queued_at),
             "started_at": _iso(self.started_at),
@@ -171,7 +173,7 @@ class StudySummary:
     def from_json(cls, document: Mapping[str, Any]) -> StudySummary:
         """The inverse of `to_json`; what else the document has is left alone."""
         named = {name: document[name] for name in ("model", "target", "frontier")}
-        return cls(**_study_fields(document), **named, **document["trials"])
+        return cls(**_study_fields(document), **named, **document["trials"], workers=document.get("workers", 0))
 
 
 @dataclass(frozen=True)

@@ -85,15 +85,15 @@ function showStats(root, page) {
     stat("complete", String(count("complete"))),
     stat("stopped early", share(count("stopped")), `${count("stopped")} trials`),
     stat("failed", String(count("failed"))),
-    stat("proposed again", String(count("duplicate")), "answered from the store"),
+    stat("cache hits", String(count("duplicate")), "proposed again, answered from the store"),
     stat("trials a minute", busy ? ((60 * timed.length) / busy).toFixed(1) : "–", "of evaluation"),
-    stat("evaluation so far", busy ? duration(busy) : "–"));
+    stat("cost so far", busy ? duration(busy) : "–", "of evaluation"));
 }
 
 async function showWorkers(root, name) {
   try {
     const found = await ask("/api/v1/workers");
-    const own = (found.workers ?? []).filter((worker) => !worker.study || worker.study === name);
+    const own = (found.workers ?? []).filter((worker) => worker.study === name);
     if (!own.length) fill(root, h("p", { class: "note" }, "No worker of this study is up."));
     else fill(root, table("Workers", ["worker", "node", "device", "memory", "state", "trial"], own.map((worker) =>
       [worker.id, worker.node, worker.device, worker.memory_bytes ? number(worker.memory_bytes, "bytes") : "–", worker.state, worker.trial ?? "–"])));

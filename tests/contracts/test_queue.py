@@ -329,11 +329,11 @@ def test_workers_are_seen_until_they_end_or_are_silent(store, monkeypatch):
     assert first.to_json()["seen_at"] == first.seen_at.isoformat()
     store.queue.forget_workers(["here:2"])
     assert [worker.id for worker in store.queue.workers()] == ["here:1"]
-    monkeypatch.setattr("autoq.store.queue.STALE_SECONDS", 0.1)
+    monkeypatch.setattr("autoq.store.clock.STALE_SECONDS", 0.1)
     time.sleep(0.2)
     assert store.queue.workers() == []
     store.queue.beat([two])
-    monkeypatch.setattr("autoq.store.queue.STALE_SECONDS", 60.0)
+    monkeypatch.setattr("autoq.store.clock.STALE_SECONDS", 60.0)
     assert [worker.id for worker in store.queue.workers()] == ["here:2"]
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from autoq.search.controller import create_study, run_study
 from autoq.spec import build_spec
-from autoq.store import Prepared, Store, WorkerRecord, holders
+from autoq.store import Prepared, Store, WorkerRecord, clock, holders
 
 HOUR = 3600.0
 PRODUCT = Path(__file__).parents[2]
@@ -133,7 +133,7 @@ def test_a_controller_whose_clock_jumps_keeps_its_study(
 
 def test_a_lease_ends_by_a_clock_that_nobody_sets(tmp_path, monkeypatch):
     """On SQLite: hours ahead or back, it lasts as long as it was taken for, and not for hours."""
-    from autoq.store import database, queue
+    from autoq.store import queue
 
     with Store.open(str(tmp_path / "autoq.db")) as store:
         study = store.create_study(build_spec({"model": {"id": "m"}, "name": "s"}), [("a", "u", "minimize")])
@@ -145,7 +145,7 @@ def test_a_lease_ends_by_a_clock_that_nobody_sets(tmp_path, monkeypatch):
                 def now(cls, tz=None, hours=hours):
                     return datetime.now(tz) + timedelta(hours=hours)
 
-            monkeypatch.setattr(database, "datetime", Shifted)
+            monkeypatch.setattr(clock, "datetime", Shifted)
             assert store.queue.lease(study.id).live
             later = time.monotonic() + 31
             with monkeypatch.context() as patch:
@@ -196,8 +196,6 @@ def test_a_token_lasts_as_long_as_was_said_whoever_made_it(server, shifted, hour
 
 
 def test_what_is_queued_keeps_its_place_when_the_clock_is_set_back(tmp_path, monkeypatch):
-    from autoq.store import database
-
     with Store.open(str(tmp_path / "autoq.db")) as store:
         order = []
         for hours in (0, 3, -3, 0, -72):
@@ -207,7 +205,7 @@ def test_what_is_queued_keeps_its_place_when_the_clock_is_set_back(tmp_path, mon
                 def now(cls, tz=None, hours=hours):
                     return datetime.now(tz) + timedelta(hours=hours)
 
-            monkeypatch.setattr(database, "datetime", Shifted)
+            monkeypatch.setattr(clock, "datetime", Shifted)
             spec = build_spec({"model": {"id": "m"}, "name": f"s{len(order)}"})
             prepared = Prepared([("a", "u", "minimize")], {})
             order.append(store.queue.submit("ann", None, "f", spec, prepared)[0].id)
@@ -215,11 +213,14 @@ def test_what_is_queued_keeps_its_place_when_the_clock_is_set_back(tmp_path, mon
 
 
 def test_workers_of_a_clock_ahead_are_not_seen_for_hours(tmp_path, monkeypatch):
-    from autoq.store import queue
+    class Ahead(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.now(tz) + timedelta(hours=5)
 
     with Store.open(str(tmp_path / "autoq.db")) as store:
         with monkeypatch.context() as patch:
-            patch.setattr(queue, "database_time", lambda _: datetime.now(UTC) + timedelta(hours=5))
+            patch.setattr(clock, "datetime", Ahead)
             store.queue.beat([WorkerRecord("h:1", "h", "cpu", "idle")])
             assert len(store.queue.workers()) == 1
         assert store.queue.workers() == []

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from autoq.errors import SpecError
+from autoq.errors import GaveUp, SpecError, Unavailable
 from autoq.service import schemas
 from autoq.service.auth import OPEN, Asker
 from autoq.service.settings import Sources
@@ -70,6 +70,20 @@ def test_what_the_backroom_refuses_is_no_study(open_server, client):
     assert answer.json()["error"] == {"message": "model.id: no model 'other/model'", "field": "model.id"}
     assert open_server.store.feed.versions() == before
     assert submit(client, "k").status_code == 201, "the key is still free"
+
+
+@pytest.mark.parametrize(("problem", "status"), [(GaveUp, 504), (Unavailable, 503)])
+def test_what_the_backroom_does_not_answer_in_time_is_no_fault_of_the_request(open_server, client, problem, status):
+    async def prepare(spec):
+        raise problem("to check the spec took longer than 180 s, and was given up")
+
+    open_server.app.state.backroom.prepare = prepare
+    for path, body in (("studies", {}), ("specs:check", {"deep": True})):
+        answer = client.post(f"/api/v1/{path}", json={"spec": SPEC} | body)
+        assert answer.status_code == status
+        assert answer.json()["error"] == {"message": "to check the spec took longer than 180 s, and was given up"}
+        assert int(answer.headers["retry-after"]) > 0
+    assert open_server.store.queue.queued() == []
 
 
 def test_a_server_without_a_backroom_takes_none(open_server, client):

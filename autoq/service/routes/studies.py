@@ -76,7 +76,8 @@ def list_studies(
             "next": _cursor(shown[-1].name, shown[-1].id) if len(found) > limit else None,
         }
 
-    return tagged(request, (store.feed.total(asker.whose), asker.whose), make)
+    at_work = sorted(store.feed.workers().items())
+    return tagged(request, (store.feed.total(asker.whose), at_work, asker.whose), make)
 
 
 def _cursor(name: str, study_id: int) -> str:

@@ -8,7 +8,7 @@ from anyio import to_thread
 from fastapi import APIRouter, Header, Query, Request, Response
 
 from autoq import documents
-from autoq.errors import AutoQError, BadInput, StoreError
+from autoq.errors import AutoQError, BadInput, GaveUp, LimitReached, StoreError, Unavailable
 from autoq.service import jobs
 from autoq.service.answers import answer
 from autoq.service.context import WAKES, Asks, Configured, Stored, Visible
@@ -55,8 +55,8 @@ async def check_spec(request: Request, settings: Configured, asker: Asks, body: 
         told["spec"] = spec.model_dump(mode="json")
         if body.deep:
             told["facts"] = dict((await backroom_of(request).prepare(spec)).facts)
-    except (Refusal, StoreError):
-        raise
+    except (Refusal, StoreError, GaveUp, Unavailable, LimitReached):
+        raise  # it says nothing of the spec
     except AutoQError as problem:
         told |= {"ok": False, "message": str(problem), "field": field_of(problem)}
     return answer(told)
