@@ -112,8 +112,8 @@ class Hold:
                     return
                 renewed = time.monotonic()
                 self._tell()
-            except AutoQError:
-                # The database cannot be used now. The main thread meets that when it writes.
+            except (AutoQError, MemoryError):
+                # The database cannot be used now, or a trial has all that it is allowed. The main thread meets that.
                 if time.monotonic() - renewed > LEASE_SECONDS:
                     self._lost.set()
                     return
