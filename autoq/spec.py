@@ -321,13 +321,15 @@ class SamplerSpec(_Section):
 
 
 class BudgetSpec(_Section):
-    """When a study ends. `report_points` bounds how many frontier points are measured again on the
+    """When a study ends, and a candidate: after `trial_time`, or when it allocates more than `trial_memory`
+    beside the model. `report_points` bounds how many frontier points are measured again on the
     report data and timed end to end (null: all of them). A candidate that is worse than a finished trial
     is given up once that is known with `stop_confidence` (null: never)."""
 
     trials: Count = 96
     wall_time: Seconds | None = None
     trial_time: Seconds | None = None
+    trial_memory: Bytes | None = None
     report_points: Count | None = None
     stop_confidence: Annotated[Number, Field(gt=0.5, lt=1)] | None = 0.99
 

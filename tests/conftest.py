@@ -71,6 +71,12 @@ def made_up() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def controllers_module() -> ModuleType:
+    """`tests/support/controllers.py`: a made-up evaluator, and controllers that may be killed."""
+    return _support("controllers")
+
+
+@pytest.fixture(scope="session")
 def tiny_model_dir(tiny_models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Family -> folder of a tiny bfloat16 checkpoint, made when first asked for. Read only."""
     return _made_once(tiny_models, tmp_path_factory)

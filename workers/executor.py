@@ -28,7 +28,7 @@ from autoq.search.executors import Executor, Failure, Job, Result, TimeLimit, Wo
 from autoq.spec import StudySpec
 
 from .actor import Make, Worker, machine, pack, unpack
-from .session import Session
+from .session import LOOK_SECONDS, Session
 
 ANSWER_SECONDS = 30.0  # an idle worker that does not answer for so long counts as dead
 DEATHS_IN_A_ROW = 4  # and one per worker: they may all die of the same shortage of memory
@@ -113,6 +113,7 @@ class RayExecutor(Executor):
         while True:
             if self._broken is not None:
                 raise self._broken
+            self._session.check()
             if not self._queue and not self._running():
                 return None
             self._fill()
@@ -219,13 +220,14 @@ class RayExecutor(Executor):
         return True
 
     def _wait(self, until: float | None) -> _Member | None:
-        """The next worker that has something to tell; None when `until` or a job's time limit came first."""
+        """The next worker that has something to tell; None when `until`, a job's time limit or the time to look after
+        the cluster came first."""
         pending = {member.pending: member for member in self._members if member.pending is not None}
         if not pending:
             return None
         moments = [moment for moment in (until, *(m.overdue_at for m in self._members)) if moment is not None]
-        timeout = max(0.0, min(moments) - time.monotonic()) if moments else None
-        done, _ = ray.wait(list(pending), num_returns=1, timeout=timeout)
+        timeout = max(0.0, min(moments) - time.monotonic()) if moments else LOOK_SECONDS
+        done, _ = ray.wait(list(pending), num_returns=1, timeout=min(timeout, LOOK_SECONDS))
         return pending[done[0]] if done else None
 
     def _stop_overdue(self) -> Result | None:

@@ -19,6 +19,7 @@ import signal
 import socket
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ CLIENT = "ray://"
 # Jobs and results are a few kilobytes; weights come from files, which the page cache shares.
 OBJECT_STORE_BYTES = 100 * 2**20
 CONNECT_SECONDS = 10.0
+# Ray ends a whole process, without a word to it, whose cluster's head has been silent for a minute.
+SILENT_SECONDS, LOOK_SECONDS = 20.0, 2.0
 # What Ray or this module sets in the environment, to be as before when the session is closed.
 VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_USAGE_STATS_ENABLED", "PYTHONBREAKPOINT")
 # Ray adds up to 65 characters for its sockets, whose paths the kernel limits to 107.
@@ -112,6 +115,12 @@ def _require_token(address: str) -> None:
         raise SpecError(f"{where} and others can read its token; run: chmod 600 {path}")
 
 
+def _parts(address: str) -> tuple[str, int]:
+    """Host and port of an address that Ray has given."""
+    host, _, port = address.rpartition(":")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
 def _log_line(data: dict[str, Any], **_: object) -> None:
     """Take what Ray would print to stdout, where the command line prints its documents."""
     for line in data["lines"]:
@@ -136,10 +145,14 @@ class Session:
         self._mine = False
         self._environment: dict[str, str | None] = {}
         self._printer: Any = None
+        self._head: tuple[str, int] | None = None
+        self._looked = time.monotonic()
+        self._silent_since: float | None = None
         address = None if workers.address is None else find_address(workers.address)
         where = None if address is None else check_address(address)
         try:
             self._open(workers, address, where)
+            self._head = where or _parts(str(ray.get_runtime_context().gcs_address))
             self.cpus = self._share(workers)
         except BaseException:
             self.close()
@@ -150,6 +163,24 @@ class Session:
         """The folder of the output of the workers on this machine; None for one that is not of the cluster."""
         node = ray_worker._global_node
         return None if node is None else Path(node.get_logs_dir_path())
+
+    def check(self) -> None:
+        """Raises `AutoQError` once the cluster's head has not answered for `SILENT_SECONDS`. Looks now and then."""
+        now = time.monotonic()
+        if now - self._looked < LOOK_SECONDS or self._head is None:
+            return
+        self._looked = now
+        try:
+            socket.create_connection(self._head, timeout=LOOK_SECONDS).close()
+            self._silent_since = None
+        except OSError as problem:
+            self._silent_since = self._silent_since or now
+            if (silent := now - self._silent_since) > SILENT_SECONDS:
+                host, port = self._head
+                raise AutoQError(
+                    f"the head of the Ray cluster at {host}:{port} has not answered for {silent:.0f} s ({problem}); "
+                    "what is stored is safe, go on with `autoq resume` when the cluster is back"
+                ) from None
 
     def _open(self, workers: WorkersSpec, address: str | None, where: tuple[str, int] | None) -> None:
         if ray.is_initialized():

@@ -389,7 +389,8 @@ class _Run:
             arguments["turn"] = trial.number
         elif (rival := self.rivals.rival(flight.rival)) is not None:
             arguments["rival"] = rival
-        self.executor.submit(Job(key, action, arguments, attempt, limit_seconds=self.spec.budget.trial_time))
+        seconds, memory = self.spec.budget.trial_time, self.spec.budget.trial_memory
+        self.executor.submit(Job(key, action, arguments, attempt, limit_seconds=seconds, limit_bytes=memory))
 
     def _wants_slopes(self, trial: TrialRecord) -> bool:
         """Whether it is one of the sampler's first: seeds, then its own proposals."""

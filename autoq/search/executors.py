@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from autoq.errors import AutoQError
+from autoq.search.allowance import allowance, is_shortage
 from autoq.spec import StudySpec
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ class Job:
     `key` comes back with the result (a trial's number, a stage's name); `attempt` counts dispatches
     of the same key, so that a late result of an earlier one can be told apart. An `exclusive` job
     (timing) runs while no other job does. A job that takes longer than `limit_seconds` is stopped and
-    fails with `TimeLimit`.
+    fails with `TimeLimit`; one that allocates more than `limit_bytes` beyond what its worker had is refused
+    them and fails with `MemoryLimit`.
     """
 
     key: str
@@ -46,6 +48,7 @@ class Job:
     attempt: int = 1
     exclusive: bool = False
     limit_seconds: float | None = None
+    limit_bytes: int | None = None
 
 
 class TimeLimit(AutoQError):
@@ -55,6 +58,16 @@ class TimeLimit(AutoQError):
     def of(cls, job: Job) -> TimeLimit:
         """The error of a job that was stopped."""
         return cls(f"{job.action!r} of {job.key!r} ran past its limit of {job.limit_seconds:g} s")
+
+
+class MemoryLimit(AutoQError):
+    """A job allocated more than its memory limit."""
+
+    @classmethod
+    def of(cls, job: Job) -> MemoryLimit:
+        """The error of a job that was refused more memory."""
+        limit = f"{(job.limit_bytes or 0) / 1e6:,.0f} MB"
+        return cls(f"{job.action!r} of {job.key!r} needs more than its limit of {limit} beside the model")
 
 
 @dataclass(frozen=True)
@@ -154,8 +167,13 @@ def run(evaluator: Evaluator, job: Job, worker: str) -> Result:
     """Run one job on an evaluator; every exception but an interrupt becomes a failure record."""
     start = time.perf_counter()
     try:
-        value = getattr(evaluator, job.action)(**job.arguments)
+        with allowance(job.limit_bytes):
+            value = getattr(evaluator, job.action)(**job.arguments)
     except Exception as problem:
+        if job.limit_bytes is not None and is_shortage(problem):
+            limit = MemoryLimit.of(job)
+            limit.__cause__ = problem  # its traceback tells where the job was
+            problem = limit
         return Result(job, None, Failure.of(problem), time.perf_counter() - start, worker)
     return Result(job, value, None, time.perf_counter() - start, worker)
 

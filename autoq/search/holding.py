@@ -115,8 +115,9 @@ class Hold:
     def _beat(self) -> None:
         while True:
             # Where the database cannot be used now, the main thread meets that when it writes. The lease may end
-            # meanwhile; it is lost when another one has taken it, and only the database knows of that.
-            with contextlib.suppress(AutoQError):
+            # meanwhile; it is lost when another one has taken it, and only the database knows of that. So too where a
+            # trial that runs in this process has all the memory that it is allowed.
+            with contextlib.suppress(AutoQError, MemoryError):
                 if not self._impatient.renew(self.study_id, self.epoch, LEASE_SECONDS):
                     self._lost.set()
                     return

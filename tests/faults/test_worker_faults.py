@@ -65,6 +65,9 @@ class Fake:
     def hold(self) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
 
+    def hoard(self, megabytes: int) -> int:
+        return sum(len(piece) for piece in [bytearray(10**6) for _ in range(megabytes)])
+
     def spend(self) -> None:
         raise MemoryError("cannot allocate 1 TB")
 
@@ -169,6 +172,22 @@ def test_running_out_of_memory_politely_is_an_ordinary_failure(executor: Executo
     assert first.failure is not None
     assert (first.failure.error, first.failure.crashed) == ("MemoryError", False)
     assert second.worker == first.worker
+
+
+def test_a_memory_hungry_job_is_ended_at_its_limit_and_harms_nobody(session: Session) -> None:
+    with RayExecutor(spec_for(2), Fake) as executor:
+        executor.submit(Job("hungry", "hoard", {"megabytes": 3000}, limit_bytes=300 * 10**6))
+        for key in "abc":
+            executor.submit(Job(key, "hoard", {"megabytes": 100}, limit_bytes=300 * 10**6))
+        results = {result.job.key: result for result in drain(executor)}
+        failure = results.pop("hungry").failure
+        assert failure is not None
+        assert (failure.error, failure.crashed) == ("MemoryLimit", False)
+        assert {result.value for result in results.values()} == {10**8}
+        # The worker that was refused is as good as the other one.
+        for key in "defg":
+            executor.submit(Job(key, "hoard", {"megabytes": 100}))
+        assert len({result.worker for result in drain(executor) if result.value == 10**8}) == 2
 
 
 def test_a_frozen_process_is_ended_at_the_time_limit(executor: Executor) -> None:
