@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import hypothesis
 import pytest
@@ -80,6 +81,13 @@ def brief_timings() -> Iterator[None]:
         patch.setattr(_llama_cpp_timing, "ROUNDS_SECONDS", 0.0)
         patch.setattr(_onnx_session, "RUNS_SECONDS", 0.0)
         yield
+
+
+@pytest.fixture(scope="session")
+def commands() -> Iterator[Any]:
+    """`Commands` of `tests/support/commands.py`: command lines as processes that a test may kill."""
+    with _support("commands").Commands() as commands:
+        yield commands
 
 
 def _made_once(models: ModuleType, folders: pytest.TempPathFactory) -> Callable[[str], Path]:
