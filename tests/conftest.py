@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +27,9 @@ if os.environ.get("CI") == "true":
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Under nohup, or in the background of a script, interrupts are ignored, here and in every process that tests start.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # torch warns of itself when transformers makes it import its compiler.
     config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script:DeprecationWarning")
 
