@@ -7,6 +7,7 @@ PYTHON ?=            # a Python of your choice; otherwise the first of these tha
 PYTHONS := python3.11 python3.12 python3.13 python3
 PIP_FLAGS ?=         # given to every pip install, such as an index with CPU wheels of torch
 JOBS ?= 0            # test processes; 0 runs the tests in one
+DIST := --dist worksteal  # each process has a stretch of the tests: modules share models, servers and clusters
 PYTEST_FLAGS ?=
 SEARCH_FLAGS ?=
 AUDIT ?=
@@ -19,10 +20,10 @@ demo: install  ## search SmolLM2-135M for this machine and show the frontier
 	$(BIN)/autoq search demo
 
 test: lint  ## lint, then all tests with branch coverage and its floor
-	$(BIN)/python -m pytest -n $(JOBS) --cov --cov-report=term --cov-fail-under=85 $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n $(JOBS) $(DIST) --cov --cov-report=term --cov-fail-under=85 $(PYTEST_FLAGS)
 
 test-fast: install-dev  ## the tests that need no real model and few processes
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n $(JOBS) $(DIST) -m "not slow" $(PYTEST_FLAGS)
 
 test-faults: install-dev  ## kill, cut, fill and corrupt for hours; `make test` holds a short form of each
 	AUTOQ_FAULTS=long $(BIN)/python -m pytest -n $(JOBS) tests/faults --timeout 14400 $(PYTEST_FLAGS)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import hypothesis
 import pytest
@@ -24,6 +27,9 @@ if os.environ.get("CI") == "true":
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Under nohup, or in the background of a script, interrupts are ignored, here and in every process that tests start.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # torch warns of itself when transformers makes it import its compiler.
     config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script:DeprecationWarning")
 
@@ -104,6 +110,13 @@ def brief_timings() -> Iterator[None]:
         patch.setattr(_llama_cpp_timing, "ROUNDS_SECONDS", 0.0)
         patch.setattr(_onnx_session, "RUNS_SECONDS", 0.0)
         yield
+
+
+@pytest.fixture(scope="session")
+def commands() -> Iterator[Any]:
+    """`Commands` of `tests/support/commands.py`: command lines as processes that a test may kill."""
+    with _support("commands").Commands() as commands:
+        yield commands
 
 
 def _made_once(models: ModuleType, folders: pytest.TempPathFactory) -> Callable[[str], Path]:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
-import resource
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -41,13 +37,15 @@ def folder(tiny_model_dir, tmp_path_factory):
         yield folder
 
 
-def export(folder, out, **options):
-    program = "import sys; from autoq.cli import main; sys.exit(main())"
-    command = [sys.executable, "-c", program, "export", "tiny", "uniform-int4", "--out", str(out), "--db", "autoq.db"]
-    # Not measured: an interrupt that meets the lock of coverage's own data would wait for itself.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=folder, env=environment, **pipes, **options)
+@pytest.fixture
+def export(commands, folder):
+    """Start an export into a folder."""
+
+    def start(out, **options):
+        arguments = ("export", "tiny", "uniform-int4", "--out", str(out), "--db", "autoq.db")
+        return commands.start(*arguments, cwd=folder, **options)
+
+    return start
 
 
 def ended(process):
@@ -56,31 +54,27 @@ def ended(process):
     return process.returncode, told
 
 
-def test_a_killed_export_leaves_nothing_under_its_name(folder):
+def test_a_killed_export_leaves_nothing_under_its_name(export, folder):
     start = time.monotonic()
-    assert ended(export(folder, folder / "whole")) == (0, "loading model and data …\nquantizing …\nwriting …\n")
+    assert ended(export(folder / "whole")) == (0, "loading model and data …\nquantizing …\nwriting …\n")
     took = time.monotonic() - start
     dice = random.Random(0)
     for index, ending in enumerate([signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGKILL]):
         out = folder / f"out{index}"
-        process = export(folder, out)
-        time.sleep(took * dice.uniform(0.6, 1.0))
+        process = export(out)
+        time.sleep(took * dice.uniform(0.0, 1.0))
         process.send_signal(ending)
         ended(process)
         # Either it was through already, or nothing has that name.
         assert not out.exists() or verify(out, latency=False).ok
     if not (folder / "out0").exists():
-        assert ended(export(folder, folder / "out0"))[0] == 0
+        assert ended(export(folder / "out0"))[0] == 0
     assert verify(folder / "out0", latency=False).ok
     assert not list(folder.glob(".out0.partial-*"))
 
 
-def test_a_file_that_grows_beyond_what_may_be_written(folder):
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
-
-    code, told = ended(export(folder, folder / "full", preexec_fn=limit))
+def test_a_file_that_grows_beyond_what_may_be_written(export, folder):
+    code, told = ended(export(folder / "full", file_bytes=40_000))
     assert code == 1
     (line,) = [line for line in told.splitlines() if line.startswith("autoq: ")]
     assert "export" in line

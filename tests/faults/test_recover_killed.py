@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # ten processes, each of which imports torch
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-AUTOQ = [sys.executable, "-c", "from autoq.cli import main; main()"]
 SPEC = """
 name: tiny
 model: {{id: {model}, dtype: float32}}
@@ -29,25 +27,13 @@ BLOCKS = (*RECOVER, "--how", "blocks")
 
 
 @pytest.fixture
-def start(tiny_model_dir, tmp_path):
+def start(commands, tiny_model_dir, tmp_path):
     """Start a command line on one thread in a folder with a cache of its own."""
     text = tmp_path / "text.txt"
     text.write_text("".join(f"{i} times {i % 7} makes {i * (i % 7)}, as everybody knows.\n" for i in range(200)))
     (tmp_path / "spec.yaml").write_text(SPEC.format(model=tiny_model_dir("llama"), text=text))
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
-    environment |= {"AUTOQ_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-
-    def run(*arguments):
-        return subprocess.Popen(
-            [*AUTOQ, *arguments],
-            cwd=tmp_path,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    return run
+    environment = os.environ | {"AUTOQ_CACHE": str(tmp_path / "cache")}
+    return functools.partial(commands.start, cwd=tmp_path, env=environment)
 
 
 def stopped_in_training(process, how, after="step "):

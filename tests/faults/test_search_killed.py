@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,6 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-AUTOQ = [sys.executable, "-c", "from autoq.cli import main; main()"]
 SPEC = """
 name: tiny
 model: {{id: {model}}}
@@ -59,27 +57,14 @@ def outcome(database: Path) -> tuple[list[Any], list[Any], list[Any]]:
 
 
 @pytest.fixture
-def start(tiny_model_dir: Callable[[str], Path], tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+def start(commands: Any, tiny_model_dir: Callable[[str], Path], tmp_path: Path) -> Callable[..., Any]:
     """Start a command line with a cache of its own, one thread, and `spec.yaml` in the current folder."""
     (tmp_path / "spec.yaml").write_text(SPEC.format(model=tiny_model_dir("llama")))
-    # Not measured: an interrupt that meets the lock of coverage's own data would wait for itself.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
-    environment |= {"AUTOQ_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-
-    def run(*arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [*AUTOQ, *arguments],
-            cwd=tmp_path,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    return run
+    environment = os.environ | {"AUTOQ_CACHE": str(tmp_path / "cache")}
+    return functools.partial(commands.start, cwd=tmp_path, env=environment)
 
 
-def stop_after(process: subprocess.Popen[str], database: Path, progress: int, how: signal.Signals) -> str:
+def stop_after(process: Any, database: Path, progress: int, how: signal.Signals) -> str:
     """Send `how` once so many rows are stored, or let the process end; what it said on standard error."""
     while process.poll() is None:
         if (found := rows(database, PROGRESS)) and found[0][0] >= progress:

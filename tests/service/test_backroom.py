@@ -205,7 +205,7 @@ def test_stopping_refuses_what_is_being_asked(address, tmp_path):
     for each in asking:
         each.join()
     assert refused == ["the server is being stopped"] * 2
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 50  # of the 60 that its answer would take
 
 
 def test_the_server_side_loads_no_model(tmp_path):
