@@ -197,7 +197,8 @@ def test_killed_again_and_again(controllers, new_study, rounds) -> None:
             # From before the lease is taken to after the last report.
             study.moment(dice, controllers, pid)
             if left > 0 and not study.struck_twice():
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+                    os.kill(pid, signal.SIGKILL)
             if (found := controllers.ended(pid))[0] == KILLED:
                 left -= 1
                 moments[len(study.results())] += 1
@@ -209,7 +210,7 @@ def test_killed_again_and_again(controllers, new_study, rounds) -> None:
         studies += 1
         study.check_whole(seen)
         assert study.outcome() == references[seed]
-    print(f"seed 7: controller killed {moments.total()} times in {studies} studies, 0 lost, 0 doubled; kills by the")
+    print(f"\nseed 7: controller killed {moments.total()} times in {studies} studies, 0 lost, 0 doubled; kills by the")
     print(f"results that were stored: {sorted(moments.items())}")
 
 
