@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
+from urllib.parse import urlsplit
 
 import typer
 from typer.core import TyperGroup
@@ -29,6 +30,7 @@ ORDER = (
     *("recover", "sequential", "export", "verify", "serve", "token", "submit", "cancel"),
     *("methods", "targets", "objectives", "samplers", "doctor"),
 )
+_LONG = ("search", "resume", "recover", "sequential", "serve")
 
 
 class _Group(TyperGroup):
@@ -42,6 +44,7 @@ class _Group(TyperGroup):
         """Run a command line (default: this process's own) and exit."""
         arguments, debug = _take_debug(list(sys.argv[1:] if args is None else args))
         extra["standalone_mode"] = False
+        _warn_of_passwords(arguments)
         try:
             code = super().main(arguments or ["--help"], *other, **extra)
             sys.stdout.flush()
@@ -72,6 +75,19 @@ def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:
     end = arguments.index("--") if "--" in arguments else len(arguments)
     options = [argument for argument in arguments[:end] if argument != "--debug"]
     return [*options, *arguments[end:]], len(options) < end
+
+
+def _warn_of_passwords(arguments: Sequence[str]) -> None:
+    """Say, where a command runs for long, that a password on its line is read by whoever lists the processes."""
+    if not arguments or arguments[0] not in _LONG:
+        return
+    url = _value_of("--db", arguments)
+    try:
+        password = urlsplit(url).password if url is not None and "://" in url else None
+    except ValueError:
+        return  # it is refused where it is used
+    if password:
+        sys.stderr.write("autoq: everybody on this machine can read the password in --db; give the URL in AUTOQ_DB\n")
 
 
 def _plain(problem: typer.TyperException, arguments: Sequence[str]) -> str:
