@@ -11,6 +11,7 @@ of those that had been told when it was asked for.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -367,7 +368,7 @@ class _Run:
 
     def _dispatch(self, trial: TrialRecord, assignment: Assignment, attempt: int) -> None:
         key = f"trial-{trial.number}"
-        self.flying[key] = trial
+        self.flying[key] = dataclasses.replace(trial, attempt=attempt)
         arguments: dict[str, Any] = {"assignment": assignment, "part": "search"}
         action = "measure"
         if self._wants_slopes(trial):
@@ -421,7 +422,10 @@ class _Run:
         return Rival(chosen, values, spec.budget.stop_confidence)
 
     def _receive(self, result: Result) -> None:
-        trial = self.flying[result.job.key]
+        trial = self.flying.get(result.job.key)
+        if trial is None or trial.attempt != result.job.attempt:  # of a worker that was thought dead, or sent twice
+            self.observer.note(f"{result.job.key}: a late result was dropped")
+            return
         assignment: Assignment = result.job.arguments["assignment"]
         failure = result.failure
         if failure is not None and failure.crashed and result.job.attempt < MAX_ATTEMPTS:
