@@ -37,6 +37,23 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
+def write_out(path: Path, content: bytes) -> None:
+    """Write a file that somebody asked for: whole, or what was there before stays. Raises `AutoQError`."""
+    try:
+        if path.exists() and not path.is_file():  # a pipe, a terminal
+            path.write_bytes(content)
+            return
+        partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+        try:
+            partial.write_bytes(content)
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+    except OSError as problem:
+        raise AutoQError(f"cannot write {str(path)!r}: {problem.strerror or problem}") from None
+
+
 def build_once(name: str, build: Callable[[Path], None]) -> Path:
     """The folder `name` of the cache, filled by `build(folder)` if it is not there yet.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import autoq
+from autoq.cache import write_out
 from autoq.display import numbers
 from autoq.display.hindsight import hindsight
 from autoq.errors import AutoQError
@@ -218,8 +219,5 @@ def _commands(view: View) -> list[tuple[str, str]]:
 def write(store: Store, study_id: int, path: Path) -> int:
     """Write the report; its size in bytes. Raises `AutoQError` where the file cannot be written."""
     text = html(store, study_id).encode()
-    try:
-        path.write_bytes(text)
-    except OSError as problem:
-        raise AutoQError(f"cannot write {str(path)!r}: {problem.strerror or problem}") from None
+    write_out(path, text)
     return len(text)

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
+from autoq.cache import write_out
 from autoq.cli.app import DEFAULT_DB, Db, Server, StudyArgument, app, examples
 from autoq.cli.output import reading
-from autoq.errors import AutoQError
 
 
 @app.command(
@@ -33,8 +33,5 @@ def report(
 
     with reading(db, server) as reader:
         found = reader.report(study)
-    try:
-        out.write_bytes(found)
-    except OSError as problem:
-        raise AutoQError(f"cannot write {str(out)!r}: {problem.strerror or problem}") from None
+    write_out(out, found)
     sys.stderr.write(f"{out}: {numbers.size(len(found))}\n")

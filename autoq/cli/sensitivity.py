@@ -11,10 +11,11 @@ from typing import Annotated
 
 import typer
 
+from autoq.cache import write_out
 from autoq.cli.app import DEFAULT_DB, INTERRUPTED, Db, Json, app, examples
 from autoq.cli.output import print_json, show
 from autoq.cli.run import Assign, Quiet, SpecArgument, terminable
-from autoq.errors import AutoQError, BadInput
+from autoq.errors import BadInput
 
 
 @app.command(
@@ -66,15 +67,8 @@ def sensitivity(
     document = found.to_json()
     if out is not None:
         text = json.dumps(document, indent=2, ensure_ascii=False) + "\n" if out.suffix == ".json" else None
-        _write(out, text or display.to_csv(found))
+        write_out(out, (text or display.to_csv(found)).encode())
     if as_json:
         print_json(document)
     else:
         show(display.tables(found, console().width))
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as problem:
-        raise AutoQError(f"{str(path)!r} cannot be written: {problem.strerror}") from None

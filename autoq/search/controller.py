@@ -380,6 +380,7 @@ class _Run:
             flight = self.flying[key] = Flight(trial, self._computed(assignment))
             if trial.origin == "sampler" and not self._wants_slopes(trial):
                 flight.rival = self._rival(trial.number, flight.computed)
+        flight.trial = dataclasses.replace(trial, attempt=attempt)
         arguments: dict[str, Any] = {"assignment": assignment, "part": "search"}
         action = "measure"
         if self._wants_slopes(trial):
@@ -419,7 +420,11 @@ class _Run:
         return self.rivals.number({m.objective: m.value for m in known})
 
     def _receive(self, result: Result) -> None:
-        flight = self.flying[result.job.key]
+        flight = self.flying.get(result.job.key)
+        # Of a worker that was thought dead, or sent twice.
+        if flight is None or flight.trial.attempt != result.job.attempt:
+            self.observer.note(f"{result.job.key}: a late result was dropped")
+            return
         trial = flight.trial
         assignment: Assignment = result.job.arguments["assignment"]
         failure = result.failure

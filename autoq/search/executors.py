@@ -145,21 +145,24 @@ class Executor(abc.ABC):
 def completed(executor: Executor, jobs: Iterable[Job]) -> Iterator[Result]:
     """Run jobs to their end; yields one result each, as they come, failures included.
 
-    A job whose worker died is tried again, `MAX_ATTEMPTS` times in all. Raises `AutoQError` where the
-    executor has nothing more to give.
+    A job whose worker died is tried again, `MAX_ATTEMPTS` times in all. What comes twice, or late, of an attempt that
+    is over or of another stage, is dropped. Raises `AutoQError` where the executor has nothing more to give.
     """
-    left = 0
+    out: dict[str, int] = {}  # key -> the attempt that is waited for
     for job in jobs:
         executor.submit(job)
-        left += 1
-    while left:
+        out[job.key] = job.attempt
+    while out:
         result = executor.next()
         if result is None:
             raise AutoQError("the workers stopped before their jobs were done")
+        if out.get(result.job.key) != result.job.attempt:
+            continue
         if result.failure is not None and result.failure.crashed and result.job.attempt < MAX_ATTEMPTS:
             executor.submit(dataclasses.replace(result.job, attempt=result.job.attempt + 1))
+            out[result.job.key] += 1
             continue
-        left -= 1
+        del out[result.job.key]
         yield result
 
 

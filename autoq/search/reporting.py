@@ -162,7 +162,7 @@ class _Stage:
             if len(past) == len(objectives) and all(len(m.detail.get("sweeps", ())) > sweep for m in past):
                 self.observer.advance()
             else:
-                job = Job(f"time-{trial.number}", "time", {"assignment": trial.assignment}, exclusive=True)
+                job = Job(f"time-{trial.number}-{sweep}", "time", {"assignment": trial.assignment}, exclusive=True)
                 jobs[job.key] = (job, trial)
         self._run(jobs)
 

@@ -15,6 +15,7 @@ import secrets
 import sqlite3
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,12 +40,12 @@ _SQLITE_REASONS = {
     sqlite3.SQLITE_READONLY: "is read-only",
     sqlite3.SQLITE_IOERR: "cannot be read or written: disk I/O error",
     sqlite3.SQLITE_CORRUPT: "is damaged: not a valid SQLite file",
-    sqlite3.SQLITE_FULL: "cannot grow: the disk is full; what was stored before is intact",
+    sqlite3.SQLITE_FULL: "cannot grow: the disk is full; free some space and go on, what was stored before is intact",
     sqlite3.SQLITE_CANTOPEN: "cannot be opened; check that the file and its folder may be written",
     sqlite3.SQLITE_NOTADB: "is not an SQLite database",
 }
 _POSTGRESQL_REASONS = {
-    "53100": "cannot grow: the server's disk is full; what was stored before is intact",
+    "53100": "cannot grow: the server's disk is full; free some space and go on, what was stored is intact",
     "53300": "has no free connections",
     "55P03": "stays locked by another process; try again",
     "57P": "was shut down",
@@ -168,6 +169,22 @@ class Database:
             yield
         except exc.SQLAlchemyError as problem:
             raise self._refusal(problem) from problem
+        except (ValueError, zlib.error) as problem:  # JSON, text, dates and compressed values that cannot be read
+            said = " ".join(str(problem).split())
+            raise StoreError(f"the database {self.name!r} is damaged: a value cannot be read: {said}") from problem
+        except (LookupError, TypeError, AttributeError) as problem:
+            # A mistake of ours, unless the file says things that no schema allows: NULL where there is none.
+            if (found := self._damage()) is None:
+                raise
+            raise StoreError(f"the database {self.name!r} is damaged: {found}") from problem
+
+    def _damage(self) -> str | None:
+        """What SQLite finds wrong with its file, None where it finds nothing."""
+        if self._engine.dialect.name != "sqlite":
+            return None
+        with self._engine.connect() as connection:
+            found = str(connection.exec_driver_sql("PRAGMA integrity_check(1)").scalar())
+        return None if found == "ok" else " ".join(found.split())
 
     def _refusal(self, problem: exc.SQLAlchemyError) -> StoreError:
         text = f"the database {self.name!r} {_reason(problem)}"

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, get_args
 import sqlalchemy as sa
 
 from autoq.assignment import Assignment
+from autoq.errors import StoreError
 from autoq.measurement import Measurement, Part
 from autoq.store import models as m
+from autoq.store.checksum import checksum
 from autoq.store.clock import worker_counts
 from autoq.store.records import StudyObjective, StudyRecord, StudySummary, TrialError, TrialRecord, TrialState
 
@@ -87,8 +89,10 @@ def load_trials(
     )
     rows = connection.execute(chosen).all()
     ids = chosen.with_only_columns(m.trials.c.id, m.trials.c.assignment).subquery()
-    measured = _load_measurements(connection, ids) if rows else {}
+    measured = load_measurements(connection, ids) if rows else {}
     assignments = _load_assignments(connection, ids) if rows and with_assignments else {}
+    if with_assignments and (lost := next((row for row in rows if row.hash not in assignments), None)) is not None:
+        raise StoreError(f"trial {lost.number} of study {lost.study!r} is damaged: its assignment is not stored")
     return [_trial(row, measured.get(row.id, {}), assignments.get(row.hash)) for row in rows]
 
 
@@ -119,7 +123,8 @@ def load_columns(
     return rows, [tuple(row) for row in connection.execute(query)] if rows else []
 
 
-def _load_measurements(connection: sa.Connection, ids: sa.Subquery) -> dict[int, dict[tuple[str, Part], Measurement]]:
+def load_measurements(connection: sa.Connection, ids: sa.Subquery) -> dict[int, dict[tuple[str, Part], Measurement]]:
+    """Trial's id -> its measurements, of the trials whose ids are in column `id` of a subquery."""
     table = m.measurements
     query = sa.select(table).join(ids, ids.c.id == table.c.trial_id)
     found: dict[int, dict[tuple[str, Part], Measurement]] = {}
@@ -142,6 +147,11 @@ def _load_assignments(connection: sa.Connection, ids: sa.Subquery) -> dict[str, 
 
 
 def _trial(row: Any, measured: dict[tuple[str, Part], Measurement], assignment: Assignment | None) -> TrialRecord:
+    if row.checksum is not None and row.checksum != checksum(row._asdict(), measured.values()):
+        raise StoreError(
+            f"trial {row.number} of study {row.study!r} is damaged: what is stored of it is not what was measured; "
+            "go back to a copy of the database"
+        )
     error = None
     if row.error_type is not None:
         error = TrialError(row.error_type, row.error_message, row.traceback)

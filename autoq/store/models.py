@@ -122,6 +122,7 @@ trials = sa.Table(
     sa.Column("finished_at", Moment),
     sa.Column("parent", sa.Integer),  # the number of the trial of this study that it was made of
     sa.Column("recovery", Json, key="derivation"),  # how
+    sa.Column("checksum", sa.String(32)),  # of the result, once there is one: see `store.checksum`
     sa.UniqueConstraint("study_id", "number"),
     sa.Index(None, "study_id", "assignment"),
     sa.Index(None, "study_id", "state"),

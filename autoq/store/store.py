@@ -428,9 +428,9 @@ class Store:
         with self._database.reading() as connection:
             a = m.assignments.c
             body = connection.execute(sa.select(a.body).where(a.hash == assignment_hash)).scalar()
-        if body is None:
-            raise NotFound(f"no assignment with hash {assignment_hash[:80]!r}")
-        return unpack(body)
+            if body is None:
+                raise NotFound(f"no assignment with hash {assignment_hash[:80]!r}")
+            return unpack(body)
 
 
 def _required_study(connection: sa.Connection, study_id: int) -> StudyRecord:

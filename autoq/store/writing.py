@@ -18,8 +18,9 @@ from autoq.errors import LeaseLost, NotFinite, NotFound, StoreError
 from autoq.measurement import Measurement
 from autoq.store import dominance
 from autoq.store import models as m
+from autoq.store.checksum import checksum
 from autoq.store.database import fence_of
-from autoq.store.loading import pack, pack_values
+from autoq.store.loading import load_measurements, load_trials, pack, pack_values
 from autoq.store.records import Descent, StudyState, TrialRecord
 
 _TEXT_LIMIT = 65536
@@ -288,9 +289,8 @@ def retry(connection: sa.Connection, trial_id: int) -> int:
     """Back to `running` at the next attempt, without what the last one left; the new attempt."""
     study = _lock_of(connection, trial_id)
     t = m.trials
-    cleared = dict.fromkeys(
-        ("feasible", "violations", "error_type", "error_message", "traceback", "worker", "seconds", "finished_at")
-    )
+    result = ("feasible", "violations", "error_type", "error_message", "traceback", "worker", "seconds")
+    cleared = dict.fromkeys((*result, "finished_at", "checksum"))
     again = (
         sa.update(t)
         .where(t.c.id == trial_id, t.c.state.in_(("running", "failed")))
@@ -325,7 +325,7 @@ def finish(
     }
     study = _end(
         connection, trial_id, attempt, sampler_attrs, study_sampler_attrs,
-        values | {"seconds": seconds, "worker": _text(worker)},
+        values | {"seconds": seconds, "worker": _text(worker)}, measurements,
     )  # fmt: skip
     if study is None:
         return False
@@ -372,10 +372,15 @@ def _end(
     sampler_attrs: Mapping[str, Any] | None,
     study_sampler_attrs: Mapping[str, Any] | None,
     values: Mapping[str, Any],
+    measurements: Sequence[Measurement] = (),
 ) -> _Locked | None:
-    """Set `values` on a trial that is running at `attempt`. If it is not, undo everything: None."""
+    """Set `values` on a trial that is running at `attempt`, sealed with its `measurements`. If it is not, undo
+    everything: None."""
     study = _lock_of(connection, trial_id)
     t = m.trials
+    named = sa.select(t.c.number, t.c.origin, t.c.baseline, t.c.assignment.label("hash"), t.c.parent)
+    identity = connection.execute(named.where(t.c.id == trial_id)).one()._asdict()
+    values = {**values, "checksum": checksum({**identity, "attempt": attempt, **values}, measurements)}
     own = {} if sampler_attrs is None else {"sampler_attrs": dict(sampler_attrs)}
     ended = (
         sa.update(t)
@@ -398,7 +403,20 @@ def report(connection: sa.Connection, trial_id: int, measurements: Sequence[Meas
     touched = sa.update(t).where(t.c.id == trial_id, t.c.state == "complete").values(changed=study.change)
     if connection.execute(touched).rowcount == 0:
         raise StoreError(f"the trial with id {trial_id} of study {study.name!r} is not complete")
+    load_trials(connection, (t.c.id == trial_id,))  # what is damaged is not to be sealed again
     _put_measurements(connection, trial_id, measurements)
+    seal(connection, trial_id)
+
+
+def seal(connection: sa.Connection, trial_id: int) -> None:
+    """Give a trial the checksum of what is stored of it now."""
+    t = m.trials
+    row = connection.execute(sa.select(t, t.c.assignment.label("hash")).where(t.c.id == trial_id)).one()
+    own = sa.select(t.c.id).where(t.c.id == trial_id).subquery()
+    measured = load_measurements(connection, own).get(trial_id, {})
+    connection.execute(
+        sa.update(t).where(t.c.id == trial_id).values(checksum=checksum(row._asdict(), measured.values()))
+    )
 
 
 def _put_measurements(connection: sa.Connection, trial_id: int, measurements: Sequence[Measurement]) -> None:

@@ -1,4 +1,5 @@
-"""The receipt of a lease: which transaction was the last on a study, for whoever had no answer to its commit."""
+"""Receipts of leases: which transaction was the last on a study, for whoever had no answer to its commit; and checksums
+of trials, against bits that a disk turns."""
 
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ down_revision = "0005"
 
 def upgrade() -> None:
     op.add_column("leases", sa.Column("receipt", sa.String(16)))
+    op.add_column("trials", sa.Column("checksum", sa.String(32)))
 
 
 def downgrade() -> None:
+    op.drop_column("trials", "checksum")
     op.drop_column("leases", "receipt")
