@@ -25,6 +25,25 @@ from autoq.store.records import Descent, StudyState, TrialRecord
 _TEXT_LIMIT = 65536
 
 
+# What every result needs, made once: putting a statement together takes as long as running it.
+_KEY = sa.bindparam("key", type_=sa.Integer)
+_COUNTED = sa.update(m.studies).values(changes=m.studies.c.changes + 1)
+_COUNTED = _COUNTED.returning(m.studies.c.id, m.studies.c.name, m.studies.c.objectives, m.studies.c.changes)
+_COUNT = _COUNTED.where(m.studies.c.id == _KEY)
+# A trial never moves to another study, so looking it up in the same statement is looking it up under the lock.
+_COUNT_OF_TRIAL = _COUNTED.where(
+    m.studies.c.id == sa.select(m.trials.c.study_id).where(m.trials.c.id == _KEY).scalar_subquery()
+)
+_EPOCH = sa.select(m.leases.c.epoch).where(m.leases.c.study_id == _KEY)
+_END = sa.update(m.trials).where(
+    m.trials.c.id == _KEY, m.trials.c.attempt == sa.bindparam("at", type_=sa.Integer), m.trials.c.state == "running"
+)
+_FRONTIER = sa.select(m.frontier.c.trial_id, sa.type_coerce(m.frontier.c.point, sa.Text)).where(
+    m.frontier.c.study_id == _KEY
+)
+_NEW_TRIAL, _NEW_MEASUREMENTS, _NEW_VALUES = map(sa.insert, (m.trials, m.measurements, m.token_values))
+
+
 class _Locked(NamedTuple):
     """A study whose row this transaction holds, and the number of the change that it makes."""
 
@@ -39,26 +58,22 @@ def lock(connection: sa.Connection, study_id: int) -> _Locked:
 
     Raises `NotFound`, and `LeaseLost` on a fenced connection whose lease on the study somebody else took over.
     """
-    return _counted(connection, m.studies.c.id == study_id, f"no study with id {study_id}")
+    return _counted(connection, _COUNT, study_id, f"no study with id {study_id}")
 
 
 def _lock_of(connection: sa.Connection, trial_id: int) -> _Locked:
-    # A trial never moves to another study, so looking it up in the same statement is looking it up under the lock.
-    study_id = sa.select(m.trials.c.study_id).where(m.trials.c.id == trial_id).scalar_subquery()
-    return _counted(connection, m.studies.c.id == study_id, f"no trial with id {trial_id}")
+    return _counted(connection, _COUNT_OF_TRIAL, trial_id, f"no trial with id {trial_id}")
 
 
-def _counted(connection: sa.Connection, which: sa.ColumnElement[bool], missing: str) -> _Locked:
-    s = m.studies
-    counted = sa.update(s).where(which).values(changes=s.c.changes + 1)
-    row = connection.execute(counted.returning(s.c.id, s.c.name, s.c.objectives, s.c.changes)).one_or_none()
+def _counted(connection: sa.Connection, count: sa.Executable, key: int, missing: str) -> _Locked:
+    row = connection.execute(count, {"key": key}).one_or_none()
     if row is None:
         raise NotFound(missing)
     study = _Locked(*row)
     # Whoever takes a lease holds the study's row too, so what is read here stays true until the commit. In a
     # statement of its own: one that has waited for the row would see the lease as it was before.
     if (fence := fence_of(connection)) is not None and fence.study_id == study.id:
-        epoch = connection.execute(sa.select(m.leases.c.epoch).where(m.leases.c.study_id == study.id)).scalar()
+        epoch = connection.execute(_EPOCH, {"key": study.id}).scalar()
         if epoch != fence.epoch:
             raise LeaseLost
     return study
@@ -235,7 +250,7 @@ def insert_trial(
     if descent is not None:
         values |= {"parent": descent.parent, "derivation": dict(descent.derivation)}
     try:
-        done = connection.execute(sa.insert(m.trials).values(**values))
+        done = connection.execute(_NEW_TRIAL, values)
     except exc.IntegrityError:
         raise StoreError(
             f"study {study.name!r} has a trial {number} already; does another process run this study?"
@@ -375,14 +390,9 @@ def _end(
 ) -> _Locked | None:
     """Set `values` on a trial that is running at `attempt`. If it is not, undo everything: None."""
     study = _lock_of(connection, trial_id)
-    t = m.trials
     own = {} if sampler_attrs is None else {"sampler_attrs": dict(sampler_attrs)}
-    ended = (
-        sa.update(t)
-        .where(t.c.id == trial_id, t.c.attempt == attempt, t.c.state == "running")
-        .values(changed=study.change, finished_at=_now(), **own, **values)
-    )
-    if connection.execute(ended).rowcount == 0:
+    ended = {"key": trial_id, "at": attempt, "changed": study.change, "finished_at": _now(), **own, **values}
+    if connection.execute(_END, ended).rowcount == 0:
         connection.rollback()
         return None
     if study_sampler_attrs is not None:
@@ -423,7 +433,7 @@ def _insert_measurements(connection: sa.Connection, trial_id: int, measurements:
         | {"trial_id": trial_id, "objective": measurement.objective, "value": float(measurement.value)}
         for measurement in measurements
     ]
-    connection.execute(sa.insert(m.measurements), rows)
+    connection.execute(_NEW_MEASUREMENTS, rows)
     values = [
         {"trial_id": trial_id, "objective": measurement.objective, "part": measurement.part}
         | pack_values(measurement.per_token)
@@ -431,14 +441,13 @@ def _insert_measurements(connection: sa.Connection, trial_id: int, measurements:
         if measurement.per_token is not None
     ]
     if values:
-        connection.execute(sa.insert(m.token_values), values)
+        connection.execute(_NEW_VALUES, values)
 
 
 def _update_frontier(connection: sa.Connection, study: _Locked, trial_id: int, point: Sequence[float]) -> None:
     """Let one feasible point join the stored frontier, and what it dominates leave."""
     f, t = m.frontier, m.trials
-    text = sa.type_coerce(f.c.point, sa.Text)
-    stored = connection.execute(sa.select(f.c.trial_id, text).where(f.c.study_id == study.id))
+    stored = connection.execute(_FRONTIER, {"key": study.id})
     members = {member: _point(text) for member, text in stored}
     added, removed = dominance.update(members, point, [direction for _, _, direction in study.objectives])
     if removed:
