@@ -295,8 +295,8 @@ def _read_bound(objective: str, sides: Mapping[str, object]) -> dict[str, object
 class SamplerSpec(_Section):
     """What proposes assignments after the baselines and `seeds` exact-budget proposals.
 
-    `options` go to the sampler. `seeds: null` spends half of the trials that the baselines leave, or half
-    as many as the sampler measures with slopes if that is less.
+    `options` go to the sampler. `seeds: null` spends half of the trials that the baselines leave, at most
+    128, or half as many as the sampler measures with slopes if that is less.
     """
 
     name: str = "frontier"

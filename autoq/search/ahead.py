@@ -4,8 +4,12 @@ Trial n is asked for when trial n − `window` has been told, and results are to
 window of `workers` a worker that is done waits for the slowest trial that is out: of many durations the longest is
 far from the mean, and one that hangs until its limit stops all. With a larger one it goes on with a proposal that was
 made before. It costs that the sampler has heard less when it proposes. The longest of w exponential durations is
-about ln w times the mean, and durations of trials vary less than that; so the window is w + w log₂(w) / 4: one worker
-has 1, two have 3, eight 14, a thousand 3,492. It depends on the spec alone, and so does the study.
+about ln w times the mean, and durations of trials vary less than that; so the window is w + w log₂(w) / 3: one worker
+has 1, two have 3, eight 16, a thousand 4,322. It depends on the spec alone, and so does the study.
+
+A trial that hangs until its limit would still stop all. Once it has been out for `LATE_TIMES` what trials take, and
+`LATE_SECONDS`, it is passed over: the sampler counts it as running and hears of it when it ends. From then on the
+study depends on that moment too.
 
 Asking takes longer than storing a result, so it is done while workers work: of what may be asked for, as much is as
 keeps pace with results, and waits here, in no database, until a worker is free. After a break it is asked for anew,
@@ -15,6 +19,8 @@ and is the same.
 from __future__ import annotations
 
 import math
+import statistics
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,11 +29,31 @@ from autoq.assignment import Assignment
 from autoq.store.records import Origin
 
 ASKS_PER_RESULT = 2  # so that what waits grows while results come in
+LATE_TIMES, LATE_SECONDS = 3.0, 10.0
+_LATEST = 64  # trials whose durations tell what trials take
+_FEWEST = 8  # before which nothing is late
 
 
 def window(workers: int) -> int:
     """How many trials may be asked for and not told."""
-    return workers + math.ceil(workers * math.log2(workers) / 4)
+    return workers + math.ceil(workers * math.log2(workers) / 3)
+
+
+class Pace:
+    """What trials take, and whether one has been out for so long that it is not waited for."""
+
+    def __init__(self) -> None:
+        self._seconds: deque[float] = deque(maxlen=_LATEST)
+
+    def took(self, seconds: float) -> None:
+        """A trial has ended."""
+        self._seconds.append(seconds)
+
+    def is_late(self, seconds: float) -> bool:
+        """Whether a trial that has been out for so long is passed over."""
+        if len(self._seconds) < _FEWEST or seconds < LATE_SECONDS:
+            return False
+        return seconds > LATE_TIMES * statistics.median(self._seconds)
 
 
 @dataclass(frozen=True)

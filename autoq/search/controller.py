@@ -23,12 +23,12 @@ from autoq.assignment import Assignment
 from autoq.errors import AutoQError, LeaseLost, NotFinite, StoreAway
 from autoq.measurement import Measurement
 from autoq.objectives import computed
-from autoq.search.ahead import ASKS_PER_RESULT, Asked, window
+from autoq.search.ahead import ASKS_PER_RESULT, Asked, Pace, window
 from autoq.search.executors import MAX_ATTEMPTS, Executor, Failure, Job, Result, make_executor
 from autoq.search.holding import LOOK_SECONDS, Hold, StopRequested, Watching, holding
 from autoq.search.observer import Observer
 from autoq.search.optuna_study import AskTell, Row, State
-from autoq.search.outcomes import Flight, Outcome, violations
+from autoq.search.outcomes import Flight, Outcome, leave_failed, violations
 from autoq.search.priors import make_prior
 from autoq.search.reporting import is_finite, report
 from autoq.search.rivals import Rivals
@@ -90,10 +90,10 @@ def run_study(
         except LeaseLost:
             raise
         except AutoQError as problem_met:
-            _leave_failed(store, study_id, str(problem_met))
+            leave_failed(store, study_id, str(problem_met))
             raise
         except Exception as bug:
-            _leave_failed(store, study_id, f"{type(bug).__name__}: {bug}")
+            leave_failed(store, study_id, f"{type(bug).__name__}: {bug}")
             raise
         finally:
             hold.executor = None
@@ -107,14 +107,6 @@ def raise_budget(store: Store, study_id: int, trials: int) -> None:
     then nothing has changed.
     """
     store.queue.raise_budget(study_id, trials)
-
-
-def _leave_failed(store: Store, study_id: int, reason: str) -> None:
-    """Note the reason, unless the database itself is what failed."""
-    try:
-        store.queue.settle(study_id, "failed", reason)
-    except AutoQError:
-        return
 
 
 class _Run:
@@ -146,6 +138,9 @@ class _Run:
         self.told_outcomes: dict[int, Outcome] = {}
         self.window = window(self.spec.workers.count)
         self.ahead: deque[Asked] = deque()  # asked for and not stored yet
+        self.pace = Pace()
+        self.late: set[int] = set()  # passed over, and not told yet
+        self.until: float | None = None  # when a cancelled study stops waiting
         self.repeats = 0  # proposals in a row that were there before
         self.exhausted = False
         self.flying: dict[str, Flight] = {}
@@ -264,22 +259,21 @@ class _Run:
             for _ in range(ASKS_PER_RESULT):
                 if self.spec.workers.count > 1 and self._may_start():
                     self._ask(more=True)
-            self._receive(self._next())
+            if (result := self._next()) is not None:
+                self._receive(result)
 
-    def _next(self) -> Result:
-        """The next trial's result. A study that is cancelled waits for it only so long."""
-        until = None
-        while True:
-            asked_at = time.monotonic()
-            result = self.executor.next(LOOK_SECONDS)
-            if result is not None:
-                return result
-            if time.monotonic() - asked_at < LOOK_SECONDS / 2:
+    def _next(self) -> Result | None:
+        """The next trial's result, if it comes soon. A study that is cancelled waits for all only so long."""
+        asked_at = self.executor.clock()
+        result = self.executor.next(LOOK_SECONDS)
+        if result is None:
+            if self.executor.clock() - asked_at < LOOK_SECONDS / 2:
                 raise AutoQError("the workers stopped while trials were running")
             if self.hold.asked() == "cancel":
-                until = until or time.monotonic() + CANCEL_SECONDS
-                if time.monotonic() > until:
+                self.until = self.until or time.monotonic() + CANCEL_SECONDS
+                if time.monotonic() > self.until:
                     raise StopRequested("cancel")
+        return result
 
     def _keep_time(self) -> None:
         """Store for how long the study has run, where that is limited."""
@@ -377,7 +371,7 @@ class _Run:
         key = f"trial-{trial.number}"
         flight = self.flying.get(key)
         if flight is None:
-            flight = self.flying[key] = Flight(trial, self._computed(assignment))
+            flight = self.flying[key] = Flight(trial, self._computed(assignment), self.executor.clock())
             if trial.origin == "sampler" and not self._wants_slopes(trial):
                 flight.rival = self._rival(trial.number, flight.computed)
         flight.trial = dataclasses.replace(trial, attempt=attempt)
@@ -455,7 +449,14 @@ class _Run:
         stored = self.store.trial(self.study.id, trial.number, with_assignments=False)
         stored = dataclasses.replace(stored, assignment=assignment)
         self.hold.patience.keeps = ""
-        self.outcomes[trial.number] = self._outcome(stored)
+        self.pace.took(result.seconds)
+        outcome = self._outcome(stored)
+        if trial.number in self.late:
+            self.late.remove(trial.number)
+            self.told_outcomes[trial.number] = outcome
+            self._tell_of(trial.number)
+        else:
+            self.outcomes[trial.number] = outcome
         self._keep_time()
         self.observer.trial(stored, self.done, self.spec.budget.trials)
 
@@ -485,7 +486,12 @@ class _Run:
     def _settle(self) -> int | None:
         """Take the outcome that is next in order, if it is known, and return its trial's number."""
         if (found := self.outcomes.pop(self.told, None)) is None:
-            return None
+            flight = self.flying.get(f"trial-{self.told}")
+            if flight is None or not self.pace.is_late(self.executor.clock() - flight.since):
+                return None
+            self.observer.note(f"trial {self.told} takes far longer than others; what is proposed does not wait for it")
+            self.late.add(self.told)
+            found = Outcome(None)
         # A duplicate repeats an earlier number, which has been settled already.
         self.told_outcomes[self.told] = self.told_outcomes[found] if isinstance(found, int) else found
         self.told += 1
@@ -494,6 +500,10 @@ class _Run:
     def _tell(self) -> None:
         """Tell the sampler, in order, of the outcomes that the next proposal waits for, as far as they are known."""
         while self._waits() and (number := self._settle()) is not None:
-            if (known_as := self.sampler_numbers.get(number)) is not None:
-                outcome = self.told_outcomes[number]
-                self.asktell.tell(known_as, outcome.values, outcome.violations)
+            if number not in self.late:
+                self._tell_of(number)
+
+    def _tell_of(self, number: int) -> None:
+        if (known_as := self.sampler_numbers.get(number)) is not None:
+            outcome = self.told_outcomes[number]
+            self.asktell.tell(known_as, outcome.values, outcome.violations)

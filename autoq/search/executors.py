@@ -135,6 +135,10 @@ class Executor(abc.ABC):
         """What there is of workers at this moment. May be called from another thread."""
         return []
 
+    def clock(self) -> float:
+        """Seconds that pass as jobs run, from any beginning."""
+        return time.monotonic()
+
     def __enter__(self) -> Executor:
         return self
 

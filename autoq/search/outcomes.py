@@ -1,14 +1,15 @@
-"""What a controller knows of trials that are out, and what it tells of those that came back."""
+"""What a controller knows of trials that are out, and what it tells of those that came back; how a study is left."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from autoq.errors import AutoQError
 from autoq.measurement import Measurement
 from autoq.search.stopping import expected
 from autoq.spec import Bound
-from autoq.store import TrialRecord
+from autoq.store import Store, TrialRecord
 
 
 def violations(constraints: Mapping[str, Bound], measurements: Sequence[Measurement]) -> dict[str, float]:
@@ -37,8 +38,17 @@ class Outcome:
 
 @dataclass
 class Flight:
-    """A trial that is out: what is known of it without evaluating it, and the number of its rival."""
+    """A trial that is out: what is known of it without evaluating it, since when, and the number of its rival."""
 
     trial: TrialRecord
     computed: list[Measurement]
+    since: float
     rival: int | None = None
+
+
+def leave_failed(store: Store, study_id: int, reason: str) -> None:
+    """Note the reason, unless the database itself is what failed."""
+    try:
+        store.queue.settle(study_id, "failed", reason)
+    except AutoQError:
+        return

@@ -50,6 +50,7 @@ from autoq.store import Prepared, Store, StudyRecord
 from autoq.targets import CostTable, Target, load_target, missing_packages
 from autoq.tasks import TaskKind, source_of
 
+MOST_SEEDS = 128  # of samplers without a model: each is an exact solution, and all of them stand in the study's plan
 RESTLESS = 0.25  # drift of a machine beyond which a latency table says more of the moment than of the machine
 
 
@@ -282,7 +283,7 @@ def make_plan(
     sampler = plugins.load("search.samplers", problem.spec.sampler.name, Sampler)
     wanted = problem.spec.sampler.seeds
     if wanted is None:
-        wanted = max(0, problem.spec.budget.trials - len(plan)) // 2
+        wanted = min(max(0, problem.spec.budget.trials - len(plan)) // 2, MOST_SEEDS)
         # The other half of its slopes is better measured where the first half leads.
         wanted = min(wanted, sampler.slopes // 2) if sampler.slopes else wanted
     sensitivities = None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, get_args
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import sqlalchemy as sa
 
@@ -75,6 +75,21 @@ def load_trials(
     limit: int | None = None,
 ) -> list[TrialRecord]:
     """The trials for which all conditions hold (on `models.trials`), ordered by study and number."""
+    return run_trials(connection, trial_query(where, only_frontier, limit), with_assignments)
+
+
+class TrialQuery(NamedTuple):
+    """Statements that find trials, their measurements and their assignments."""
+
+    trials: sa.Select[Any]
+    measurements: sa.Select[Any]
+    assignments: sa.Select[Any]
+
+
+def trial_query(
+    where: Sequence[sa.ColumnElement[bool]], only_frontier: bool = False, limit: int | None = None
+) -> TrialQuery:
+    """What `run_trials` runs; conditions may have parameters."""
     joined = m.trials.join(m.studies).join(
         m.frontier,
         (m.frontier.c.study_id == m.trials.c.study_id) & (m.frontier.c.trial_id == m.trials.c.id),
@@ -87,10 +102,22 @@ def load_trials(
         .order_by(m.trials.c.study_id, m.trials.c.number)
         .limit(limit)
     )
-    rows = connection.execute(chosen).all()
     ids = chosen.with_only_columns(m.trials.c.id, m.trials.c.assignment).subquery()
-    measured = load_measurements(connection, ids) if rows else {}
-    assignments = _load_assignments(connection, ids) if rows and with_assignments else {}
+    v, a = m.measurements, m.assignments
+    measured = sa.select(v).join(ids, ids.c.id == v.c.trial_id).order_by(v.c.trial_id, v.c.objective, v.c.part)
+    wanted = sa.select(ids.c.assignment).distinct().subquery()
+    return TrialQuery(chosen, measured, sa.select(a).join(wanted, wanted.c.assignment == a.c.hash))
+
+
+def run_trials(
+    connection: sa.Connection, query: TrialQuery, with_assignments: bool, parameters: Mapping[str, Any] | None = None
+) -> list[TrialRecord]:
+    """The trials that a query finds."""
+    rows = connection.execute(query.trials, parameters).all()
+    measured = load_measurements(connection, query.measurements, parameters) if rows else {}
+    assignments = {}
+    if rows and with_assignments:
+        assignments = {row.hash: unpack(row.body) for row in connection.execute(query.assignments, parameters)}
     if with_assignments and (lost := next((row for row in rows if row.hash not in assignments), None)) is not None:
         raise StoreError(f"trial {lost.number} of study {lost.study!r} is damaged: its assignment is not stored")
     return [_trial(row, measured.get(row.id, {}), assignments.get(row.hash)) for row in rows]
@@ -123,27 +150,23 @@ def load_columns(
     return rows, [tuple(row) for row in connection.execute(query)] if rows else []
 
 
-def load_measurements(connection: sa.Connection, ids: sa.Subquery) -> dict[int, dict[tuple[str, Part], Measurement]]:
-    """Trial's id -> its measurements, of the trials whose ids are in column `id` of a subquery."""
-    table = m.measurements
-    query = sa.select(table).join(ids, ids.c.id == table.c.trial_id)
+def load_measurements(
+    connection: sa.Connection, query: sa.Select[Any], parameters: Mapping[str, Any] | None = None
+) -> dict[int, dict[tuple[str, Part], Measurement]]:
+    """Trial's id -> its measurements, from a query for rows of `models.measurements`."""
     found: dict[int, dict[tuple[str, Part], Measurement]] = {}
-    for row in connection.execute(query.order_by(table.c.trial_id, table.c.objective, table.c.part)):
+    for row in connection.execute(query, parameters):
         trial_id, *values = row
         fields = dict(zip(_MEASUREMENT, values, strict=True))
         found.setdefault(trial_id, {})[fields["objective"], fields["part"]] = Measurement(**fields)
     return found
 
 
+# One trial by study and number, put together once: it is read after every result.
+ONE_TRIAL = trial_query((m.trials.c.study_id == sa.bindparam("of"), m.trials.c.number == sa.bindparam("at")))
+
 # The columns are the fields of `Measurement`, but for the trial and the values per token.
 _MEASUREMENT = [column.name for column in m.measurements.c][1:]
-
-
-def _load_assignments(connection: sa.Connection, ids: sa.Subquery) -> dict[str, Assignment]:
-    table = m.assignments
-    wanted = sa.select(ids.c.assignment).distinct().subquery()
-    query = sa.select(table).join(wanted, wanted.c.assignment == table.c.hash)
-    return {row.hash: unpack(row.body) for row in connection.execute(query)}
 
 
 def _trial(row: Any, measured: dict[tuple[str, Part], Measurement], assignment: Assignment | None) -> TrialRecord:

@@ -26,6 +26,7 @@ from autoq.store.accounts import Accounts
 from autoq.store.database import Database, Fence, open_database
 from autoq.store.feed import Feed
 from autoq.store.loading import (
+    ONE_TRIAL,
     MeasurementRow,
     TrialRow,
     load_columns,
@@ -33,6 +34,7 @@ from autoq.store.loading import (
     load_summaries,
     load_trials,
     load_values,
+    run_trials,
     unpack,
 )
 from autoq.store.patience import Patience, steady
@@ -313,11 +315,11 @@ class Store:
 
     def trial(self, study_id: int, number: int, with_assignments: bool = True) -> TrialRecord:
         """One trial of a study, by its number."""
-        where = (m.trials.c.study_id == study_id, m.trials.c.number == number)
         # A number that no column holds is a trial that is not there; drivers refuse to ask for it.
         possible = 0 <= number < 2**31
         with self._database.reading() as connection:
-            found = load_trials(connection, where, with_assignments=with_assignments) if possible else []
+            which = {"of": study_id, "at": number}
+            found = run_trials(connection, ONE_TRIAL, with_assignments, which) if possible else []
             if not found:
                 raise NotFound(_no_trial(connection, study_id, number))
             return found[0]

@@ -26,6 +26,26 @@ from autoq.store.records import Descent, StudyState, TrialRecord
 _TEXT_LIMIT = 65536
 
 
+# What every result needs, made once: putting a statement together takes as long as running it.
+_KEY = sa.bindparam("key", type_=sa.Integer)
+_COUNTED = sa.update(m.studies).values(changes=m.studies.c.changes + 1)
+_COUNTED = _COUNTED.returning(m.studies.c.id, m.studies.c.name, m.studies.c.objectives, m.studies.c.changes)
+_COUNT = _COUNTED.where(m.studies.c.id == _KEY)
+# A trial never moves to another study, so looking it up in the same statement is looking it up under the lock.
+_COUNT_OF_TRIAL = _COUNTED.where(
+    m.studies.c.id == sa.select(m.trials.c.study_id).where(m.trials.c.id == _KEY).scalar_subquery()
+)
+_AT = sa.bindparam("at", type_=sa.Integer)
+_MINE = sa.update(m.leases).where(m.leases.c.study_id == _KEY, m.leases.c.epoch == _AT)
+_NAMED = (m.trials.c.number, m.trials.c.origin, m.trials.c.baseline, m.trials.c.assignment.label("hash"))
+_IDENTITY = sa.select(*_NAMED, m.trials.c.parent).where(m.trials.c.id == _KEY)
+_END = sa.update(m.trials).where(m.trials.c.id == _KEY, m.trials.c.attempt == _AT, m.trials.c.state == "running")
+_FRONTIER = sa.select(m.frontier.c.trial_id, sa.type_coerce(m.frontier.c.point, sa.Text)).where(
+    m.frontier.c.study_id == _KEY
+)
+_NEW_TRIAL, _NEW_MEASUREMENTS, _NEW_VALUES = map(sa.insert, (m.trials, m.measurements, m.token_values))
+
+
 class _Locked(NamedTuple):
     """A study whose row this transaction holds, and the number of the change that it makes."""
 
@@ -40,27 +60,22 @@ def lock(connection: sa.Connection, study_id: int) -> _Locked:
 
     Raises `NotFound`, and `LeaseLost` on a fenced connection whose lease on the study somebody else took over.
     """
-    return _counted(connection, m.studies.c.id == study_id, f"no study with id {study_id}")
+    return _counted(connection, _COUNT, study_id, f"no study with id {study_id}")
 
 
 def _lock_of(connection: sa.Connection, trial_id: int) -> _Locked:
-    # A trial never moves to another study, so looking it up in the same statement is looking it up under the lock.
-    study_id = sa.select(m.trials.c.study_id).where(m.trials.c.id == trial_id).scalar_subquery()
-    return _counted(connection, m.studies.c.id == study_id, f"no trial with id {trial_id}")
+    return _counted(connection, _COUNT_OF_TRIAL, trial_id, f"no trial with id {trial_id}")
 
 
-def _counted(connection: sa.Connection, which: sa.ColumnElement[bool], missing: str) -> _Locked:
-    s = m.studies
-    counted = sa.update(s).where(which).values(changes=s.c.changes + 1)
-    row = connection.execute(counted.returning(s.c.id, s.c.name, s.c.objectives, s.c.changes)).one_or_none()
+def _counted(connection: sa.Connection, count: sa.Executable, key: int, missing: str) -> _Locked:
+    row = connection.execute(count, {"key": key}).one_or_none()
     if row is None:
         raise NotFound(missing)
     study = _Locked(*row)
     # Whoever takes a lease holds the study's row too, so what is found here stays true until the commit.
     if (found := fence_of(connection)) is not None and found[0].study_id == study.id:
         fence, receipt = found
-        mine = sa.update(m.leases).where(m.leases.c.study_id == study.id, m.leases.c.epoch == fence.epoch)
-        if connection.execute(mine.values(receipt=receipt)).rowcount == 0:
+        if connection.execute(_MINE, {"key": study.id, "at": fence.epoch, "receipt": receipt}).rowcount == 0:
             raise LeaseLost
     return study
 
@@ -236,7 +251,7 @@ def insert_trial(
     if descent is not None:
         values |= {"parent": descent.parent, "derivation": dict(descent.derivation)}
     try:
-        done = connection.execute(sa.insert(m.trials).values(**values))
+        done = connection.execute(_NEW_TRIAL, values)
     except exc.IntegrityError:
         raise StoreError(
             f"study {study.name!r} has a trial {number} already; does another process run this study?"
@@ -377,17 +392,11 @@ def _end(
     """Set `values` on a trial that is running at `attempt`, sealed with its `measurements`. If it is not, undo
     everything: None."""
     study = _lock_of(connection, trial_id)
-    t = m.trials
-    named = sa.select(t.c.number, t.c.origin, t.c.baseline, t.c.assignment.label("hash"), t.c.parent)
-    identity = connection.execute(named.where(t.c.id == trial_id)).one()._asdict()
+    identity = connection.execute(_IDENTITY, {"key": trial_id}).one()._asdict()
     values = {**values, "checksum": checksum({**identity, "attempt": attempt, **values}, measurements)}
     own = {} if sampler_attrs is None else {"sampler_attrs": dict(sampler_attrs)}
-    ended = (
-        sa.update(t)
-        .where(t.c.id == trial_id, t.c.attempt == attempt, t.c.state == "running")
-        .values(changed=study.change, finished_at=_now(), **own, **values)
-    )
-    if connection.execute(ended).rowcount == 0:
+    ended = {"key": trial_id, "at": attempt, "changed": study.change, "finished_at": _now(), **own, **values}
+    if connection.execute(_END, ended).rowcount == 0:
         connection.rollback()
         return None
     if study_sampler_attrs is not None:
@@ -412,7 +421,7 @@ def seal(connection: sa.Connection, trial_id: int) -> None:
     """Give a trial the checksum of what is stored of it now."""
     t = m.trials
     row = connection.execute(sa.select(t, t.c.assignment.label("hash")).where(t.c.id == trial_id)).one()
-    own = sa.select(t.c.id).where(t.c.id == trial_id).subquery()
+    own = sa.select(m.measurements).where(m.measurements.c.trial_id == trial_id)
     measured = load_measurements(connection, own).get(trial_id, {})
     connection.execute(
         sa.update(t).where(t.c.id == trial_id).values(checksum=checksum(row._asdict(), measured.values()))
@@ -441,7 +450,7 @@ def _insert_measurements(connection: sa.Connection, trial_id: int, measurements:
         | {"trial_id": trial_id, "objective": measurement.objective, "value": float(measurement.value)}
         for measurement in measurements
     ]
-    connection.execute(sa.insert(m.measurements), rows)
+    connection.execute(_NEW_MEASUREMENTS, rows)
     values = [
         {"trial_id": trial_id, "objective": measurement.objective, "part": measurement.part}
         | pack_values(measurement.per_token)
@@ -449,14 +458,13 @@ def _insert_measurements(connection: sa.Connection, trial_id: int, measurements:
         if measurement.per_token is not None
     ]
     if values:
-        connection.execute(sa.insert(m.token_values), values)
+        connection.execute(_NEW_VALUES, values)
 
 
 def _update_frontier(connection: sa.Connection, study: _Locked, trial_id: int, point: Sequence[float]) -> None:
     """Let one feasible point join the stored frontier, and what it dominates leave."""
     f, t = m.frontier, m.trials
-    text = sa.type_coerce(f.c.point, sa.Text)
-    stored = connection.execute(sa.select(f.c.trial_id, text).where(f.c.study_id == study.id))
+    stored = connection.execute(_FRONTIER, {"key": study.id})
     members = {member: _point(text) for member, text in stored}
     added, removed = dominance.update(members, point, [direction for _, _, direction in study.objectives])
     if removed:
