@@ -10,6 +10,9 @@ use sets. The folder is listed only when this process has written a sixteenth of
 looked, and is then brought down to three quarters: so one to four writers stay within the limit, and each
 writer more may exceed it by a sixteenth for a moment.
 
+Where a study's workers are on several machines, their banks are *neighbours*: what one has made another fetches, if
+making it takes more than `ASK_SECONDS` by what this process has seen of the scheme's method.
+
 An instance serves one thread.
 """
 
@@ -24,6 +27,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import safetensors.torch
 import torch
@@ -31,13 +35,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from autoq import plugins
-from autoq.cache import write_atomically
+from autoq.cache import entry_path, write_atomically
 from autoq.errors import AutoQError, SchemeRefused
 from autoq.methods import Method, QuantizedWeight, Statistics
 from autoq.methods._weights import restore
 from autoq.scheme import Keep, Scheme
 
 _SUFFIX = ".safetensors"
+ASK_SECONDS = 0.05  # a layer that is made faster than that is not worth a question
 _LEFTOVER_SECONDS = 3600.0  # a temporary file older than this belongs to a writer that died
 _BROKEN = (SafetensorError, SchemeRefused, ValueError, KeyError, TypeError)
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -56,12 +61,26 @@ def key(weight_hash: str, scheme: Scheme, calibration: str, version: int) -> str
     return _hasher("\n".join((weight_hash, str(scheme), calibration, str(version))).encode()).hexdigest()
 
 
+class Neighbours(Protocol):
+    """The banks of other machines."""
+
+    def fetch(self, name: str) -> bytes | None:
+        """The content of an entry, once another machine has it. None: none has or makes it, so it is made here."""
+
+    def has(self, name: str) -> None:
+        """This bank has an entry."""
+
+    def failed(self, name: str) -> None:
+        """An entry that was to be made here was not, or not stored."""
+
+
 class Bank:
     """Quantized weights by content in the folder `root`, and dequantized ones in this process.
 
     `hits` counts entries read from disk, `misses` those that were not there or did not hold, `made` weights
-    quantized here, `evicted` entries that this process removed for room, `corrupt` those that failed their
-    check. `disk_full` counts entries that were not stored because the disk or the limit had no room.
+    quantized here, `fetched` those that came from `neighbours`, `evicted` entries that this process removed for
+    room, `corrupt` those that failed their check. `disk_full` counts entries that were not stored because the
+    disk or the limit had no room.
     Raises `AutoQError` where the folder cannot be made.
     """
 
@@ -70,7 +89,10 @@ class Bank:
 
     def __init__(self, root: Path, disk_bytes: int, memory_bytes: int) -> None:
         self._root, self._disk_bytes, self._memory_bytes = Path(root), disk_bytes, memory_bytes
-        self.hits = self.misses = self.made = self.evicted = self.corrupt = self.disk_full = 0
+        self.hits = self.misses = self.made = self.fetched = self.evicted = self.corrupt = self.disk_full = 0
+        self.neighbours: Neighbours | None = None
+        self.ask_seconds = ASK_SECONDS
+        self._paces: dict[str, float] = {}  # method -> seconds per weight, of the last one made
         # As if all was written here already: the first write looks at what others left.
         self._written = disk_bytes
         self._memory: OrderedDict[tuple[str, torch.dtype, torch.device], Tensor] = OrderedDict()
@@ -97,16 +119,46 @@ class Bank:
         method = plugins.load("methods", scheme.method, Method)
         if isinstance(scheme, Keep):
             return method.quantize(weight, scheme)  # the model has it; a copy would cost and save nothing
-        path = self._path(self.key(weight_hash, scheme, calibration, method.version))
-        found = self._read(path, scheme, (weight.shape[0], weight.shape[1]))
+        name = self.key(weight_hash, scheme, calibration, method.version)
+        shape = (weight.shape[0], weight.shape[1])
+        dear = self._paces.get(scheme.method, float("inf")) * weight.numel() > self.ask_seconds
+        neighbours = self.neighbours if dear else None
+        found = self._read(self._path(name), scheme, shape)
         if found is not None:
             self.hits += 1
+            if neighbours is not None:
+                neighbours.has(name)
             return found
         self.misses += 1
-        result = method.quantize(weight, scheme, statistics() if statistics is not None else None)
-        self.made += 1
-        self._write(path, result)
+        if neighbours is not None and (found := self._fetch(neighbours, name, scheme, shape)) is not None:
+            return found
+        start, stored = time.perf_counter(), False
+        try:
+            result = method.quantize(weight, scheme, statistics() if statistics is not None else None)
+            self.made += 1
+            self._paces[scheme.method] = (time.perf_counter() - start) / weight.numel()
+            stored = self._write(self._path(name), pack(result))
+        finally:
+            if neighbours is not None:
+                (neighbours.has if stored else neighbours.failed)(name)
         return result
+
+    def _fetch(
+        self, neighbours: Neighbours, name: str, scheme: Scheme, shape: tuple[int, int]
+    ) -> QuantizedWeight | None:
+        """The entry of another machine, which is then here too; None where it is to be made, or does not hold."""
+        content = neighbours.fetch(name)
+        if content is None:
+            return None
+        try:
+            found = _parse(content, scheme, shape)
+        except _BROKEN:
+            self.corrupt += 1
+            return None
+        self.fetched += 1
+        if self._write(self._path(name), content):
+            neighbours.has(name)
+        return found
 
     def dequantized(
         self,
@@ -139,7 +191,7 @@ class Bank:
         return values
 
     def _path(self, name: str) -> Path:
-        return self._root / name[:2] / (name + _SUFFIX)
+        return entry_path(self._root, name)
 
     def _read(self, path: Path, scheme: Scheme, shape: tuple[int, int]) -> QuantizedWeight | None:
         """The entry at `path`, or None where there is none that holds; one that does not is removed."""
@@ -157,23 +209,23 @@ class Bank:
             os.utime(path)
         return result
 
-    def _write(self, path: Path, weight: QuantizedWeight) -> None:
-        """Store an entry if there is room. A full disk is counted, not raised: the result is at hand."""
-        content = pack(weight)
+    def _write(self, path: Path, content: bytes) -> bool:
+        """Store an entry, and whether there was room. A full disk is counted, not raised: the result is at hand."""
         try:
             if not self._make_room(len(content)):
                 self.disk_full += 1
-                return
+                return False
             path.parent.mkdir(exist_ok=True)
             write_atomically(path, content)
         except FileNotFoundError:
-            return  # another process took our temporary file for a leftover: its clock is ahead. The result is at hand
+            return False  # another process took our temporary file for a leftover: its clock is ahead
         except OSError as problem:
             if problem.errno not in _FULL:
                 raise AutoQError(f"the bank cannot write to {str(self._root)!r}: {problem.strerror}") from problem
             self.disk_full += 1
-            return
+            return False
         self._written += len(content)
+        return True
 
     def _make_room(self, size: int) -> bool:
         """Whether `size` more bytes fit, after removing what was used longest ago if need be."""

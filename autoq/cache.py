@@ -25,6 +25,11 @@ def cache_dir() -> Path:
     return Path.home() / ".cache" / "autoq"
 
 
+def entry_path(root: Path, name: str) -> Path:
+    """Where the bank in `root` keeps the entry `name`."""
+    return root / name[:2] / f"{name}.safetensors"
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file that is there whole or not at all, into a folder that is there. Raises `OSError`."""
     handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".tmp")

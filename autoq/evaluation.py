@@ -61,6 +61,8 @@ class Evaluator(QuantizedModel):
     def __init__(self, spec: StudySpec) -> None:
         super().__init__(spec)
         self.fingerprint = fingerprint()
+        if self.device == "cuda":
+            self.fingerprint = f"{torch.cuda.get_device_name()}, {self.fingerprint}"
         self._reference: tuple[str, int, Reference] | None = None
         self._kept_states: PrefixStates | None = None
         self._found_losses: dict[tuple[str, ...], dict[str, dict[str, float]]] = {}

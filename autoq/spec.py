@@ -335,29 +335,33 @@ class BudgetSpec(_Section):
 
 
 class WorkersSpec(_Section):
-    """Who evaluates: this process, or `count` Ray actors with `cpus` and `gpus` each."""
+    """Who evaluates: this process, or `count` Ray actors with `cpus`, `gpus` and `memory` each, on few nodes or many.
+    `device` is part of the name of the one that latencies are of; default: that of the worker that is up first."""
 
     executor: Literal["local", "ray"] = "local"
     count: Count = 1
     cpus: Threads | None = None
     gpus: Annotated[Number, Field(ge=0)] = 0
+    memory: Bytes | None = None
+    placement: Literal["pack", "spread"] = "pack"
+    device: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     address: str | None = None
 
     @model_validator(mode="after")
     def _local_is_one_process(self) -> WorkersSpec:
-        if self.executor == "local" and self.count != 1:
-            raise ValueError(f"count {self.count} needs executor ray; local is this one process")
-        if self.executor == "local" and self.address is not None:
-            raise ValueError(f"address {self.address[:80]!r} needs executor ray; local is this one process")
+        for name in ("count", "address", "memory", "device"):
+            if self.executor == "local" and (value := getattr(self, name)) != WorkersSpec.model_fields[name].default:
+                raise ValueError(f"{name} {short(value)} needs executor ray; local is this one process")
+        if self.gpus > 1 and self.gpus % 1:
+            raise ValueError(f"gpus {self.gpus:g} must be a fraction of one GPU or a whole number of them")
         return self
 
 
 class BankSpec(_Section):
     """The store of quantized layers: bytes on disk, and bytes of dequantized weights in memory.
 
-    Calibration statistics, which lie beside it, take at most a quarter of `disk` more, and hidden states
-    that trials have in common at most a quarter of `memory`.
-    """
+    Calibration statistics, which lie beside it, take at most a quarter of `disk` more, and hidden states that trials
+    have in common at most a quarter of `memory`."""
 
     disk: Bytes = 20 * 10**9
     memory: Bytes | None = None
@@ -445,9 +449,8 @@ def load_spec(source: str | Path, overrides: Sequence[str] = ()) -> StudySpec:
     if name in shipped:
         return parse_spec(shipped[name], overrides)
     near = difflib.get_close_matches(name[:80], shipped, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ";"
-    known = ", ".join(sorted(shipped))
-    raise SpecError(f"no spec file {name[:80]!r}, and no shipped spec of that name{hint} shipped are {known}")
+    hint = (f"; did you mean {near[0]!r}?" if near else ";") + f" shipped are {', '.join(sorted(shipped))}"
+    raise SpecError(f"no spec file {name[:80]!r}, and no shipped spec of that name{hint}")
 
 
 def shipped_specs() -> dict[str, str]:
@@ -491,9 +494,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise SpecError(f"{shown} must look like sampler.seed=1")
     node = tree
     for key in keys[:-1]:
-        if node.get(key) is None:
-            node[key] = {}
-        node = node[key]
+        node[key] = node = {} if node.get(key) is None else node[key]
         if not isinstance(node, dict):
             raise SpecError(f"{shown}: {key!r} is not a section, so nothing in it can be set")
     node[keys[-1]] = strict_yaml.parse(value, shown)

@@ -128,3 +128,11 @@ def _made_once(models: ModuleType, folders: pytest.TempPathFactory) -> Callable[
         return made[family]
 
     return folder
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[Any]:
+    """`RayCluster` of `tests/support/ray_cluster.py`, without a node yet; ended with the module's tests."""
+    cluster = _support("ray_cluster").RayCluster()
+    yield cluster
+    cluster.close()

@@ -60,7 +60,7 @@ IMPORTS: dict[str, set[str]] = {
         "methods",
         "tasks",
     },
-    "workers": {"search.executors"},
+    "workers": {"search.executors", "models.sources"},
     "recipes": {"methods", "targets", "kernels", "shipping.manifest"},
     "search": {"recipes", "store", "objectives", "targets", "methods", "models", "evaluation", "tasks"},
     "shipping": {"targets", "display"},

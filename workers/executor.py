@@ -5,16 +5,20 @@ is unsafe (https://github.com/ray-project/ray/issues/53727). So an actor lives o
 runs past a time limit its reference is forgotten, which drops whatever it might still answer, its job
 comes back as a failure, and another actor takes its place. Actors for which the cluster has no room wait
 inside Ray until a node joins, and those of a node that leaves die and are replaced: so workers come and go
-in the middle of a study.
+in the middle of a study. Those on another machine than the study's process get the files that they lack from here
+(`autoq.workers.files`).
+
+Workers may have devices of several kinds. A job that names a device waits for a worker that has it, and fails where
+none is left to wait for.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import os
 import shutil
-import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +27,20 @@ from typing import Any, Literal
 import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
-from autoq.errors import WorkerLost
+from autoq.errors import AutoQError, WorkerLost
 from autoq.search.executors import Executor, Failure, Job, Result, TimeLimit, WorkerView, make_evaluator
 from autoq.spec import StudySpec
 
-from .actor import Make, Worker, machine, pack, unpack
+from .actor import About, Loaded, Make, Worker, pack, unpack
+from .exchange import Exchange
+from .files import Parcel, Wants, WantsParcels, parcels, supply
+from .machines import machine
 from .session import LOOK_SECONDS, Session
 
 ANSWER_SECONDS = 30.0  # an idle worker that does not answer for so long counts as dead
 DEATHS_IN_A_ROW = 4  # and one per worker: they may all die of the same shortage of memory
+DEVICE_SECONDS = 60.0  # for which a job waits for a device that no worker has yet
+KEPT_CHUNKS = 3  # of files on their way to other machines, which mostly ask for the same ones
 INHERITED = ("AUTOQ_CACHE", "OMP_NUM_THREADS")
 OUTPUT_CHARACTERS = 8192  # of a dead worker's last words
 FAULT = "Fatal Python error: "
@@ -46,6 +55,8 @@ class _Member:
     identity: Any
     pending: Any
     scratch: Path | None
+    about: About | None = None
+    device: str = ""
     ready: bool = False
     job: Job | None = None
     since: float = 0.0
@@ -63,13 +74,22 @@ class _Member:
         return self.ready or bool(ray.wait([self.identity], timeout=0)[0])
 
     def who(self) -> tuple[str, int | None]:
-        """`host:pid` and the process id, as far as the worker has said."""
-        done, _ = ray.wait([self.identity], timeout=0)
-        try:
-            name, pid = ray.get(done[0]) if done else (f"worker {self.number}", None)
-        except RayError:
+        """`host:pid`, and the process id on this machine, as far as the worker has said."""
+        if self.about is None:
+            done, _ = ray.wait([self.identity], timeout=0)
+            with contextlib.suppress(RayError):
+                self.about = ray.get(done[0]) if done else None
+        if self.about is None:
             return f"worker {self.number}", None
-        return name, pid
+        return self.about.name, self.about.pid if self.about.machine == machine() else None
+
+    def fits(self, job: Job) -> bool:
+        """Whether it may have the job now."""
+        return self.ready and self.job is None and self.is_of(job)
+
+    def is_of(self, job: Job) -> bool:
+        """Whether it has the job's device."""
+        return job.device is None or job.device in self.device
 
 
 class RayExecutor(Executor):
@@ -82,19 +102,28 @@ class RayExecutor(Executor):
 
     def __init__(self, spec: StudySpec, make: Make = make_evaluator) -> None:
         self._count = spec.workers.count
-        self._queue: collections.deque[tuple[Job, bytes]] = collections.deque()
+        self._queue: collections.deque[tuple[Job, bytes, float]] = collections.deque()
         self._members: list[_Member] = []
         self._started = 0
         self._deaths = 0
         self._last_death = ""
         self._broken: Exception | None = None
         self._closed = False
+        self._spec = spec
+        self._parcels: tuple[Parcel, ...] | None = None
+        self._chunks: collections.OrderedDict[Wants, Any] = collections.OrderedDict()
+        self._exchange = Exchange()
         self._session = Session(spec.workers)
         try:
             workers = spec.workers.model_copy(update={"cpus": self._session.cpus})
             self._recipe = pack((make, spec.model_copy(update={"workers": workers})))
             self._actors = ray.remote(Worker).options(
-                num_cpus=workers.cpus, num_gpus=workers.gpus, max_restarts=0, max_task_retries=0
+                num_cpus=workers.cpus,
+                num_gpus=workers.gpus,
+                memory=workers.memory,
+                scheduling_strategy="SPREAD" if workers.placement == "spread" else "DEFAULT",
+                max_restarts=0,
+                max_task_retries=0,
             )
             self._fill()
         except BaseException:
@@ -104,7 +133,7 @@ class RayExecutor(Executor):
     def submit(self, job: Job) -> None:
         """Queue a job and start it if a worker is idle. Raises what pickling its arguments raises."""
         assert not self._closed
-        self._queue.append((job, pack(job)))
+        self._queue.append((job, pack(job), time.monotonic()))
         self._dispatch()
 
     def next(self, timeout: float | None = None) -> Result | None:
@@ -118,7 +147,7 @@ class RayExecutor(Executor):
                 return None
             self._fill()
             self._dispatch()
-            if (late := self._stop_overdue()) is not None:
+            if (late := self._stop_overdue() or self._give_up()) is not None:
                 return late
             member = self._wait(until)
             if member is not None:
@@ -132,10 +161,15 @@ class RayExecutor(Executor):
         """The actors, by the names that they have given."""
         found = []
         for member in list(self._members):
-            job, (name, pid) = member.job, member.who()
-            state: Literal["loading", "idle", "busy"] = "busy" if job else "idle" if member.ready else "loading"
-            here = name.rpartition(":")[0] == socket.gethostname()
-            found.append(WorkerView(name, state, job.key if job else None, pid if here else None))
+            job, (name, pid), about = member.job, member.who(), member.about
+            state: Literal["waiting", "loading", "idle", "busy"] = (
+                "busy" if job else "idle" if member.ready else "loading"
+            )
+            if about is None:
+                found.append(WorkerView(name, "waiting"))
+            else:
+                key, device = job.key if job else None, member.device or about.device
+                found.append(WorkerView(name, state, key, pid, device, about.memory_bytes))
         return found
 
     def close(self) -> None:
@@ -145,6 +179,7 @@ class RayExecutor(Executor):
         if ray.is_initialized():
             for member in self._members:
                 ray.kill(member.actor)
+            self._exchange.close()
         self._members.clear()
         self._session.close()
 
@@ -188,18 +223,18 @@ class RayExecutor(Executor):
             running = self._running()
             if any(job.exclusive for job in running):
                 return
+            member = next((member for member in self._members if member.fits(self._queue[0][0])), None)
+            if member is None:
+                return
             if self._queue[0][0].exclusive:
                 # In a session that was started here there is room for all of them, so none is placed late.
                 mine = self._session.folder is not None
                 if running or not all(member.ready for member in self._members if mine or member.placed):
                     return
                 self._withdraw()
-            member = next((member for member in self._members if member.ready and member.job is None), None)
-            if member is None:
-                return
             if not self._answers(member):
                 continue
-            job, packed = self._queue.popleft()
+            job, packed, _ = self._queue.popleft()
             member.pending = member.actor.run.remote(packed)
             member.since = time.monotonic()
             member.job = job
@@ -213,7 +248,7 @@ class RayExecutor(Executor):
     def _answers(self, member: _Member) -> bool:
         """Whether an idle worker lives. One that died since its last job must not cost the next one."""
         try:
-            ray.get(member.actor.identity.remote(), timeout=ANSWER_SECONDS)
+            member.about = ray.get(member.actor.identity.remote(), timeout=ANSWER_SECONDS)
         except RayError as problem:
             self._died(member, "while it was idle", problem)
             return False
@@ -224,6 +259,7 @@ class RayExecutor(Executor):
         the cluster came first."""
         pending = {member.pending: member for member in self._members if member.pending is not None}
         if not pending:
+            time.sleep(0.01)  # a job waits for a device, and nobody has anything to tell
             return None
         moments = [moment for moment in (until, *(m.overdue_at for m in self._members)) if moment is not None]
         timeout = max(0.0, min(moments) - time.monotonic()) if moments else LOOK_SECONDS
@@ -243,8 +279,47 @@ class RayExecutor(Executor):
             return Result(job, None, Failure.of(TimeLimit.of(job)), now - member.since, name)
         return None
 
+    def _give_up(self) -> Result | None:
+        """Fail the next job if it is for a device that no worker has, or will have soon."""
+        if not self._queue or self._queue[0][0].device is None:
+            return None
+        job, _, since = self._queue[0]
+        loading = any(not member.ready and member.placed for member in self._members)
+        if loading or not self._members or any(member.is_of(job) for member in self._members if member.ready):
+            return None
+        if not all(member.ready for member in self._members) and time.monotonic() < since + DEVICE_SECONDS:
+            return None
+        self._queue.popleft()
+        there = ", ".join(sorted({repr(member.device) for member in self._members if member.ready})) or "none"
+        problem = AutoQError(f"no worker has the device {job.device!r} that {job.action!r} is for; there are: {there}")
+        return Result(job, None, Failure.of(problem))
+
+    def _introduce(self, member: _Member) -> None:
+        """A worker is ready: its bank has neighbours if there are others on another machine."""
+        member.who()
+        if member.about is None:
+            return
+        before = self._exchange.register
+        self._exchange.welcome(member.about.machine, member.about.node)
+        if (register := self._exchange.register) is not None:
+            for each in self._members if before is None else [member]:
+                if each.ready:
+                    each.actor.meet.remote([register])
+
+    def _supply(self, wants: Wants) -> Any:
+        """A reference to what a worker on another machine asks for, kept for the next one that does."""
+        if wants not in self._chunks:
+            if self._parcels is None:
+                self._parcels = parcels(self._spec)
+            content = pack(self._parcels) if isinstance(wants, WantsParcels) else supply(wants, self._parcels)
+            self._chunks[wants] = ray.put(content)
+            while len(self._chunks) > KEPT_CHUNKS:
+                self._chunks.popitem(last=False)
+        self._chunks.move_to_end(wants)
+        return self._chunks[wants]
+
     def _collect(self, member: _Member) -> Result | None:
-        """What a worker tells: a job's result, or (None) that it has loaded or died before it did."""
+        """What a worker tells: a job's result, or (None) that it wants something, has loaded or died before it did."""
         reference, member.pending = member.pending, None
         job, member.job = member.job, None
         seconds = time.monotonic() - member.since
@@ -259,9 +334,19 @@ class RayExecutor(Executor):
             return Result(job, None, failure, seconds, name) if job else None
         except Exception as problem:
             answer = problem  # the result cannot be unpacked here; unpickling may raise anything
+        if isinstance(answer, Wants):
+            member.job = job
+            try:
+                member.pending = member.actor.feed.remote(self._supply(answer))
+            except AutoQError as problem:
+                self._broken = problem
+            return None
         if job is None:
             member.ready = True
-            if isinstance(answer, Exception):
+            if isinstance(answer, Loaded):
+                self.loading_seconds, member.device = answer.seconds, answer.device
+                self._introduce(member)
+            else:
                 self._broken = answer
                 self._remove(member)
             return None
@@ -274,7 +359,7 @@ class RayExecutor(Executor):
     def _died(self, member: _Member, doing: str, problem: RayError) -> Failure:
         """Write a worker off; the record of why, with its last output where it can be found."""
         name, pid = member.who()
-        output = self._output(pid) if name.rpartition(":")[0] == socket.gethostname() else ""
+        output = self._output(pid)
         fault = next((line for line in output.splitlines() if line.startswith(FAULT)), None)
         if isinstance(problem, OutOfMemoryError):
             cause = "ended by Ray because the node was short of memory"
@@ -301,5 +386,6 @@ class RayExecutor(Executor):
     def _remove(self, member: _Member) -> None:
         self._members.remove(member)
         ray.kill(member.actor)
+        self._exchange.gone(member.who()[0])
         if member.scratch is not None:
             shutil.rmtree(member.scratch, ignore_errors=True)

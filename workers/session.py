@@ -20,6 +20,7 @@ import socket
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,17 @@ def _log_line(data: dict[str, Any], **_: object) -> None:
     """Take what Ray would print to stdout, where the command line prints its documents."""
     for line in data["lines"]:
         LOG.info("%s: %s", data.get("pid", "ray"), line)
+
+
+def _room(node: Mapping[str, float], cpus: int, workers: WorkersSpec) -> int:
+    """How many workers would fit on an empty node of these resources."""
+    wanted = {"CPU": float(cpus), "GPU": workers.gpus, "memory": float(workers.memory or 0)}
+    return min(int(node.get(name, 0) / amount + 1e-9) for name, amount in wanted.items() if amount)
+
+
+def _shown(node: Mapping[str, float], memory: bool) -> str:
+    shown = f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs"
+    return f"{shown} and {node.get('memory', 0) / 1e9:.3g} GB" if memory else shown
 
 
 class Session:
@@ -237,16 +249,14 @@ class Session:
             total = min(total, device.threads())
         cpus = workers.cpus or max(1, total // workers.count)
 
-        def room(node: dict[str, float]) -> int:
-            by_cpu = int(node.get("CPU", 0) // cpus)
-            return min(by_cpu, int(node.get("GPU", 0) / workers.gpus)) if workers.gpus else by_cpu
-
-        if sum(map(room, nodes)) < (workers.count if workers.address is None else 1):
-            has = " + ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
-            raise SpecError(
-                f"workers: {workers.count} workers of {cpus} CPUs and {workers.gpus:g} GPUs do not fit;"
-                f" Ray has {has or 'no nodes'}"
-            )
+        if sum(_room(node, cpus, workers) for node in nodes) < (workers.count if workers.address is None else 1):
+            many = f"{workers.count} workers" if workers.address is None else "1 worker"
+            wanted = f"{cpus} CPUs and {workers.gpus:g} GPUs"
+            if workers.memory is not None:
+                wanted += f" and {workers.memory / 1e9:.3g} GB of memory"
+            has = " + ".join(_shown(node, workers.memory is not None) for node in nodes)
+            fit = "do not fit" if workers.address is None else "fits on no node"
+            raise SpecError(f"workers: {many} of {wanted} {fit}; Ray has {has or 'no nodes'}")
         return cpus
 
     def close(self) -> None:

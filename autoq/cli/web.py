@@ -24,6 +24,7 @@ from autoq.errors import AutoQError, BadInput
     epilog=examples(
         "autoq serve",
         "autoq serve --db postgresql+psycopg://host/autoq --slots 2",
+        "autoq serve --cluster ray://head:10001 --places 64",
         "autoq serve --host 0.0.0.0 --allow-host autoq.example.org --tls-terminated",
     )
 )
@@ -54,6 +55,13 @@ def serve(
     executor: Annotated[
         ExecutorName, typer.Option(help="What users' studies may run on; with ray, up to --slots workers each.")
     ] = ExecutorName.local,
+    cluster: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="A Ray cluster that users' studies may name as their workers' address."),
+    ] = None,
+    places: Annotated[
+        int | None, typer.Option(min=1, help="Workers of studies on a cluster at a time; default: as many as --slots.")
+    ] = None,
     folder: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where logs and exports are kept; default: in AutoQ's cache.")
     ] = None,
@@ -80,7 +88,9 @@ def serve(
                 raise BadInput(f"{option}: there is no folder {str(root)!r}")
     certificate = None if ssl_certfile is None else Certificate(ssl_certfile, ssl_keyfile)
     workers = slots if executor is ExecutorName.ray else 0
-    sources = Sources(tuple(models or ()), tuple(data or ()), allow_hub, workers)
+    sources = Sources(
+        tuple(models or ()), tuple(data or ()), allow_hub, workers, cluster, 0 if cluster is None else places or slots
+    )
     settings = Settings(
         host=host,
         port=port,
@@ -94,7 +104,7 @@ def serve(
             sys.stderr.write(f"autoq: {warning}\n")
         with contextlib.ExitStack() as stack:
             listening = stack.enter_context(listen(host, port))
-            scheduler = Scheduler(store, slots, cpus=cpus, folder=folder) if slots else None
+            scheduler = Scheduler(store, slots, places=places, cpus=cpus, folder=folder) if slots else None
             backroom = Backroom(store.address) if slots else None
             settings = dataclasses.replace(
                 settings,

@@ -38,7 +38,7 @@ from autoq.search.stages import run_job
 from autoq.search.stopping import expected, was_stopped
 from autoq.spec import StudySpec
 from autoq.store import Store, StudyRecord, TrialRecord
-from autoq.store.queue_records import CLOCK, CRASHES
+from autoq.store.queue_records import CLOCK, CRASHES, LOADING
 from autoq.store.records import Origin
 from autoq.targets import CostTable
 
@@ -152,7 +152,9 @@ class _Run:
 
     def run(self) -> None:
         """All stages of the study."""
-        facts = run_job(self.executor, Job("describe", "describe")).value
+        facts = run_job(self.executor, Job("describe", "describe", device=self._device())).value
+        if self.hold.queued:  # turns are dealt out by it
+            self.store.put_table(self.study.id, LOADING, {"seconds": self.executor.loading_seconds})
         self.observer.advance()
         variables = self.problem.space.variables
         self.observer.study(
@@ -168,8 +170,7 @@ class _Run:
                 "trials": self.spec.budget.trials,
             },
         )
-        device = f"{facts['device']}, {facts['threads']} threads"
-        self.plan, self.costs = make_plan(self.problem, self.store, self.study.id, self.executor, self.observer, device)
+        self.plan, self.costs = make_plan(self.problem, self.store, self.study.id, self.executor, self.observer, facts)
         try:
             self._restore()
             self._search()
@@ -177,6 +178,11 @@ class _Run:
             self._keep_time()
         self._refuse_nothing()
         report(self.problem, self.store, self.study.id, self.executor, self.observer)
+
+    def _device(self) -> str | None:
+        """Whose worker is asked to describe itself: the one that is to be timed, where nothing is timed yet."""
+        timed = self.problem.timed or self.problem.energies
+        return self.spec.workers.device if timed and self.store.table(self.study.id, "costs") is None else None
 
     # -- search -----------------------------------------------------------------------------------
 

@@ -37,7 +37,8 @@ class Job:
 
     `key` comes back with the result (a trial's number, a stage's name); `attempt` counts dispatches
     of the same key, so that a late result of an earlier one can be told apart. An `exclusive` job
-    (timing) runs while no other job does. A job that takes longer than `limit_seconds` is stopped and
+    (timing) runs while no other job does, and one with a `device` on a worker whose device has that in its name:
+    numbers of two devices must not be compared. A job that takes longer than `limit_seconds` is stopped and
     fails with `TimeLimit`; one that allocates more than `limit_bytes` beyond what its worker had is refused
     them and fails with `MemoryLimit`.
     """
@@ -49,6 +50,7 @@ class Job:
     exclusive: bool = False
     limit_seconds: float | None = None
     limit_bytes: int | None = None
+    device: str | None = None
 
 
 class TimeLimit(AutoQError):
@@ -100,17 +102,24 @@ class Result:
 
 @dataclass(frozen=True)
 class WorkerView:
-    """A worker as its executor sees it: `host:pid`, `loading`, `idle` or `busy`, the key of its job, and its process
-    id where that is one of this machine's."""
+    """A worker as its executor sees it: `host:pid`, `waiting` for room, `loading`, `idle` or `busy`, the key of its
+    job, its process id where that is one of this machine's, its device, and the bytes that it last had resident."""
 
     name: str
-    state: Literal["loading", "idle", "busy"]
+    state: Literal["waiting", "loading", "idle", "busy"]
     key: str | None = None
     process: int | None = None
+    device: str | None = None
+    memory_bytes: int | None = None
 
 
 class Executor(abc.ABC):
-    """Runs jobs on evaluators of one study. Use as a context manager; leaving it ends all workers."""
+    """Runs jobs on evaluators of one study. Use as a context manager; leaving it ends all workers.
+
+    `loading_seconds` is how long the last evaluator took to build, 0 while there is none.
+    """
+
+    loading_seconds: float = 0.0
 
     @abc.abstractmethod
     def submit(self, job: Job) -> None:
@@ -247,7 +256,9 @@ class LocalExecutor(Executor):
             return None
         if self._evaluator is None:
             # Not an error of the job: a model that cannot be loaded ends the study.
+            start = time.perf_counter()
             self._evaluator = self._make(self._spec)
+            self.loading_seconds = time.perf_counter() - start
         job = self._running = self._queue.popleft()
         start = time.perf_counter()
         try:

@@ -131,16 +131,18 @@ class Hold:
             return
         found = []
         for view in executor.workers():
+            if view.state == "waiting":
+                continue  # it is nowhere yet
             trial = _TRIAL.fullmatch(view.key or "")
             found.append(
                 WorkerRecord(
                     id=view.name,
                     node=view.name.rpartition(":")[0] or view.name,
-                    device=self.device,
+                    device=view.device or self.device,
                     state=view.state,
                     study_id=self.study_id,
                     trial=int(trial[1]) if trial else None,
-                    memory_bytes=_memory(view.process),
+                    memory_bytes=view.memory_bytes if view.process is None else _memory(view.process),
                 )
             )
         ids = {worker.id for worker in found}

@@ -61,7 +61,7 @@ def report(
     for sweep in range(sweeps):
         stage.time(points if sweep % 2 == 0 else points[::-1], problem.timed, sweep)
     if metered:
-        stage.meter(points, problem.energies)
+        stage.meter(points, problem.energies, problem.spec.workers.device)
     _look_back(problem, store, study_id)
 
 
@@ -162,20 +162,37 @@ class _Stage:
             if len(past) == len(objectives) and all(len(m.detail.get("sweeps", ())) > sweep for m in past):
                 self.observer.advance()
             else:
-                job = Job(f"time-{trial.number}-{sweep}", "time", {"assignment": trial.assignment}, exclusive=True)
+                arguments = {"assignment": trial.assignment}
+                job = Job(f"time-{trial.number}-{sweep}", "time", arguments, exclusive=True, device=self._device())
                 jobs[job.key] = (job, trial)
         self._run(jobs)
 
-    def meter(self, points: Sequence[TrialRecord], objectives: Sequence[str]) -> None:
-        """Energy of `points`, one assignment at a time, where the workers' machine has meters."""
-        jobs = {}
+    def meter(self, points: Sequence[TrialRecord], objectives: Sequence[str], wanted: str | None) -> None:
+        """Energy of `points`, one assignment at a time, where the workers' machine has meters.
+
+        All of it on one device: the table's, or else the one that the first was metered on, of those that have
+        `wanted` in their names.
+        """
         for trial in points:
             if all((name, "report") in trial.measurements for name in objectives):
                 self.observer.advance()
-            else:
-                job = Job(f"meter-{trial.number}", "meter", {"assignment": trial.assignment}, exclusive=True)
-                jobs[job.key] = (job, trial)
-        self._run(jobs)
+                continue
+            device = self._device() or self._metered(points, objectives) or wanted
+            arguments = {"assignment": trial.assignment}
+            job = Job(f"meter-{trial.number}", "meter", arguments, exclusive=True, device=device)
+            self._run({job.key: (job, trial)})
+
+    def _device(self) -> str | None:
+        """The device of the study's table of latencies."""
+        return (self.costs or {}).get("device")
+
+    def _metered(self, points: Sequence[TrialRecord], objectives: Sequence[str]) -> str | None:
+        for trial in points:
+            stored = self.store.trial(self.study_id, trial.number).measurements
+            for name in objectives:
+                if (found := stored.get((name, "report"))) is not None and found.device:
+                    return found.device
+        return None
 
     def _run(self, jobs: Mapping[str, tuple[Job, TrialRecord]]) -> None:
         for _, trial in jobs.values():
@@ -196,7 +213,7 @@ class _Stage:
 
     def _foreign(self, measurements: Sequence[Measurement]) -> str | None:
         """Another device than the table's: latencies of two machines never meet on one frontier."""
-        own = (self.costs or {}).get("device")
+        own = self._device()
         return next((m.device for m in measurements if own and m.device and m.device != own), None)
 
     def _store(self, trial: TrialRecord, action: str, measurements: Sequence[Measurement]) -> None:

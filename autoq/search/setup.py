@@ -267,15 +267,20 @@ def cache_bytes(problem: Problem) -> dict[str, dict[str, int]]:
 
 
 def make_plan(
-    problem: Problem, store: Store, study_id: int, executor: Executor, observer: Observer, device: str
+    problem: Problem,
+    store: Store,
+    study_id: int,
+    executor: Executor,
+    observer: Observer,
+    facts: Mapping[str, Any],
 ) -> tuple[list[Proposal], CostTable | None]:
     """Baselines, recipes and seeds, and the latency table if the study needs one; all stored.
 
-    `device` is what the workers say of the machine that they time on. Stages that a former, interrupted
+    `facts` are what a worker says of itself: its `device` is the one that is timed. Stages that a former, interrupted
     run of the study finished are read from the store.
     """
     made_elsewhere = _recipes(problem, store, study_id)
-    costs = _costs(problem, store, study_id, executor, observer, made_elsewhere, device)
+    costs = _costs(problem, store, study_id, executor, observer, made_elsewhere, facts)
     stored = store.study(study_id).plan
     if stored:
         return [Proposal.from_json(entry) for entry in stored["proposals"]], costs
@@ -363,10 +368,11 @@ def _costs(
     executor: Executor,
     observer: Observer,
     made_elsewhere: Sequence[Proposal],
-    device: str,
+    facts: Mapping[str, Any],
 ) -> CostTable | None:
     if not problem.latencies:
         return None
+    device = f"{facts['device']}, {facts['threads']} threads"
     if (stored := store.table(study_id, "costs")) is not None:
         return CostTable(**stored)
     choices = _timed_choices(problem, made_elsewhere)
@@ -377,7 +383,8 @@ def _costs(
         table = shared
     else:
         observer.stage("time", 1)
-        table = run_job(executor, Job("costs", "cost_table", {"choices": choices}, exclusive=True)).value
+        job = Job("costs", "cost_table", {"choices": choices}, exclusive=True, device=facts["device"])
+        table = run_job(executor, job).value
         if table.restlessness > RESTLESS:
             observer.note(
                 f"the machine's speed moved by {table.restlessness:.0%} while latencies were timed: predictions are "

@@ -6,9 +6,11 @@
     scheduler.stop()             # studies go back to the queue, exports too
 
 A study on this machine takes one slot, which is a process (`autoq.service.runner`) with `cpus` threads; one on Ray
-takes as many as it has workers. Who starts and who gives way is `autoq.service.shares`; this thread only does it, and
-looks after what it started: an end that nobody recorded (killed, out of memory, a fault) is put on the study, which is
-queued again, `MAX_CRASHES` times without a new trial in between, and then failed.
+takes as many as it has workers. A study on a Ray cluster at an address takes none of this machine's slots but as many
+places of that cluster, which has `places` in all, for its work is done there. Who starts and who gives way is
+`autoq.service.shares`; this thread only does it, and looks after what it started: an end that nobody recorded (killed,
+out of memory, a fault) is put on the study, which is queued again, `MAX_CRASHES` times without a new trial in between,
+and then failed.
 
 What is known of a study is in the database. So a server that is killed leaves its runners running; the next one knows
 them by their leases and does not start them twice, and queues again what has no live lease. Studies that never were
@@ -36,13 +38,14 @@ from autoq.service.exporting import Exporter
 from autoq.service.processes import cause, tail
 from autoq.service.shares import QUANTUM_SECONDS, Running, Start, Waiting, account, decide
 from autoq.store import LeaseRecord, Store, StudyRecord, holders
-from autoq.store.queue_records import CRASHES, JOB, LOG, RUN
+from autoq.store.queue_records import CRASHES, JOB, LOADING, LOG, RUN
 
 MAX_CRASHES = 3
 LOOK_SECONDS = 1.0
 PATIENCE_SECONDS = 30.0  # from a cancellation to SIGTERM, and again to SIGKILL
 RUNNER = (sys.executable, "-m", "autoq.service.runner")
 _GRACE_SECONDS = 15.0  # after a database was away, for those whose leases ended meanwhile to renew them
+HERE = ""  # the pool of this machine's slots; others are known by their address
 _LEASE_SECONDS = 10.0  # for which the scheduler itself holds a study whose runner is gone
 
 
@@ -52,11 +55,13 @@ class _Slot:
 
     owner: str
     priority: int
+    pool: str
     width: int
     since: float  # on the monotonic clock
     process: subprocess.Popen[bytes] | None = None
     holder: str | None = None
     leaving: bool = False
+    loading: float = 0.0
     cancelled_at: float | None = None
     told: list[signal.Signals] = field(default_factory=list)
 
@@ -69,13 +74,15 @@ class _Slot:
 
 
 class Scheduler:
-    """Runs the queue of one database; see the module. `limit` is how many slots one user may have at a time."""
+    """Runs the queue of one database; see the module. `limit` is how many slots one user may have at a time in a pool;
+    `places` (default: as many as there are slots) is how many workers a cluster has."""
 
     def __init__(
         self,
         store: Store,
         slots: int,
         *,
+        places: int | None = None,
         cpus: int | None = None,
         limit: int | None = None,
         folder: Path | None = None,
@@ -85,6 +92,7 @@ class Scheduler:
     ) -> None:
         assert slots >= 1, slots
         self._store, self._slots, self._limit = store, slots, limit
+        self._places = slots if places is None else places
         self._quantum, self._patience, self._runner = quantum, patience, tuple(runner)
         own = hashlib.sha256(store.address.encode()).hexdigest()[:12]
         self.folder = folder if folder is not None else cache_dir() / "server" / own
@@ -92,8 +100,8 @@ class Scheduler:
         if cpus is not None:
             self._environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(cpus))
         self._running: dict[int, _Slot] = {}
-        self._widths: dict[int, int] = {}
-        self._usage: dict[str, float] = {}
+        self._needs: dict[int, tuple[str, int]] = {}
+        self._usage: dict[str, dict[str, float]] = {}
         self._accounted = time.monotonic()
         self._grace = 0.0  # until when nobody is held for dead because of a lease that has ended
         self._counts = dict.fromkeys(("started", "yielded", "crashed", "busy"), 0)
@@ -144,7 +152,7 @@ class Scheduler:
 
     def counts(self) -> dict[str, int]:
         """For metrics: what is queued and running, and how many runners were started, gave way, crashed."""
-        return {**self._store.queue.lengths(), **self._counts, "slots": self._slots}
+        return {**self._store.queue.lengths(), **self._counts, "slots": self._slots, "places": self._places}
 
     def log(self, study_id: int) -> str:
         """The end of what the study's runner said last, empty where nothing is known."""
@@ -170,24 +178,40 @@ class Scheduler:
         queue = self._store.queue
         self._reap()
         self._adopt(queue.running())
-        waiting = [
-            Waiting(each.id, each.owner or "", each.priority, each.queued_at.timestamp(), self._width(each.id))
-            for each in queue.waiting()
-            if each.id not in self._running
-        ]
-        running = [
-            Running(study_id, s.owner, s.priority, s.since, s.width, s.leaving) for study_id, s in self._running.items()
-        ]
+        waiting: dict[str, list[Waiting]] = {}
+        for each in queue.waiting():
+            if each.id not in self._running:
+                pool, width = self._need(each.id)
+                one = Waiting(each.id, each.owner or "", each.priority, each.queued_at.timestamp(), width)
+                waiting.setdefault(pool, []).append(one)
+        running: dict[str, list[Running]] = {}
+        for study_id, s in self._running.items():
+            held = Running(study_id, s.owner, s.priority, s.since, s.width, s.leaving, self._loading(study_id, s))
+            running.setdefault(s.pool, []).append(held)
         now = time.monotonic()
-        self._usage = account(self._usage, waiting, running, now - self._accounted)
+        for pool in {*self._usage, *waiting, *running}:
+            self._share(pool, waiting.get(pool, []), running.get(pool, []), now)
         self._accounted = now
-        for action in decide(waiting, running, self._usage, self._slots, now, self._quantum, self._limit):
-            if isinstance(action, Start):
-                one = next(each for each in waiting if each.study_id == action.study_id)
-                self._start(one)
-            else:
-                queue.ask(action.study_id, "yield")
         self.exporter.look()
+
+    def _share(self, pool: str, waiting: Sequence[Waiting], running: Sequence[Running], now: float) -> None:
+        """Deal the slots of one pool out."""
+        usage = self._usage.get(pool, {})
+        usage = self._usage[pool] = account(usage, waiting, running, now - self._accounted)
+        for action in decide(waiting, running, usage, self._size(pool), now, self._quantum, self._limit):
+            if isinstance(action, Start):
+                self._start(next(each for each in waiting if each.study_id == action.study_id))
+            else:
+                self._store.queue.ask(action.study_id, "yield")
+
+    def _size(self, pool: str) -> int:
+        return self._slots if pool == HERE else self._places
+
+    def _loading(self, study_id: int, slot: _Slot) -> float:
+        """How long a study that runs took to load, by what its last run that got so far has said."""
+        if not slot.loading:
+            slot.loading = float((self._store.table(study_id, LOADING) or {}).get("seconds", 0.0))
+        return slot.loading
 
     def _start(self, study: Waiting) -> None:
         lease = self._store.queue.lease(study.study_id)
@@ -202,8 +226,7 @@ class Scheduler:
                 env={**os.environ, **self._environment},
                 start_new_session=True,
             )
-        width = min(study.width, self._slots)
-        self._running[study.study_id] = _Slot(study.owner, study.priority, width, time.monotonic(), process)
+        self._running[study.study_id] = self._slot(study.study_id, study.owner, study.priority, process)
         self._counts["started"] += 1
 
     def _reap(self) -> None:
@@ -241,9 +264,8 @@ class Scheduler:
             if slot is None:
                 if lease.holder is None or not holders.is_here(lease.holder):
                     continue  # another machine's slot
-                width = min(self._width(study.id), self._slots)
-                slot = _Slot(study.owner or "", study.priority, width, time.monotonic(), holder=lease.holder)
-                self._running[study.id] = slot
+                slot = self._running[study.id] = self._slot(study.id, study.owner or "", study.priority)
+                slot.holder = lease.holder
             slot.leaving = study.request is not None
             if study.request == "cancel":
                 self._press(slot)
@@ -302,12 +324,18 @@ class Scheduler:
         except AutoQError:
             return  # the database is gone: processes are ended all the same
 
-    def _width(self, study_id: int) -> int:
-        """How many slots a study takes."""
-        if study_id not in self._widths:
+    def _slot(self, study_id: int, owner: str, priority: int, process: subprocess.Popen[bytes] | None = None) -> _Slot:
+        pool, width = self._need(study_id)
+        return _Slot(owner, priority, pool, min(width, self._size(pool)), time.monotonic(), process)
+
+    def _need(self, study_id: int) -> tuple[str, int]:
+        """Of which pool a study takes how many slots."""
+        if study_id not in self._needs:
             workers = self._store.study(study_id).spec.get("workers", {})
-            self._widths[study_id] = int(workers.get("count", 1)) if workers.get("executor") == "ray" else 1
-        return self._widths[study_id]
+            on_ray = workers.get("executor") == "ray"
+            address = workers.get("address") if on_ray else None
+            self._needs[study_id] = (address or HERE, int(workers.get("count", 1)) if on_ray else 1)
+        return self._needs[study_id]
 
     def _log_file(self, study_id: int) -> Path:
         return self.folder / "logs" / f"study-{study_id}.log"

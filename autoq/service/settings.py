@@ -30,12 +30,14 @@ class Limits:
 @dataclass(frozen=True)
 class Sources:
     """Which models and texts those may name who are no admins: folders below these roots, and the hub or not; and
-    how many workers they may ask of Ray (0: none)."""
+    how many workers they may ask of Ray on this machine (0: none), and of `cluster`, the one that they may name."""
 
     models: tuple[Path, ...] = ()
     data: tuple[Path, ...] = ()
     hub: bool = False
     ray_workers: int = 0
+    cluster: str | None = None
+    cluster_workers: int = 0
 
 
 @dataclass(frozen=True)

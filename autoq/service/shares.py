@@ -15,6 +15,10 @@ comes, or comes back, starts at the least pass of those that are there (the pape
 wanted is nobody's loss; what it had above that stays its own, so that going away forgives no debt.
 
 A study that needs more slots than are free keeps them free until it has them: narrower ones do not slip by for ever.
+
+Each pool of slots (this machine, each Ray cluster) is shared by itself: what one has of a pool counts in no other.
+A study that begins anew has to load its model first. Its quantum is therefore at least `LOADS` times what that took
+last: of the time of any slot at most 1/(1 + LOADS) goes into loading, however long a model takes to load.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from dataclasses import dataclass
 
 QUANTUM_SECONDS = 60.0
 MOST = 3  # doublings of a weight, either way
+LOADS = 19  # a turn is at least so many times as long as loading
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,8 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Running:
-    """A study that runs since a moment on the caller's clock; `leaving` once it was asked to stop."""
+    """A study that runs since a moment on the caller's clock; `leaving` once it was asked to stop. `loading` seconds
+    went into loading its model."""
 
     study_id: int
     owner: str
@@ -48,6 +54,11 @@ class Running:
     since: float
     width: int = 1
     leaving: bool = False
+    loading: float = 0.0
+
+    def had_turn(self, now: float, quantum: float) -> bool:
+        """Whether it has run for a quantum, its own where loading makes that longer."""
+        return now - self.since >= max(quantum, (1 + LOADS) * self.loading)
 
 
 @dataclass(frozen=True)
@@ -117,7 +128,8 @@ def decide(
             continue
         if width > free:
             missing = width - free - sum(each.width for each in running if each.leaving)
-            return [*actions, *_giving_way(head, missing, running, passes, floor, now - quantum)]
+            rested = [each for each in running if each.had_turn(now, quantum)]
+            return [*actions, *_giving_way(head, missing, rested, passes, floor)]
         actions.append(Start(head.study_id))
         free -= width
         used[owner] += width
@@ -130,9 +142,9 @@ def decide(
 
 
 def _giving_way(
-    head: Waiting, missing: int, running: Sequence[Running], passes: Mapping[str, float], floor: float, before: float
+    head: Waiting, missing: int, running: Sequence[Running], passes: Mapping[str, float], floor: float
 ) -> list[Yield]:
-    """Whom `head` is to have `missing` slots from: of those that run since `before`, the ones that are most ahead."""
+    """Whom `head` is to have `missing` slots from: of those that had a turn, the ones that are most ahead."""
     if missing <= 0:
         return []
     own = passes.get(head.owner, floor)
@@ -140,7 +152,6 @@ def _giving_way(
         each
         for each in running
         if not each.leaving
-        and each.since <= before
         and (each.priority < head.priority if each.owner == head.owner else passes.get(each.owner, floor) > own)
     ]
     if sum(each.width for each in ahead) < missing:

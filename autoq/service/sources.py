@@ -18,7 +18,7 @@ from pathlib import Path
 from autoq.errors import SpecError
 from autoq.service.auth import Asker
 from autoq.service.settings import Sources
-from autoq.spec import BankSpec, StudySpec, split_objective
+from autoq.spec import BankSpec, StudySpec, WorkersSpec, split_objective
 from autoq.spec_errors import short
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
@@ -61,12 +61,21 @@ def _refusals(spec: StudySpec, sources: Sources) -> Iterator[tuple[str, str]]:
         yield "recipes", f"are files of this server; only an admin may name some (got {short(spec.recipes[0])})"
     if spec.bank.disk > BankSpec().disk or spec.bank.memory is not None:
         yield "bank", "only an admin may say how much this server keeps of quantized layers"
-    if spec.workers.address is not None:
-        yield "workers.address", f"only an admin may name a cluster (got {short(spec.workers.address)})"
-    if spec.workers.executor == "ray" and not sources.ray_workers:
-        yield "workers.executor", "must be local on this server (got 'ray')"
-    elif spec.workers.count > max(sources.ray_workers, 1):
-        yield "workers.count", f"must be at most {sources.ray_workers} on this server (got {spec.workers.count})"
+    yield from _workers(spec.workers, sources)
+
+
+def _workers(workers: WorkersSpec, sources: Sources) -> Iterator[tuple[str, str]]:
+    most, where = sources.ray_workers, "this server"
+    if workers.address is not None:
+        if workers.address != sources.cluster:
+            own = "" if sources.cluster is None else f", but for {sources.cluster}"
+            yield "workers.address", f"only an admin may name a cluster{own} (got {short(workers.address)})"
+        most, where = sources.cluster_workers, "this cluster"
+    if workers.executor == "ray" and not most:
+        own = "" if sources.cluster is None else f", or ray with address {sources.cluster}"
+        yield "workers.executor", f"must be local on this server{own} (got 'ray')"
+    elif workers.count > max(most, 1):
+        yield "workers.count", f"must be at most {most} on {where} (got {workers.count})"
 
 
 def _below(roots: Sequence[Path], option: str) -> str:

@@ -11,6 +11,7 @@ ExportState = Literal["queued", "running", "finished", "failed", "removed"]
 WorkerState = Literal["loading", "idle", "busy"]
 RequestKind = Literal["cancel", "yield"]
 JOB, CLOCK, CRASHES, LOG = "job", "clock", "crashes", "log"  # tables of a study that the queue keeps
+LOADING = "loading"  # how long its model took to load
 RUN: Mapping[str, Any] = {"kind": "run"}
 WAITS = ("queued", "running")
 

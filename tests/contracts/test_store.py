@@ -377,7 +377,7 @@ def test_reading_takes_few_statements_however_much_there_is(store):
     statements = []
     sa.event.listen(store._database._engine, "before_cursor_execute", lambda *event: statements.append(event[2]))
     for read, most in (
-        (lambda: store.studies(), 3),
+        (lambda: store.studies(), 4),
         (lambda: store.trials(study.id), 2),
         (lambda: store.frontier(study.id), 2),
         (lambda: store.trials(study.id, with_assignments=True), 3),
@@ -385,7 +385,7 @@ def test_reading_takes_few_statements_however_much_there_is(store):
         statements.clear()
         assert read()
         assert len([text for text in statements if text.startswith("SELECT")]) <= most, statements
-        assert most == 3 or not any("assignments" in text for text in statements)
+        assert most > 2 or not any("assignments" in text for text in statements)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -76,8 +76,9 @@ def store(tmp_path):
 def submit(store) -> Callable[..., int]:
     """Queue a study of so many trials of so many milliseconds; its id."""
 
-    def one(owner: str, trials: int = 3, ms: int = 50, name: str = "s", priority: int = 0) -> int:
-        spec = build_spec({"model": {"id": "m"}, "name": name, "budget": {"trials": trials}, "data": {"seed": ms}})
+    def one(owner: str, trials: int = 3, ms: int = 50, name: str = "s", priority: int = 0, **more: object) -> int:
+        tree = {"model": {"id": "m"}, "name": name, "budget": {"trials": trials}, "data": {"seed": ms}}
+        spec = build_spec(tree | more)
         prepared = Prepared([("size_bytes", "bytes", "minimize")], {"layers": {}})
         return store.queue.submit(owner, None, "f", spec, prepared, priority)[0].id
 

@@ -54,7 +54,7 @@ def test_what_is_queued_runs_and_ends(store, submit, schedule, until):
     until(lambda: scheduler.counts()["studies_running"] == 0 and not scheduler._running)
     assert scheduler.counts() | {"slots": 2} == {
         "studies_queued": 0, "studies_running": 0, "exports_queued": 0, "exports_running": 0,
-        "started": 2, "yielded": 0, "crashed": 0, "busy": 0, "slots": 2,
+        "started": 2, "yielded": 0, "crashed": 0, "busy": 0, "slots": 2, "places": 2,
     }  # fmt: skip
     assert scheduler.log(ids[0]) == "trial 0\ntrial 1\ntrial 2\n"
     assert scheduler.problem is None
@@ -216,3 +216,43 @@ def test_a_server_loads_no_model():
     )
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_cluster_is_a_pool_of_its_own(store, submit, schedule, until):
+    """One slot here and three places on a cluster: what runs there takes none here, and as many there as it has
+    workers."""
+
+    def cluster(count):
+        return {"executor": "ray", "address": "10.0.0.5:6379", "count": count}
+
+    wide, narrow, third = (
+        submit("ann", ms=10**5, workers=cluster(count), trials=1000, name=f"on{count}-{i}")
+        for i, count in enumerate((2, 1, 1))
+    )
+    mine = [submit("ann", ms=10**5, trials=1000, name=f"here{i}") for i in range(2)]
+    on_ray = submit("ann", trials=1000, workers={"executor": "ray", "count": 1}, name="ray-here")
+    scheduler = schedule(places=3, quantum=10**6)
+    until(lambda: {study_id for study_id in scheduler._running if ended(store, study_id)} == {wide, narrow, mine[0]})
+    assert [state(store, i) for i in (third, mine[1], on_ray)] == ["queued"] * 3
+    assert {(slot.pool, slot.width) for slot in scheduler._running.values()} == {
+        ("", 1), ("10.0.0.5:6379", 2), ("10.0.0.5:6379", 1)
+    }  # fmt: skip
+    store.queue.cancel(wide)
+    os.kill(scheduler._running[wide].process.pid, signal.SIGTERM)
+    until(lambda: state(store, third) == "running")
+    assert state(store, mine[1]) == "queued"
+
+
+def test_a_study_that_loads_for_long_has_long_turns(store, submit, schedule, until):
+    slow = submit("ann", ms=20, trials=10**4, name="slow")
+    scheduler = schedule(quantum=0.1)
+    until(lambda: ended(store, slow))
+    store.put_table(slow, "loading", {"seconds": 1000.0})
+    until(lambda: scheduler._running[slow].loading == 1000.0)
+    quick = submit("bob", ms=20)
+    until(lambda: scheduler._usage[""].get("ann", 0) > scheduler._usage[""].get("bob", 0) + 0.3)
+    assert state(store, quick) == "queued"
+    assert store.queue.request(slow) is None
+    scheduler._running[slow].loading = 0.001
+    until(lambda: state(store, quick) == "finished")
+    store.queue.cancel(slow)

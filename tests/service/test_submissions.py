@@ -267,6 +267,19 @@ def test_what_a_user_may_name(roots):
         check_sources(spec_of(**fields), ADA, sources)
     with pytest.raises(SpecError, match=r"^workers.count: must be at most 4"):
         check_sources(spec_of(workers={"executor": "ray", "count": 5}), ADA, sources)
+    cluster = {"executor": "ray", "address": "ray://head:10001"}
+    served = Sources(cluster="ray://head:10001", cluster_workers=8)
+    check_sources(spec_of(workers={**cluster, "count": 8}), ADA, served)
+    for workers, line in (
+        ({**cluster, "count": 9}, r"^workers.count: must be at most 8 on this cluster"),
+        (
+            {**cluster, "address": "ray://other:1"},
+            r"^workers.address: only an admin .*, but for ray://head:10001 \(got",
+        ),
+        ({"executor": "ray"}, r"^workers.executor: must be local .*, or ray with address ray://head:10001"),
+    ):
+        with pytest.raises(SpecError, match=line):
+            check_sources(spec_of(workers=workers), ADA, served)
     hub = Sources(hub=True)
     for fields in ({"model": {"id": "HuggingFaceTB/SmolLM2-135M"}}, {"data": {"source": "Salesforce/wikitext"}}):
         check_sources(spec_of(**fields), ADA, hub)

@@ -10,7 +10,8 @@ import pytest
 from autoq.errors import AutoQError, ModelRefused, UnknownName
 from autoq.search.executors import Job, Result
 from autoq.spec import StudySpec
-from autoq.workers.actor import Worker, machine, pack, portable, unpack
+from autoq.workers.actor import Loaded, Worker, machine, pack, portable, unpack
+from autoq.workers.files import WantsParcels
 
 SPEC = StudySpec.model_validate({"model": {"id": "demo:smollm2"}})
 
@@ -24,6 +25,13 @@ class Fake:
 
     def lock(self) -> Any:
         return (x for x in ())
+
+
+def elsewhere(worker: Worker, make: Any) -> Any:
+    """What a worker on another machine answers to `load`, of a study that names no files."""
+    wanted = unpack(worker.load(pack((make, SPEC)), "elsewhere", {"AUTOQ_TEST": "1"}, "gone"))
+    assert wanted == WantsParcels()
+    return unpack(worker.feed(pack(())))
 
 
 class Odd(Exception):
@@ -63,7 +71,7 @@ def test_a_worker_loads_once_and_runs_jobs(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(Path.cwd())
     worker = Worker()
     environment = {"TMPDIR": str(tmp_path), "AUTOQ_GONE": None, "AUTOQ_NEVER": None}
-    assert unpack(worker.load(pack((Fake, SPEC)), machine(), environment, str(tmp_path))) is None
+    assert isinstance(unpack(worker.load(pack((Fake, SPEC)), machine(), environment, str(tmp_path))), Loaded)
     assert tempfile.gettempdir() == str(tmp_path)
     assert "AUTOQ_GONE" not in os.environ
     assert Path.cwd() == tmp_path
@@ -77,7 +85,7 @@ def test_a_failed_load_is_an_answer(tmp_path: Path) -> None:
     def refuse(spec: StudySpec) -> Fake:
         raise ModelRefused(f"cannot load {spec.model.id}")
 
-    problem = unpack(Worker().load(pack((refuse, SPEC)), "elsewhere", {}, ""))
+    problem = elsewhere(Worker(), refuse)
     assert type(problem) is ModelRefused
     assert str(problem) == "cannot load demo:smollm2"
 
@@ -89,14 +97,14 @@ def test_so_is_a_folder_that_is_not_there(tmp_path: Path) -> None:
 
 def test_on_another_machine_its_own_surroundings_stay() -> None:
     here = Path.cwd()
-    assert unpack(Worker().load(pack((Fake, SPEC)), "elsewhere", {"AUTOQ_TEST": "1"}, "gone")) is None
+    assert isinstance(elsewhere(Worker(), Fake), Loaded)
     assert "AUTOQ_TEST" not in os.environ
     assert Path.cwd() == here
 
 
 def test_a_value_that_cannot_travel_is_a_failure() -> None:
     worker = Worker()
-    worker.load(pack((Fake, SPEC)), "elsewhere", {}, "")
+    elsewhere(worker, Fake)
     result = unpack(worker.run(pack(Job("7", "lock"))))
     assert result.value is None
     assert result.failure.error == "TypeError"
