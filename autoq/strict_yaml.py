@@ -1,8 +1,8 @@
 """YAML as plain data only: no anchors, no tags, no repeated keys, bounded in size and depth.
 
 YAML can do more than a spec needs, and each extra is a way to write one thing and get another:
-aliases multiply a small file into gigabytes, tags construct objects, and the last of two equal keys
-wins in silence. All of these are refused.
+aliases multiply a small file into gigabytes, tags construct objects, merge keys hide what overrules
+what, and the last of two equal keys wins in silence. All of these are refused.
 """
 
 from __future__ import annotations
@@ -44,7 +44,13 @@ class _Loader(yaml.SafeLoader):
                 if key.value in seen:
                     raise SpecError(f"holds the key {key.value[:80]!r} twice (line {key.start_mark.line + 1})")
                 seen.add(key.value)
-        return super().construct_mapping(node, deep)
+                if key.tag == "tag:yaml.org,2002:merge":
+                    raise SpecError(f"must not use YAML merge keys (line {key.start_mark.line + 1})")
+        count = len(node.value)
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        if len(found) < count:  # such as 1 and 0x1
+            raise SpecError(f"holds a key twice, written in two ways (line {node.start_mark.line + 1})")
+        return found
 
 
 def parse(text: str, what: str) -> Any:

@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
+from urllib.parse import urlsplit
 
 import typer
 from typer.core import TyperGroup
@@ -42,6 +43,7 @@ class _Group(TyperGroup):
         """Run a command line (default: this process's own) and exit."""
         arguments, debug = _take_debug(list(sys.argv[1:] if args is None else args))
         extra["standalone_mode"] = False
+        _warn_of_passwords(arguments)
         try:
             code = super().main(arguments or ["--help"], *other, **extra)
             sys.stdout.flush()
@@ -72,6 +74,17 @@ def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:
     end = arguments.index("--") if "--" in arguments else len(arguments)
     options = [argument for argument in arguments[:end] if argument != "--debug"]
     return [*options, *arguments[end:]], len(options) < end
+
+
+def _warn_of_passwords(arguments: Sequence[str]) -> None:
+    """Say that a password on the command line is read by whoever lists the machine's processes."""
+    url = _value_of("--db", arguments)
+    try:
+        password = urlsplit(url).password if url is not None and "://" in url else None
+    except ValueError:
+        return  # it is refused where it is used
+    if password:
+        sys.stderr.write("autoq: everybody on this machine can read the password in --db; give the URL in AUTOQ_DB\n")
 
 
 def _plain(problem: typer.TyperException, arguments: Sequence[str]) -> str:

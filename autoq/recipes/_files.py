@@ -32,7 +32,8 @@ def shown(value: object) -> str:
 def listed(names: list[str]) -> str:
     """Up to three names, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(name[:200] for name in names[:3]) + more
+    # They are somebody else's words: what is no plain text is spelled out.
+    return ", ".join(name[:200] if name.isprintable() else shown(name) for name in names[:3]) + more
 
 
 def kind_of(path: Path) -> str:

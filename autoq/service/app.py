@@ -79,7 +79,7 @@ def create_app(
     metrics = Metrics(store, scheduler)
     app.state.store, app.state.settings, app.state.metrics = store, settings, metrics
     app.state.kept = answers.Kept()
-    app.state.hub = Hub(store, metrics, settings.limits.event_streams)
+    app.state.hub = Hub(store, metrics, settings.limits.event_streams, settings.limits.event_streams_each)
     app.state.views = Views(store)
     app.state.submissions = Submissions(store, settings)
     app.state.backroom, app.state.scheduler = backroom, scheduler

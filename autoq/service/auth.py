@@ -7,7 +7,8 @@
 | admin | every study | every study, and the tokens |
 
 Another user's study is answered as one that is not there. A server on loopback whose database never had a token is
-open: whoever is on the machine could read the file as well. One token, and it asks everybody for one.
+open, to everybody who is on the machine; where several people are, it needs a token. One token, and it asks everybody
+for one.
 
 Every address is closed but for those in `PUBLIC`; a request that changes something is closed to viewers. Both are
 decided here, before any route is looked at, so a new route is closed until somebody opens it.

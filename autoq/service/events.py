@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -58,8 +58,9 @@ class _Followed:
 class Hub:
     """All clients that follow something, and the one that asks the database for them."""
 
-    def __init__(self, store: Store, metrics: Metrics, limit: int) -> None:
-        self.store, self.metrics, self.limit = store, metrics, limit
+    def __init__(self, store: Store, metrics: Metrics, limit: int, limit_each: int) -> None:
+        self.store, self.metrics, self.limit, self.limit_each = store, metrics, limit, limit_each
+        self._each: Counter[int] = Counter()  # clients by their token
         self.closed = False
         self.clients = 0
         self._followed: dict[int, _Followed] = {}
@@ -81,16 +82,23 @@ class Hub:
         self._news.set()
         self._news = asyncio.Event()
 
-    def _enter(self) -> None:
+    def _enter(self, token: int | None) -> None:
         if self.clients >= self.limit:
             raise LimitReached(f"{self.limit} clients follow events already")
+        if token is not None and self._each[token] >= self.limit_each:
+            raise LimitReached(f"{self.limit_each} clients follow events with this token already")
         self.clients += 1
+        if token is not None:
+            self._each[token] += 1
         self.metrics.streams.set(self.clients)
         if self._poller is None or self._poller.done():
             self._poller = asyncio.get_running_loop().create_task(self._poll())
 
-    def _leave(self) -> None:
+    def _leave(self, token: int | None) -> None:
         self.clients -= 1
+        if token is not None:
+            self._each[token] -= 1
+            self._each += Counter()  # those that follow nothing are forgotten
         self.metrics.streams.set(self.clients)
 
     async def _poll(self) -> None:
@@ -130,9 +138,9 @@ class Hub:
         data = {"study": chunk.summary.to_json(), "trials": trials, "since": since}
         return chunk.upto, event("change", data, chunk.upto)
 
-    async def study(self, study_id: int, seen: int | None) -> AsyncIterator[bytes]:
-        """The events of one study after `seen`; None: from now on, with how it stands."""
-        self._enter()
+    async def study(self, study_id: int, seen: int | None, token: int | None = None) -> AsyncIterator[bytes]:
+        """The events of one study after `seen`; None: from now on, with how it stands. `token` is whose they are."""
+        self._enter(token)
         followed: _Followed | None = None
         try:
             followed = self._followed.get(study_id)
@@ -162,7 +170,7 @@ class Hub:
                 last, text = chunk
                 yield text
         finally:
-            self._leave()
+            self._leave(token)
             if followed is not None:
                 followed.clients -= 1
                 if followed.clients == 0 and self._followed.get(study_id) is followed:
@@ -179,10 +187,10 @@ class Hub:
                 self._lists[whose] = moment, total, found
             return total, found
 
-    async def studies(self, whose: Whose, seen: int | None) -> AsyncIterator[bytes]:
+    async def studies(self, whose: Whose, seen: int | None, token: int | None = None) -> AsyncIterator[bytes]:
         """The events of the list of studies: all of them first, unless nothing changed since `seen`, then those that
         change. Of more than `LISTED`, the newest."""
-        self._enter()
+        self._enter(token)
         self._listeners += 1
         if self._listeners == 1:
             self._moment += 1  # nobody has looked at the list since
@@ -203,7 +211,7 @@ class Hub:
                     yield b""
         finally:
             self._listeners -= 1
-            self._leave()
+            self._leave(token)
 
 
 async def _comes(news: asyncio.Event, seconds: float) -> bool:

@@ -1,7 +1,8 @@
 """What a client may send: so many requests, so many bytes, JSON of so much depth. Pure ASGI.
 
-**Rate.** A token bucket for each client (its token, or its address): `burst` requests at once, refilled at
-`requests_per_second`. Buckets that are full again are forgotten, so that many clients cost nothing later.
+**Rate.** A token bucket for each client (its token; or its address, of IPv6 the /64, also where its token is wrong):
+`burst` requests at once, refilled at `requests_per_second`. Buckets that are full again are forgotten, so that many
+clients cost nothing later.
 
 **Body.** A body is read whole before a route sees it, up to `body_bytes` however it is sent, within `body_seconds`. It
 must be JSON, of plain finite numbers and text that every database takes, without a key that stands twice.
@@ -10,6 +11,7 @@ must be JSON, of plain finite numbers and text that every database takes, withou
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 import math
 import re
@@ -35,10 +37,12 @@ class Buckets:
     def __init__(self, rate: float, burst: int) -> None:
         self.rate, self.burst = rate, burst
         self._left: dict[str, tuple[float, float]] = {}  # client -> requests left, at a time
+        self._forgotten = -math.inf
 
     def take(self, client: str, now: float) -> float:
         """Take one request out: 0, or the seconds after which there is one again."""
-        if len(self._left) > _FORGET:
+        if len(self._left) > _FORGET and now - self._forgotten >= 1:  # many that are not full make no request slow
+            self._forgotten = now
             self._forget(now)
         left, then = self._left.get(client, (float(self.burst), now))
         left = min(float(self.burst), left + (now - then) * self.rate)
@@ -56,6 +60,17 @@ class Buckets:
         }
 
 
+def network_of(address: str) -> str:
+    """What one client can ask from as it likes: an address, or the /64 of an IPv6 address."""
+    try:
+        found = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if found.version == 4 or found.ipv4_mapped is not None:
+        return address
+    return str(ipaddress.ip_network((found, 64), strict=False))
+
+
 class Rate:
     """Refuse a client that asks too often, and say when it may ask again."""
 
@@ -66,7 +81,7 @@ class Rate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] != "/healthz":
             asker = asker_of(scope)
-            client = (scope.get("client") or ("", 0))[0]
+            client = network_of((scope.get("client") or ("", 0))[0])
             own = f"token {asker.token_id}" if asker is not None and asker.token_id is not None else f"at {client}"
             if (seconds := self.buckets.take(own, time.monotonic())) > 0:
                 after = {"Retry-After": str(math.ceil(seconds))}

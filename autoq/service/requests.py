@@ -21,7 +21,7 @@ class SpecBody(Asked):
     """A spec as JSON or as YAML text: one of the two."""
 
     spec: dict[str, Any] | None = None
-    yaml: Annotated[str, Field(max_length=200_000)] | None = None
+    yaml: Annotated[str, Field(max_length=65_536)] | None = None
 
 
 class SubmitBody(SpecBody):

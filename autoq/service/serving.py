@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 import socket
 from collections.abc import Callable
@@ -91,6 +92,8 @@ def run(
     """Serve until SIGTERM or Ctrl-C. `up` is called once requests are answered; `proxied`: a proxy on this machine
     says who asks."""
     logging.basicConfig(format="autoq: %(message)s", level=logging.WARNING)
+    # The memory of this process, and of those that it starts, holds passwords and tokens: a crash leaves no copy of it.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     config = uvicorn.Config(
         app,
         log_config=None,

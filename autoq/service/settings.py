@@ -13,6 +13,7 @@ class Limits:
     """What one client may send. Rates are per token, or per address where there is none.
 
     `burst` requests may come at once, then `requests_per_second`; two hundred submissions at a time are meant to pass.
+    `event_streams` may be open at a time, and `event_streams_each` with one token.
     """
 
     body_bytes: int = 1_000_000
@@ -21,6 +22,7 @@ class Limits:
     requests_per_second: float = 50.0
     burst: int = 600
     event_streams: int = 500
+    event_streams_each: int = 200
     waiting_studies: int | None = 256
     waiting_exports: int | None = 16
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -15,6 +17,8 @@ from autoq.shipping.manifest import ASSIGNMENT, MANIFEST, PICTURE, Manifest
 
 if TYPE_CHECKING:
     from autoq.store import StudyRecord, TrialRecord
+
+_PLAIN = re.compile(r"[\w./-]+|demo:[\w-]+", re.ASCII)  # a text that YAML takes as it stands
 
 
 def frontier_picture(study: StudyRecord, frontier: Sequence[TrialRecord], trial: TrialRecord) -> str | None:
@@ -49,12 +53,12 @@ def card(manifest: Manifest, assignment: Assignment, measurements: Mapping[str, 
     rotated = [f"Its weights were transformed before ({transform}), which leaves what it computes.", ""]
     lines = [
         "---",
-        f"base_model: {model}",
+        f"base_model: {model if _PLAIN.fullmatch(model) else json.dumps(model)}",
         "library_name: autoq",
         "tags: [quantized, mixed-precision]",
         "---",
         "",
-        f"# {model}, quantized layer by layer",
+        f"# {' '.join(model.split())}, quantized layer by layer",
         "",
         f"{manifest.written_as}, {size(manifest.size_bytes)}.",
         f"Trial {manifest.trial} of the study `{manifest.study}`, found by AutoQ {manifest.autoq}.",

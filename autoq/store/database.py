@@ -302,7 +302,9 @@ def _engine(url: sa.URL) -> sa.Engine:
         options["options"] = f"{settings} {url.query.get('options', '')}"
         url = url.difference_update_query(["options"])
     try:
-        engine = sa.create_engine(url, connect_args=options, pool_pre_ping=backend != "sqlite")
+        # What is written is the users' and belongs in no message or log.
+        checked = backend != "sqlite"
+        engine = sa.create_engine(url, connect_args=options, pool_pre_ping=checked, hide_parameters=True)
     except ModuleNotFoundError as problem:
         hint = "pip install 'autoq[postgresql]'" if problem.name == "psycopg" else f"pip install {problem.name}"
         raise StoreError(f"the database driver {url.drivername!r} is not installed: {hint}") from None

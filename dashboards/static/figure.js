@@ -8,10 +8,11 @@ const SHOWN = 400; // rows of a table that are put on the page
 /** The text of a cell, and of a file of comma-separated values. */
 const cell = (value) => (value === null || value === undefined ? "" : typeof value === "number" ? String(Number(value.toPrecision(6))) : String(value));
 
-/** Rows as comma-separated values. */
+/** Rows as comma-separated values. A text that a spreadsheet would take for a formula has a ' before it. */
 export function csv(headers, rows) {
-  const quoted = (value) => (/[",\n]/.test(value) ? `"${value.replaceAll('"', '""')}"` : value);
-  return [headers, ...rows].map((row) => row.map((value) => quoted(value === null || value === undefined ? "" : String(value))).join(",")).join("\n") + "\n";
+  const plain = (value) => (typeof value === "string" && /^[=+\-@\t\r]/.test(value) && Number.isNaN(Number(value)) ? `'${value}` : String(value ?? ""));
+  const quoted = (value) => (/[",\r\n]/.test(value) ? `"${value.replaceAll('"', '""')}"` : value);
+  return [headers, ...rows].map((row) => row.map((value) => quoted(plain(value))).join(",")).join("\n") + "\n";
 }
 
 export class Figure {

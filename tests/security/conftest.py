@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -67,3 +70,21 @@ def harmless(_watch) -> Callable[[object], contextlib.AbstractContextManager[Non
         assert not _watch.seen, f"{_watch.seen[:3]} of {shown!r:.3000}"
 
     return tried
+
+
+def _service() -> ModuleType:
+    """The fixtures of the tests of the service."""
+    path = Path(__file__).parents[1] / "service" / "conftest.py"
+    found = importlib.util.spec_from_file_location("service_fixtures", path)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    sys.modules["service_fixtures"] = module
+    found.loader.exec_module(module)
+    return module
+
+
+service = _service()
+template, store, server, open_server, serve, in_loop = (
+    getattr(service, name) for name in ("template", "store", "server", "open_server", "serve", "in_loop")
+)

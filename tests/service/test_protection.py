@@ -232,7 +232,7 @@ def test_a_bucket_gives_its_burst_and_then_its_rate(waits, burst, rate):
 
 
 def test_too_many_requests_are_told_when_to_come_back(store):
-    app = create_app(store, Settings(limits=Limits(requests_per_second=0.5, burst=3)))
+    app = create_app(store, Settings(limits=Limits(requests_per_second=0.001, burst=3)))
     client = TestClient(app, base_url="http://localhost")
     assert [client.get("/api/v1/session").status_code for _ in range(5)] == [200] * 3 + [429] * 2
     refused = client.get("/api/v1/session")

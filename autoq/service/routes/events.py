@@ -26,4 +26,4 @@ def follow_studies(
 ) -> Response:
     """The studies that the asker may see, then those that change."""
     hub: Hub = request.app.state.hub
-    return EventStream(hub.studies(asker.whose, seen_of(last, since)), still_valid(store, asker))
+    return EventStream(hub.studies(asker.whose, seen_of(last, since), asker.token_id), still_valid(store, asker))

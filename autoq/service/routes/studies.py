@@ -236,4 +236,4 @@ def follow_study(
 ) -> Response:
     """What changes from now on, or since `Last-Event-ID`; see `autoq.service.events` for the shape of an event."""
     hub: Hub = request.app.state.hub
-    return EventStream(hub.study(study.id, seen_of(last, since)), still_valid(store, asker))
+    return EventStream(hub.study(study.id, seen_of(last, since), asker.token_id), still_valid(store, asker))
