@@ -30,6 +30,7 @@ ORDER = (
     *("recover", "sequential", "export", "verify", "serve", "token", "submit", "cancel"),
     *("methods", "targets", "objectives", "samplers", "doctor"),
 )
+_LONG = ("search", "resume", "recover", "sequential", "serve")
 
 
 class _Group(TyperGroup):
@@ -77,7 +78,9 @@ def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:
 
 
 def _warn_of_passwords(arguments: Sequence[str]) -> None:
-    """Say that a password on the command line is read by whoever lists the machine's processes."""
+    """Say, where a command runs for long, that a password on its line is read by whoever lists the processes."""
+    if not arguments or arguments[0] not in _LONG:
+        return
     url = _value_of("--db", arguments)
     try:
         password = urlsplit(url).password if url is not None and "://" in url else None

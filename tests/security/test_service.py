@@ -227,12 +227,13 @@ def test_no_secret_of_a_server_is_seen_from_outside(serve, monkeypatch, tmp_path
 def test_a_password_on_the_command_line_is_warned_of(capsys):
     from autoq.cli.app import _warn_of_passwords
 
-    _warn_of_passwords(["studies", "--db", "postgresql+psycopg://ada:hunter2@db/autoq"])
+    _warn_of_passwords(["serve", "--db", "postgresql+psycopg://ada:hunter2@db/autoq"])
     told = capsys.readouterr().err
     assert "AUTOQ_DB" in told
     assert "hunter2" not in told
     for harmless in ("autoq.db", "postgresql+psycopg://db/autoq", "postgresql://ada@db/autoq", "x://[", "sqlite:///x"):
-        _warn_of_passwords(["studies", f"--db={harmless}"])
+        _warn_of_passwords(["serve", f"--db={harmless}"])
+    _warn_of_passwords([])
     assert capsys.readouterr().err == ""
 
 
