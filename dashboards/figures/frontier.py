@@ -76,7 +76,7 @@ def build(
     across, up = trials.best(x), trials.best(y)
     points = _points(trials, across, up, x, y, stopped, limit)
     if not len(points.place):
-        message = f"no trial has both {x} and {y} yet"
+        message = _nothing(trials, x, y)
         return Figure(drawing.empty(message), Table(columns, ()), title, drawing.sentence([message]))
     ties = facts.ties()
     sketch = _Sketch(facts, points, (x, y, color), units, (x_scale, y_scale), ties)
@@ -121,6 +121,15 @@ def _provenance(across: Best, up: Best) -> NDArray[np.int8]:
         how[(best.kind == KINDS.index("measured")) & (best.part == PARTS.index("search")) & (how == 0)] = SEARCHED
         how[best.kind == KINDS.index("predicted")] = PREDICTED
     return how
+
+
+def _nothing(trials: Trials, x: str, y: str) -> str:
+    """Why there is no point."""
+    if trials.states("complete").any():
+        return f"no trial has both {x} and {y} yet"
+    failed = int(trials.states("failed").sum())
+    why = f": {failed} {'has' if failed == 1 else 'have'} failed" if failed else " yet"
+    return f"no trial is complete{why}"
 
 
 class _Sketch:
@@ -202,7 +211,7 @@ class _Sketch:
         name = (self.x, self.y)[which]
         shown = self.best[name].value[~self.hidden]
         made = drawing.axis(drawing.words(name, self.units[name]), self.units[name], self.logs[which], shown)
-        if self.hidden.any() and len(shown):
+        if len(shown) and (self.hidden.any() or shown.min() == shown.max()):  # ticks would all read the same
             made |= {"range": drawing.ends(shown, self.logs[which]), "autorange": False}
         return made
 

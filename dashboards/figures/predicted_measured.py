@@ -57,9 +57,10 @@ def build(facts: Facts, objective: str | None = None) -> Figure:
         if chosen.any():
             traces.append(_trace(trials, place, chosen, predicted, measured, error, early, unit))
     axis = drawing.axis(f"{words}, predicted {how}", unit, log, both)
+    scale = unit if unit and unit != "bytes" else words
     layout: dict[str, Any] = {
         "xaxis": axis,
-        "yaxis": drawing.axis(f"{words}, measured", unit, log, both),
+        "yaxis": drawing.axis(f"measured ({scale})", unit, log, both),
         "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
         "meta": {"objective": name},
         "margin": {"t": 56},

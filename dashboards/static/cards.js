@@ -5,7 +5,7 @@ import { Figure, saveButtons } from "./figure.js";
 import { fitted } from "./maps.js";
 
 /** A card with a figure in it. */
-export function figureCard(title, study, name, { wide = false, options = () => ({}), tools = [], kinds = ["csv", "svg"], tall = false, ...more } = {}) {
+export function figureCard(title, study, name, { wide = false, options = () => ({}), tools = [], kinds, tall = false, ...more } = {}) {
   const root = h("div", { class: `figure${tall ? " tall" : ""}` });
   const figure = new Figure(root, {
     name: `${study}-${name}`,

@@ -75,6 +75,7 @@ export class Figure {
   nothing(why) {
     this.root.removeAttribute("aria-busy");
     this.plot.classList.add("void");
+    this.root.classList.add("bare");
     this.note.textContent = why;
   }
 
@@ -85,6 +86,9 @@ export class Figure {
     this.note.hidden = !figure.note;
     const { data, layout } = this.options.prepare?.(structuredClone(figure.plotly)) ?? structuredClone(figure.plotly);
     this.plot.classList.toggle("void", data.length === 0);
+    const bare = figure.plotly.data.length === 0 && !figure.table.rows.length;
+    this.root.classList.toggle("bare", bare); // there is nothing to take away
+    if (bare && data.length) this.note.hidden = true; // the picture says it
     if (this.options.draw) {
       this.options.draw(this.plot, { data, layout });
     } else if (data.length) {

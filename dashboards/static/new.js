@@ -177,7 +177,7 @@ async function start() {
         h("div", { class: "two" }, input("name", "Name"), input("model.id", "Model", { hint: "A hub id, a folder, a GGUF file, or demo:smollm2" })),
         select("target.name", "Target: where it will run", targets.map((target) => [target.name, target.unavailable ? `${target.name} – not here: ${target.unavailable}`.slice(0, 90) : target.name]))),
       h("fieldset", {}, h("legend", {}, "Between what to choose, per layer"),
-        checks("space.methods", "Methods", known(methods.filter((method) => method.name !== "keep")), "None chosen: what the target runs."),
+        checks("space.methods", "Methods", known(methods.filter(({ name }) => name !== "keep" && !/^kv\d+$/.test(name))) /* caches have no method */, "None chosen: what the target runs."),
         checks("space.bits", "Bits", BITS.map((bits) => [bits, String(bits)]), "None chosen: what the target runs.")),
       h("fieldset", {}, h("legend", {}, "What counts"),
         checks("objectives", "Objectives", objectives.map(({ name, summary }) => [name, objectiveName(name), `${name}: ${summary}`])),

@@ -24,6 +24,7 @@ export function studyActions(name, state, { refresh }) {
   return [
     GOING.has(state) ? h("button", { type: "button", class: "danger", onclick: act("cancel", "The study ends after the trials that are out.") }, "Cancel") : null,
     GOING.has(state) || state === "created" ? null : h("button", { type: "button", onclick: act("resume", "The study is queued again.", {}) }, "Resume"),
+    h("a", { class: "button", href: href(studyPath(name, "report")), download: `${name}.html`, title: "All figures with their tables in one HTML file" }, "Report"),
     link("Frontier JSON", studyPath(name, "frontier")),
     h("a", { class: "button", href: href(`/compare?studies=${encodeURIComponent(name)}`) }, "Compare"),
   ];

@@ -83,9 +83,9 @@ function showStats(root, page) {
   const stat = (label, value, more = "") => h("div", {}, h("dt", {}, label), h("dd", {}, value, more ? h("small", {}, ` ${more}`) : null));
   fill(root,
     stat("complete", String(count("complete"))),
-    stat("stopped early", share(count("stopped")), `${count("stopped")} trials`),
+    stat("stopped early", share(count("stopped")), counted(count("stopped"), "trial")),
     stat("failed", String(count("failed"))),
-    stat("cache hits", String(count("duplicate")), "proposed again, answered from the store"),
+    stat("cache hits", String(count("duplicate")), "not measured again"),
     stat("trials a minute", busy ? ((60 * timed.length) / busy).toFixed(1) : "–", "of evaluation"),
     stat("cost so far", busy ? duration(busy) : "–", "of evaluation"));
 }

@@ -67,7 +67,7 @@ function measurements() {
 }
 
 function assignment() {
-  const entries = Object.entries(trial.assignment);
+  const entries = Object.entries(trial.assignment).sort(([a], [b]) => a.localeCompare(b, "en", { numeric: true }));
   const counts = new Map();
   for (const [, scheme] of entries) counts.set(scheme.split("#")[0], (counts.get(scheme.split("#")[0]) ?? 0) + 1);
   const summary = [...counts].sort((a, b) => b[1] - a[1]).map(([scheme, count]) => h("span", { class: "tag" }, `${count} × ${scheme}`));

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -301,3 +302,17 @@ def test_text_in_cells_can_be_read():
             color = palette.at(float(place), stops)
             assert palette.contrast(palette.ink_on(color), color) >= 4.5
     assert palette.contrast("#ffffff", "#000000") == pytest.approx(21)
+
+
+def test_an_empty_frontier_says_why(views):
+    assert views("empty").figure("frontier").note == "No trial is complete yet."
+    note = views("failed").figure("frontier").note
+    assert re.fullmatch(r"No trial is complete: (1 has|\d+ have) failed\.", note), note
+
+
+def test_the_ticks_of_a_single_point_can_be_told_apart(views):
+    figure = views("one").figure("frontier")
+    assert len(figure.table.rows) == 1
+    for axis in ("xaxis", "yaxis"):
+        low, high = figure.plotly["layout"][axis]["range"]
+        assert low < high, axis

@@ -16,7 +16,7 @@ from starlette.testclient import TestClient
 from autoq import plugins
 from autoq.service.app import create_app
 from autoq.spec import build_spec
-from autoq.store import Prepared, Store
+from autoq.store import Prepared, Store, WorkerRecord
 
 ROOT = Path(__file__).parents[2]
 
@@ -199,3 +199,35 @@ def test_no_figure_shows_another_user_s_study(believable: ModuleType, tmp_path: 
             assert (hidden.status_code, missing.status_code) == (404, 404)
             assert hidden.json()["error"]["message"] == missing.json()["error"]["message"].replace("no-such", "theirs")
             assert ask(admin, "theirs").status_code == 200
+
+
+def test_a_report_is_a_file_to_keep_and_no_page_of_this_server(client: TestClient, written: Store) -> None:
+    answer = client.get("/api/v1/studies/laptop/report")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    assert answer.headers["content-disposition"] == 'attachment; filename="laptop.html"'
+    assert answer.headers["content-security-policy"] == "sandbox; default-src 'none'"
+    assert "laptop" in answer.text
+    assert (
+        client.get("/api/v1/studies/laptop/report", headers={"If-None-Match": answer.headers["etag"]}).status_code
+        == 304
+    )
+    written.create_study(build_spec({"model": {"id": "m"}, "name": "bare"}), [("size_bytes", "bytes", "minimize")])
+    none = client.get("/api/v1/studies/bare/report")
+    assert none.status_code == 409
+    assert "there is nothing to report yet" in none.json()["error"]["message"]
+
+
+def test_the_list_counts_who_is_at_work_and_says_so_at_once(client: TestClient, written: Store) -> None:
+    def listed() -> Any:
+        answer = client.get("/api/v1/studies")
+        return {study["study"]: study["workers"] for study in answer.json()["studies"]}, answer.headers["etag"]
+
+    study = written.study("laptop")
+    before, tag = listed()
+    assert before["laptop"] == 0
+    written.queue.beat([WorkerRecord(f"host:{i}", "host", "cpu", "busy", study.id) for i in range(3)])
+    during, other = listed()
+    assert (during["laptop"], tag != other) == (3, True)
+    written.queue.forget_workers([f"host:{i}" for i in range(3)])
+    assert listed()[0]["laptop"] == 0
