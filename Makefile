@@ -40,7 +40,7 @@ format: install-dev  ## rewrite the code as ruff formats it
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-LONG := benchmarks/search.py benchmarks/early_stopping.py  # over an hour each
+LONG := benchmarks/search.py benchmarks/early_stopping.py benchmarks/simulation.py  # a quarter of an hour to hours each
 
 bench: install-dev  ## print the tables of the README that take minutes
 	@set -e; for script in $(filter-out $(LONG),$(wildcard benchmarks/[a-z]*.py)); do echo "# $$script"; $(BIN)/python $$script; done
