@@ -28,14 +28,13 @@ from autoq.search.executors import MAX_ATTEMPTS, Executor, Failure, Job, Result,
 from autoq.search.holding import LOOK_SECONDS, Hold, StopRequested, Watching, holding
 from autoq.search.observer import Observer
 from autoq.search.optuna_study import AskTell, Row, State
-from autoq.search.outcomes import Flight, Outcome, leave_failed, violations
+from autoq.search.outcomes import Flight, Outcome, keep, leave_failed, outcome_of
 from autoq.search.priors import make_prior
 from autoq.search.reporting import is_finite, report
 from autoq.search.rivals import Rivals
 from autoq.search.samplers import SLOPES, Sampler
 from autoq.search.setup import Problem, Proposal, create_study, make_plan, pose
 from autoq.search.stages import run_job
-from autoq.search.stopping import expected, was_stopped
 from autoq.spec import StudySpec
 from autoq.store import Store, StudyRecord, TrialRecord
 from autoq.store.queue_records import CLOCK, CRASHES, LOADING
@@ -213,7 +212,7 @@ class _Run:
                 running.append(trial)
             else:
                 self.done += trial.parent is None
-                self.outcomes[trial.number] = self._outcome(trial)
+                self.outcomes[trial.number] = outcome_of(trial, self.problem.steering)
         # What the sampler had been told of when it was asked last.
         while self._waits() and self._settle() is not None:
             pass
@@ -439,16 +438,11 @@ class _Run:
         if failure is None:
             quality, slopes = result.value if result.job.action == "measure_with_slopes" else (result.value, {})
             attrs = self._learn(trial, slopes)
-            measurements = self._complete(quality, flight.computed)
+            by_name = {m.objective: m for m in [*quality, *flight.computed]}
+            measurements = [by_name[name] for name in self.spec.measured]
             if bad := next((m for m in measurements if not is_finite(m)), None):
                 failure = Failure.of(NotFinite(f"{bad.objective} is {bad.value} under this assignment"))
-        if failure is not None:
-            accepted = self._store_failure(trial, result, failure)
-        else:
-            excess = violations(self.spec.constraints, measurements)
-            told = (trial.id, result.job.attempt, measurements, excess, result.seconds, result.worker)
-            stopped = was_stopped(measurements)
-            accepted = self.store.stop_trial(*told) if stopped else self.store.finish_trial(*told, attrs)
+        accepted = keep(self.store, self.spec, trial, result, failure, measurements, attrs)
         if not accepted:  # somebody else finished this attempt; what is stored is what counts
             self.observer.note(f"trial {trial.number}: a late result was dropped")
         self.done += trial.parent is None
@@ -456,7 +450,7 @@ class _Run:
         stored = dataclasses.replace(stored, assignment=assignment)
         self.hold.patience.keeps = ""
         self.pace.took(result.seconds)
-        outcome = self._outcome(stored)
+        outcome = outcome_of(stored, self.problem.steering)
         if trial.number in self.late:
             self.late.remove(trial.number)
             self.told_outcomes[trial.number] = outcome
@@ -466,28 +460,9 @@ class _Run:
         self._keep_time()
         self.observer.trial(stored, self.done, self.spec.budget.trials)
 
-    def _complete(self, quality: Sequence[Measurement], known: Sequence[Measurement]) -> list[Measurement]:
-        by_name = {m.objective: m for m in [*quality, *known]}
-        return [by_name[name] for name in self.spec.measured]
-
     def _computed(self, assignment: Assignment) -> list[Measurement]:
         problem = self.problem
         return computed(problem.objectives, problem.info, assignment, self.costs, self.spec.target, problem.target)
-
-    def _store_failure(self, trial: TrialRecord, result: Result, failure: Failure) -> bool:
-        message = failure.message
-        if failure.crashed:
-            message = f"quarantined after {result.job.attempt} crashes: {message}"
-        return self.store.fail_trial(
-            trial.id, result.job.attempt, failure.error, message, failure.traceback, result.seconds, result.worker
-        )
-
-    def _outcome(self, trial: TrialRecord) -> Outcome:
-        # What was trained was not proposed: its schemes are those of another trial, which the sampler has learned from.
-        if trial.state not in ("complete", "stopped") or trial.parent is not None:
-            return Outcome(None)
-        values = [expected(trial.measurements[name, "search"]) for name in self.problem.steering]
-        return Outcome(values, [trial.violations[k] for k in sorted(trial.violations)], bool(trial.feasible))
 
     def _settle(self) -> int | None:
         """Take the outcome that is next in order, if it is known, and return its trial's number."""
