@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import importlib.util
 import os
 import queue
 import random
@@ -18,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -85,15 +85,11 @@ class Controllers:
 
 
 @pytest.fixture(scope="module")
-def postgresql() -> Iterator[Callable[[], str]]:
-    """Makes empty PostgreSQL databases."""
-    found = importlib.util.spec_from_file_location("autoq_contracts_conftest", TESTS / "contracts" / "conftest.py")
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    with contextlib.contextmanager(module.server.__wrapped__)() as server:
-        yield server.fresh
+def server(postgresql: ModuleType) -> Iterator[Any]:
+    """A PostgreSQL server of our own."""
+    server = postgresql.Server(postgresql.binaries())
+    yield server
+    server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +106,7 @@ def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     if request.param == "sqlite":
         url = f"sqlite:///{tmp_path_factory.mktemp('controlled')}/autoq.db"
     else:
-        url = request.getfixturevalue("postgresql")()
+        url = request.getfixturevalue("server").fresh()
     with Store.open(url) as store:
         yield store
 
