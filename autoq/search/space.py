@@ -68,6 +68,11 @@ class SearchSpace:
         return {member.name: variable.choices for variable in self.variables for member in variable.members}
 
     @cached_property
+    def _positions(self) -> list[dict[Scheme | CacheScheme, int]]:
+        """Scheme -> index, of every variable: a resumed study looks up millions of them."""
+        return [{scheme: index for index, scheme in enumerate(variable.choices)} for variable in self.variables]
+
+    @cached_property
     def layers(self) -> dict[str, Layer]:
         """The searched layers by name."""
         return {m.name: m for variable in self.variables for m in variable.members if isinstance(m, Layer)}
@@ -109,11 +114,11 @@ class SearchSpace:
         """The choice indices of an assignment, or None if it lies outside of the space."""
         found = []
         every: dict[str, Scheme | KeyValue] = {**dict.fromkeys(self.caches, Keep()), **assignment, **assignment.caches}
-        for variable in self.variables:
+        for variable, positions in zip(self.variables, self._positions, strict=True):
             schemes = {every[member.name] for member in variable.members}
-            if len(schemes) != 1 or (scheme := schemes.pop()) not in variable.choices:
+            if len(schemes) != 1 or (index := positions.get(schemes.pop())) is None:
                 return None
-            found.append(list(variable.choices).index(scheme))
+            found.append(index)
         outside = any(scheme != Keep() for name, scheme in every.items() if name not in self.choices)
         return None if outside else found
 
