@@ -254,7 +254,7 @@ class Session:
             wanted = f"{cpus} CPUs and {workers.gpus:g} GPUs"
             if workers.memory is not None:
                 wanted += f" and {workers.memory / 1e9:.3g} GB of memory"
-            has = " + ".join(_shown(node, workers.memory is not None) for node in nodes)
+            has = " + ".join(sorted(_shown(node, workers.memory is not None) for node in nodes))
             fit = "do not fit" if workers.address is None else "fits on no node"
             raise SpecError(f"workers: {many} of {wanted} {fit}; Ray has {has or 'no nodes'}")
         return cpus

@@ -9,7 +9,7 @@ import pytest
 
 from autoq.store import Store
 
-PLACES, TRIALS = 2, 24
+PLACES, TRIALS = 1, 24
 
 
 def spec_for(model, address, name, **more):

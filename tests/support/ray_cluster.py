@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,15 +25,25 @@ import json, sys
 from ray.cluster_utils import Cluster
 nodes = {}
 cluster = None
+
+def patiently(start):  # Ray gives its processes half a minute, which on a busy machine may be too little
+    for attempt in range(4):
+        try:
+            return start()
+        except Exception:
+            if attempt == 3:
+                raise
+
 for line in sys.stdin:
     action, name, options = json.loads(line)
     if action == "remove":
         cluster.remove_node(nodes.pop(name), allow_graceful=False)
     elif cluster is None:
-        cluster = Cluster(initialize_head=True, head_node_args={"include_dashboard": False, **options})
+        head = {"include_dashboard": False, **options}
+        cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
         nodes[name] = cluster.head_node
     else:
-        nodes[name] = cluster.add_node(**options)
+        nodes[name] = patiently(lambda: cluster.add_node(**options))
     print(json.dumps({"address": cluster.address, "node": nodes[name].node_id if name in nodes else None}), flush=True)
 if cluster is not None:
     cluster.shutdown()
@@ -49,11 +60,13 @@ class RayCluster:
         self.environment["RAY_worker_niceness"] = "0"
         self.address = ""
         self._folder = tempfile.mkdtemp(prefix="autoq-ray-")
-        self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", SCRIPT],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-            env=os.environ | self.environment,
-        )  # fmt: skip
+        self._said = Path(self._folder) / "said"
+        with self._said.open("w") as said:
+            self._process = subprocess.Popen(
+                [sys.executable, "-W", "ignore", "-c", SCRIPT],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True,
+                env=os.environ | self.environment,
+            )  # fmt: skip
 
     def enter(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Let this process, and those that it starts, join."""
@@ -78,7 +91,7 @@ class RayCluster:
         self._process.stdin.write(json.dumps([action, name, options]) + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
-        assert line, f"the cluster could not {action} {name}"
+        assert line, f"the cluster could not {action} {name}: {self._said.read_text()[-2000:]}"
         told = json.loads(line)
         self.address = told["address"]
         return told
