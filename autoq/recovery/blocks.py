@@ -3,22 +3,23 @@
 Li et al., "BRECQ: Pushing the Limit of Post-Training Quantization by Block Reconstruction" (2021), section 3.2: of a
 network's blocks one after the other,
 
-    min over the block's weights of  E_t |f_k(x̂_t; Ŵ) - f_k(x_t; W)|² / |f_k(x_t; W)|²
+    min over the block's weights of  the cost of  f_k(x̂; Ŵ) - f_k(x; W)
 
     f_k  block k     x  its input in the unquantized model     x̂  its input after the quantized blocks before it
-    t  a token     W  weights     Ŵ  weights as they ship, by latent weights, scales and zero points
+    W  weights     Ŵ  weights as they ship, by latent weights, scales and zero points
+    cost  what the error loses of the model's answers, in nats per token, as far as gradients tell: `costs`
 
 Where we differ. What is trained of a layer, and how gradients pass its rounding, is that of `autoq.recovery.latents`,
-not the rectified sigmoid of AdaRound. The error of a token is a share of the token's own energy, where BRECQ weighs
-outputs by squared gradients: a transformer's first token may be a thousand times as large as all others, and its next
-norm takes sizes away. Rates are such that a latent weight may just go half a step of its grid: 1/steps, falling, as
-AutoRound's (Cheng et al. 2024).
+not the rectified sigmoid of AdaRound. BRECQ's cost is another one (see there); shares of a token's energy alone gained
+nothing on SmolLM2. Rates are such that a latent weight may
+just go half a step of its grid: 1/steps, falling, as AutoRound's (Cheng et al. 2024).
 
 The first windows are not trained on: by them each block keeps the best moment of its training, its start included, and
 the whole model's loss on them, before and after, decides whether something was gained.
 
-Memory: what a block takes in and gives back, of both models and of all windows, and for its weights 12 bytes each. A
-training that is killed goes on from the blocks that were finished, to the same end bit for bit.
+Memory: what a block takes in and gives back, of both models and of all windows, and for its weights 12 bytes each; and
+once, for the costs, the activations of one window. A training that is killed goes on from the blocks that were
+finished, to the same end bit for bit.
 """
 
 from __future__ import annotations
@@ -47,14 +48,14 @@ from autoq.methods._weights import expected_tensors, restore
 from autoq.models.prefix import find_chain
 from autoq.objectives import distance_of
 from autoq.quantized_model import QuantizedModel
+from autoq.recovery.costs import Cost, costs
 from autoq.recovery.layers import LayersInTraining, trainable_names
 from autoq.recovery.trainer import DECIDING, Note, Plan, Recovered, Tell, mean_over, passed_through, recovery_data
 from autoq.reference import make_reference
 
 LOOKS = 4  # how many times, evenly, a block's training is looked at
 SCALE_SHARE = 0.4  # of the learning rate of weights
-VERSION = 1  # of what checkpoints hold
-_LEAST = 1e-20
+VERSION = 2  # of what checkpoints hold
 
 # What a block found: its layers, and its error before, after and at which step.
 _Found = tuple[dict[str, QuantizedWeight], tuple[float, float, int]]
@@ -99,6 +100,7 @@ class BlockTrainer:
         self.weights = dict(weights)
         self.activations = {name: passed_through(function) for name, function in activations.items()}
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.costs: list[Cost] = []
 
     def run(self, tell: Tell, checkpoints: Path, note: Note) -> Recovered:
         """Train to the end; goes on from the blocks in the folder `checkpoints`, and leaves there what it finished."""
@@ -110,6 +112,7 @@ class BlockTrainer:
     def _run(self, tell: Tell, checkpoints: Path, note: Note) -> Recovered:
         before = self._loss()
         self.model.restore()
+        self.costs = costs(self.model, self.blocks, self.data[self.deciding :], self.plan.seed)
         targets = self._first_states()
         self._swap()
         inputs = self._first_states()
@@ -183,7 +186,7 @@ class BlockTrainer:
                 for window in chosen:
                     with torch.enable_grad():
                         output = self._call(k, inputs[held + window])
-                        error = _relative(output, targets[held + window]) / len(chosen)
+                        error = self.costs[k](output, targets[held + window]) / len(chosen)
                     error.backward()  # type: ignore[no-untyped-call]
                     loss += float(error.detach())
                     gradients = layers.collected(gradients, last=len(chosen) == 1)
@@ -200,7 +203,7 @@ class BlockTrainer:
     def _error(self, k: int, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
         """The mean error of block `k` as it is now."""
         with torch.no_grad():
-            errors = [float(_relative(self._call(k, x), y)) for x, y in zip(inputs, targets, strict=True)]
+            errors = [float(self.costs[k](self._call(k, x), y)) for x, y in zip(inputs, targets, strict=True)]
         return sum(errors) / len(errors)
 
     # -- states -----------------------------------------------------------------------------------
@@ -278,13 +281,6 @@ class _Count:
         now = self._before + step
         pace = (time.monotonic() - self._began) / (self._here + step)
         self._tell(now, self._total, loss, pace * (self._total - now))
-
-
-def _relative(output: Tensor, target: Tensor) -> Tensor:
-    """The mean over tokens of |output - target|² / |target|², of states (1, tokens, width); float32."""
-    wanted = target.float()
-    off = (output.float() - wanted).square().sum(-1)
-    return (off / wanted.square().sum(-1).clamp_min(_LEAST)).mean()
 
 
 @contextlib.contextmanager

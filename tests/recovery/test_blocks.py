@@ -10,8 +10,12 @@ from autoq.assignment import Assignment
 from autoq.bank import digest, pack
 from autoq.errors import BadInput
 from autoq.evaluation import Evaluator
+from autoq.models.prefix import find_chain
+from autoq.objectives import distance_of
 from autoq.recovery.blocks import BlockTrainer, plan, recover
-from autoq.recovery.trainer import recovery_data
+from autoq.recovery.costs import RIDGE, _cost, costs
+from autoq.recovery.trainer import mean_over, recovery_data
+from autoq.reference import make_reference
 from autoq.scheme import parse_scheme
 from autoq.spec import build_spec
 
@@ -53,7 +57,7 @@ def states(evaluator, assignment, layers=None):
 @pytest.mark.parametrize("text", ["rtn-int3-g32", "kmeans3-channel"])
 def test_every_block_comes_nearer_and_so_does_the_model(evaluator, tmp_path, text):
     assignment = uniform(evaluator, text)
-    found = recover(evaluator, assignment, plan(24, 1, 1.0, 0), None, tmp_path / "recovery")
+    found = recover(evaluator, assignment, plan(24, 4, 1.0, 0), None, tmp_path / "recovery")
     assert set(found.layers) == set(assignment)
     errors = found.facts["errors"]
     assert len(errors) == 2
@@ -86,8 +90,54 @@ def test_the_first_block_errors_are_those_worked_out_by_hand(evaluator, tmp_path
         evaluator.model.restore()
         outputs.append(held.float())
     whole, quantized = outputs
-    error = ((quantized - whole).square().sum(-1) / whole.square().sum(-1)).mean()
-    assert found.facts["errors"][0][0] == pytest.approx(float(error), rel=0.02)
+    size, cost = whole.norm(dim=-1, keepdim=True), training.costs[0]
+    shares = (quantized - whole) / size
+    errors = torch.einsum("bti,ij,btj->bt", shares, cost.root @ cost.root.t(), shares) / 2
+    turned = (quantized / quantized.norm(dim=-1, keepdim=True) - whole / size)[:, 0]
+    errors[:, 0] = cost.sink * turned.square().sum(-1) / 2
+    assert found.facts["errors"][0][0] == pytest.approx(float(errors.mean()), rel=0.02)
+
+
+@pytest.mark.parametrize("evaluator", ["llama", "gpt2", "bert"], indirect=True)
+def test_a_blocks_cost_is_what_random_errors_of_its_output_lose(evaluator, monkeypatch):
+    """Errors alike in all directions, added to a block's outputs, against the distance that the model measures."""
+    monkeypatch.setattr("autoq.recovery.costs.RIDGE", 1e-6)
+    model, windows = evaluator.model, torch.cat([evaluator.parts.calibration, evaluator.parts.search])
+    model.model.float()
+    blocks = find_chain(model, windows[:1, :16]).blocks
+    found = costs(model, blocks, windows, 0)
+    objective = distance_of(model.info.task)
+    reference = make_reference(model, windows, 2**30)
+    generator = torch.Generator().manual_seed(0)
+    for block, cost in zip(blocks, found, strict=True):
+        predicted = []
+
+        def disturb(_, __, output, cost=cost, predicted=predicted):
+            size = output.norm(dim=-1, keepdim=True) / output.shape[-1] ** 0.5
+            wrong = output + 0.05 * size * torch.randn(output.shape, generator=generator)
+            predicted.append(float(cost(wrong, output)))
+            return wrong
+
+        handle = block.register_forward_hook(disturb)
+        measured = mean_over(model, objective, reference, windows)
+        handle.remove()
+        assert sum(predicted) / len(predicted) == pytest.approx(measured, rel=0.3)
+
+
+def test_costs_by_hand():
+    cost = _cost(torch.tensor([[4.0, 2.0], [2.0, 2.0]]), 6.0)
+    torch.testing.assert_close(
+        cost.root @ cost.root.t(), torch.tensor([[4.0, 2.0], [2.0, 2.0]]) + 3 * RIDGE * torch.eye(2)
+    )
+    assert cost.sink == 3.0
+    # The first token of twice its size costs nothing, turned by a right angle √2² c₀ / 2 = 3; halved over two tokens.
+    target = torch.tensor([[[0.0, 5.0], [3.0, 4.0]]])
+    assert cost(target * torch.tensor([[[2.0], [1.0]]]), target) == 0
+    assert cost(target + torch.tensor([[[5.0, -5.0], [0.0, 0.0]]]), target) == pytest.approx(1.5)
+    # The second is off by 1 of a size of 5: (4 + 3 RIDGE) / 25 / 2, over two tokens.
+    assert cost(target + torch.tensor([[[0.0, 0.0], [1.0, 0.0]]]), target) == pytest.approx((4 + 3 * RIDGE) / 25 / 4)
+    # What no answer depends on: all directions and tokens alike.
+    assert torch.equal(_cost(torch.zeros(3, 3), 0.0).root, torch.eye(3))
 
 
 @pytest.mark.parametrize("evaluator", ["llama"], indirect=True)
