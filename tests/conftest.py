@@ -34,6 +34,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script:DeprecationWarning")
 
 
+@pytest.fixture(autouse=True)
+def same_luck() -> None:
+    """torch's random numbers are those of every other run, whichever tests ran before in this process."""
+    if (torch := sys.modules.get("torch")) is not None and hasattr(torch, "manual_seed"):
+        torch.manual_seed(0)
+
+
 def _support(name: str) -> ModuleType:
     """A module of `tests/support`, which is no package."""
     if name not in sys.modules:

@@ -152,7 +152,8 @@ def test_the_example_method_is_a_method(tmp_path: Path) -> None:
     # In place: a package's path and its spec's are one list, and both are asked.
     autoq.methods.__path__.append(str(tmp_path))
     plugins.names.cache_clear()
-    weight = torch.distributions.StudentT(torch.tensor(3.0)).sample((16, 128))
+    torch.manual_seed(0)
+    weight = torch.distributions.StudentT(torch.tensor(4.0)).sample((64, 128))
     try:
         assert "narrowed" in plugins.names("methods")
         narrowed = plugins.load("methods", "narrowed", Method).quantize(weight, parse_scheme("narrowed-int3-g64"))
