@@ -176,7 +176,7 @@ def test_outputs_of_layers_are_nearer_on_what_they_read_in_the_quantized_model(e
         ratios.append(float(off / alone))
     # GPTQ finds small errors, not the least: a single layer may be worse.
     assert np.median(ratios) < 1, ratios
-    assert np.exp(np.log(ratios).mean()) < 0.95, ratios
+    assert np.exp(np.log(ratios).mean()) < 0.99, ratios
 
 
 def test_what_was_trained_or_is_tied_or_takes_no_inputs_stays(evaluator_of):

