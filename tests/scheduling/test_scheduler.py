@@ -232,9 +232,11 @@ def test_a_cluster_is_a_pool_of_its_own(store, submit, schedule, until):
     mine = [submit("ann", ms=10**5, trials=1000, name=f"here{i}") for i in range(2)]
     on_ray = submit("ann", trials=1000, workers={"executor": "ray", "count": 1}, name="ray-here")
     scheduler = schedule(places=3, quantum=10**6)
-    until(lambda: {study_id for study_id in scheduler._running if ended(store, study_id)} == {wide, narrow, mine[0]})
+    until(
+        lambda: {study_id for study_id in list(scheduler._running) if ended(store, study_id)} == {wide, narrow, mine[0]}
+    )
     assert [state(store, i) for i in (third, mine[1], on_ray)] == ["queued"] * 3
-    assert {(slot.pool, slot.width) for slot in scheduler._running.values()} == {
+    assert {(slot.pool, slot.width) for slot in list(scheduler._running.values())} == {
         ("", 1), ("10.0.0.5:6379", 2), ("10.0.0.5:6379", 1)
     }  # fmt: skip
     store.queue.cancel(wide)
