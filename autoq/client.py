@@ -25,7 +25,7 @@ from urllib.parse import quote, urlsplit
 
 from autoq import documents
 from autoq.display.hindsight import Hindsight
-from autoq.errors import AutoQError, BadInput, NotFound
+from autoq.errors import AutoQError, BadInput, NotFound, Unavailable
 from autoq.reading import Frontier, Limits
 from autoq.store import StudyRecord, StudySummary, TrialRecord, TrialState
 
@@ -197,10 +197,13 @@ class Server:
 
     # Writing
 
-    def submit(self, spec: Mapping[str, Any], priority: int = 0) -> StudyRecord:
-        """Queue a study; sent again when the connection breaks, it is still one study."""
+    def submit(self, spec: Mapping[str, Any], priority: int = 0, key: str | None = None) -> StudyRecord:
+        """Queue a study; sent again when the connection breaks, or later with the same key, it is still one study.
+
+        Raises `Unavailable` where no answer came, and it may have been queued or not.
+        """
         body = {"spec": dict(spec), "priority": priority}
-        return StudyRecord.from_json(self._send("POST", "/studies", body, {"Idempotency-Key": uuid.uuid4().hex}))
+        return StudyRecord.from_json(self._send("POST", "/studies", body, {"Idempotency-Key": key or uuid.uuid4().hex}))
 
     def cancel(self, study: str) -> StudyRecord:
         """End a study after the trials that are out."""
@@ -284,9 +287,9 @@ class Server:
             return self._document(answer)
         raise AssertionError("the last attempt answers or raises")
 
-    def _silent(self, problem: Exception) -> AutoQError:
+    def _silent(self, problem: Exception) -> Unavailable:
         reason = next(iter(str(problem).splitlines()), "") or type(problem).__name__
-        return AutoQError(f"the server at {self.url} does not answer: {reason}")
+        return Unavailable(f"the server at {self.url} does not answer: {reason}")
 
     def _document(self, answer: httpx.Response) -> dict[str, Any]:
         """The answer's document. Raises the error that it is."""

@@ -9,6 +9,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
@@ -17,7 +18,7 @@ import typer
 
 from autoq.cli.app import INTERRUPTED, Json, Server, StudyArgument, app, examples
 from autoq.cli.output import print_frontier, print_json
-from autoq.errors import AutoQError, BadInput
+from autoq.errors import AutoQError, BadInput, Unavailable
 
 if TYPE_CHECKING:
     from autoq.client import Server as Client
@@ -42,6 +43,7 @@ def _required(server: str | None) -> str:
         "autoq submit demo --server https://autoq.internal",
         "autoq submit my.yaml --server http://localhost:8800 --wait",
         "autoq submit my.yaml --set budget.trials=200 --priority -1",
+        "autoq submit my.yaml --key nightly-2026-11-26  # sent twice, it is one study",
     )
 )
 def submit(
@@ -50,6 +52,9 @@ def submit(
     name: Annotated[str | None, typer.Option(help="Instead of the spec's name.")] = None,
     assign: Assign = None,
     priority: Annotated[int, typer.Option(min=-100, max=100, help="Higher goes first; above 0 is for admins.")] = 0,
+    key: Annotated[
+        str | None, typer.Option(help="A name for this submission: sent again under it, it is still one study.")
+    ] = None,
     wait: Wait = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -65,15 +70,19 @@ def submit(
     changes = [*(assign or ())] + ([f"name={json.dumps(name)}"] if name is not None else [])
     # What was not said is the server's to choose.
     wanted = load_spec(spec, changes).model_dump(mode="json", exclude_unset=True)
+    key = key or uuid.uuid4().hex
+    again = f"the same command with --key {key} sends it again, and it is one study"
     with Client.open(_required(server)) as client:
         if not quiet:
             # A server that has loaded no model yet takes seconds for its first check.
             sys.stderr.write(f"{client.url} checks {wanted.get('name', spec)} against its model and target\n")
         try:
-            study = client.submit(wanted, priority)
+            study = client.submit(wanted, priority, key)
         except KeyboardInterrupt:
-            sys.stderr.write(f"autoq: interrupted; it may have been queued: autoq studies --server {client.url}\n")
+            sys.stderr.write(f"autoq: interrupted; it may have been queued: {again}\n")
             raise typer.Exit(INTERRUPTED) from None
+        except Unavailable as problem:
+            raise AutoQError(f"{problem}; it may have been queued: {again}") from None
         sys.stderr.write(f"study {study.name} is {study.state}: {client.url}/studies/{study.name}\n")
         if wait:
             _wait(client, study.name, quiet)
