@@ -33,6 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from autoq.search.controller import create_study, raise_budget, run_study
 from autoq.search.executors import LocalExecutor
+from autoq.search.samplers import SLOPES
 from autoq.search.setup import pose
 from autoq.spec import build_spec
 from autoq.store import Store
@@ -128,7 +129,8 @@ def fill(store: Store, study_id: int, trials: int) -> None:
     study = store.study(study_id)
     problem = pose(study.study_spec())
     drawn, now = random.Random(0), datetime.now(UTC)
-    attrs = store.trials(study_id)[-1].sampler_attrs
+    # Slopes are of the first of a sampler's trials alone.
+    attrs = {key: value for key, value in store.trials(study_id)[-1].sampler_attrs.items() if key != SLOPES}
     first = len(store.trials(study_id))
     with store._database.writing() as connection:
         last = connection.execute(sa.select(sa.func.max(m.trials.c.id))).scalar() or 0
