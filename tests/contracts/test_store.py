@@ -377,7 +377,7 @@ def test_reading_takes_few_statements_however_much_there_is(store):
     statements = []
     sa.event.listen(store._database._engine, "before_cursor_execute", lambda *event: statements.append(event[2]))
     for read, most in (
-        (lambda: store.studies(), 4),
+        (lambda: store.studies(), 5),
         (lambda: store.trials(study.id), 2),
         (lambda: store.frontier(study.id), 2),
         (lambda: store.trials(study.id, with_assignments=True), 3),

@@ -208,7 +208,7 @@ def test_a_recovered_trial_that_was_running_when_its_process_was_killed_is_measu
     store, study = made
     found = recover_trial(store, study.id, mixed(store, study).number, Training(5))
     with store._database.writing() as connection:
-        connection.exec_driver_sql(f"update trials set state = 'running' where id = {found.id}")
+        connection.exec_driver_sql(f"update trials set state = 'running', checksum = null where id = {found.id}")
         connection.exec_driver_sql(f"delete from measurements where trial_id = {found.id}")
         connection.exec_driver_sql(f"delete from token_values where trial_id = {found.id}")
         connection.exec_driver_sql(f"delete from frontier where trial_id = {found.id}")
