@@ -128,7 +128,7 @@ def fill(store: Store, study_id: int, trials: int) -> None:
     """Trials of random assignments up to `trials` in all, in bulk."""
     study = store.study(study_id)
     problem = pose(study.study_spec())
-    drawn, now = random.Random(0), datetime.now(UTC)
+    drawn, now = random.Random(trials), datetime.now(UTC)
     # Slopes are of the first of a sampler's trials alone.
     attrs = {key: value for key, value in store.trials(study_id)[-1].sampler_attrs.items() if key != SLOPES}
     first = len(store.trials(study_id))
@@ -200,28 +200,28 @@ def main() -> None:
     options = parser.parse_args()
     counts = [int(count) for count in options.trials.split(",")]
     whole, split = [], {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        os.environ["AUTOQ_CACHE"] = str(folder / "cache")
-        spec = build_spec(
-            {
-                "model": {"id": str(make_model(folder / "model"))},
-                "data": {"calibration_tokens": 64, "search_tokens": 64, "report_tokens": 64, "window_tokens": 32},
-                "target": {"name": "generic"},
-                "space": {"schemes": [f"rtn-int{bits}-g64" for bits in (2, 3, 4, 5, 6, 8)]},
-                "objectives": [KL, SIZE],
-                "sampler": {"name": options.sampler},
-                "budget": {"trials": FIRST},
-            }
-        )
-        with Store.open(str(folder / "autoq.db")) as store:
-            study = create_study(store, spec).id
-            run_study(store, study, make=lambda spec: LocalExecutor(spec, support("controllers").Evaluator))
-            raise_budget(store, study, 10 * max(counts))
-            for count in counts:
+    for count in counts:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            os.environ["AUTOQ_CACHE"] = str(folder / "cache")
+            spec = build_spec(
+                {
+                    "model": {"id": str(make_model(folder / "model"))},
+                    "data": {"calibration_tokens": 64, "search_tokens": 64, "report_tokens": 64, "window_tokens": 32},
+                    "target": {"name": "generic"},
+                    "space": {"schemes": [f"rtn-int{bits}-g64" for bits in (2, 3, 4, 5, 6, 8)]},
+                    "objectives": [KL, SIZE],
+                    "sampler": {"name": options.sampler},
+                    "budget": {"trials": FIRST},
+                }
+            )
+            with Store.open(str(folder / "autoq.db")) as store:
+                study = create_study(store, spec).id
+                run_study(store, study, make=lambda spec: LocalExecutor(spec, support("controllers").Evaluator))
+                raise_budget(store, study, 10 * count)
                 fill(store, study, count)
-                split[count] = parts(folder)
-                whole.append([count, *(f"{seconds:.1f}" for seconds in sorted(resumed(folder) for _ in range(3)))])
+            split[count] = parts(folder)
+            whole.append([count, *(f"{seconds:.1f}" for seconds in sorted(resumed(folder) for _ in range(3)))])
     print_table("`autoq resume` to the first new trial, seconds", ["trials", "fastest", "median", "slowest"], whole)
     header = ["part", *(f"{what} at {count}" for count in counts for what in ("clock", "processor"))]
     rows = [[part, *(f"{x:.2f}" for count in counts for x in split[count][part])] for part in split[counts[0]]]

@@ -155,6 +155,7 @@ def test_submissions_survive_the_server(served, rounds) -> None:
     kills, many = rounds(3, 30), rounds(10, 150)
     keys = {uuid.UUID(int=dice.getrandbits(128)).hex: f"study-{number % 7}" for number in range(many)}
     answered: dict[str, int] = {}
+
     def one(key: str) -> int:
         # Each is sent by two at once, as by a client that has given up waiting and its user who has not.
         with ThreadPoolExecutor(2) as pair:
