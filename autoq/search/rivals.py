@@ -35,7 +35,8 @@ class Rivals:
         self._compared = [name for name in self._qualities if name in self._names]
         able = bool(self._compared) and can_be_compared([problem.objectives[name] for name in self._compared])
         self.wanted = self._confidence is not None and able
-        self._kept: list[Finished] = []
+        self._first = next((i for i, name in enumerate(self._names) if name in self._qualities), 0)
+        self._kept: list[tuple[tuple[float, ...], Finished]] = []  # with its costs
         self._told = 0
 
         @functools.lru_cache(maxsize=KEPT_VALUES)
@@ -57,25 +58,24 @@ class Rivals:
             return
         new = self._costs(values)
         # Of equals the earliest is chosen, and this one is the latest.
-        if any(_nowhere_worse(self._costs(other.values), new) for other in self._kept):
+        if any(_nowhere_worse(costs, new) for costs, _ in self._kept):
             return
-        self._kept = [o for o in self._kept if not (new[0] < self._costs(o.values)[0] and self._leaves(new, o))]
-        self._kept.append(Finished(number, values))
-
-    def _leaves(self, new: Sequence[float], other: Finished) -> bool:
-        return _nowhere_worse(new, self._costs(other.values))
+        self._kept = [kept for kept in self._kept if not (new[0] < kept[0][0] and _nowhere_worse(new, kept[0]))]
+        self._kept.append((new, Finished(number, values)))
 
     def _costs(self, values: Sequence[float]) -> tuple[float, ...]:
         """The first quality, and what is computed; less is better."""
         signed = [value if d == "minimize" else -value for value, d in zip(values, self._directions, strict=False)]
-        first = next(i for i, name in enumerate(self._names) if name in self._qualities)
-        return (signed[first], *(v for v, name in zip(signed, self._names, strict=True) if name not in self._qualities))
+        return (
+            signed[self._first],
+            *(v for v, name in zip(signed, self._names, strict=True) if name not in self._qualities),
+        )
 
     def number(self, known: Mapping[str, float]) -> int | None:
         """Of the trials told, the rival of a candidate with these computed values."""
         if not self.wanted:
             return None
-        return choose(self._kept, self._names, self._directions, self._qualities, known)
+        return choose([finished for _, finished in self._kept], self._names, self._directions, self._qualities, known)
 
     def rival(self, number: int | None) -> Rival | None:
         """What an evaluator is given; None where there is no such trial, or it has no values."""

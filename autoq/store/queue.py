@@ -22,7 +22,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -46,9 +46,6 @@ from autoq.store.queue_records import (
 )
 from autoq.store.queue_submissions import SubmissionQueue, check_limit, hold_user, last_in_line
 from autoq.store.records import StudyRecord, StudyState
-
-if TYPE_CHECKING:
-    pass
 
 _LONGEST_LEASE = timedelta(hours=1)
 
