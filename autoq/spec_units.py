@@ -32,3 +32,13 @@ def parse_seconds(value: object) -> float:
         raise ValueError("must be a time such as 90s, 30m or 1h30m, with the units s, m, h, d")
     parts = re.findall(r"([\d.]+)\s*([smhd])", value)
     return sum(float(number) * _TIME_UNITS[unit] for number, unit in parts)
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Host and port of a Ray cluster's address. Raises `ValueError` with what it must be."""
+    host, colon, port = text.removeprefix("ray://").rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not colon or not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        form = "auto, HOST:PORT of a Ray cluster, such as 10.0.0.5:6379, or ray://HOST:PORT of its client server"
+        raise ValueError(f"must be {form}")
+    return host, int(port)

@@ -31,10 +31,10 @@ import ray._private.worker as ray_worker
 from autoq import device
 from autoq.errors import AutoQError, SpecError
 from autoq.spec import WorkersSpec
+from autoq.spec_units import parse_address
 
 LOG = logging.getLogger("autoq.workers")
 NAMESPACE = "autoq"
-CLIENT = "ray://"
 # Jobs and results are a few kilobytes; weights come from files, which the page cache shares.
 OBJECT_STORE_BYTES = 100 * 2**20
 CONNECT_SECONDS = 10.0
@@ -93,14 +93,13 @@ def check_address(address: str) -> tuple[str, int]:
     Raises `SpecError` for another form, and for a host that is not loopback unless RAY_AUTH_MODE is
     `token` and there is a token in RAY_AUTH_TOKEN, or in a file that nobody else can read.
     """
-    host, colon, port = address.removeprefix(CLIENT).rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not colon or not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        form = "auto, HOST:PORT of a Ray cluster, such as 10.0.0.5:6379, or ray://HOST:PORT of its client server"
-        raise SpecError(f"workers.address: must be {form} (got {address!r})")
+    try:
+        host, port = parse_address(address)
+    except ValueError as problem:
+        raise SpecError(f"workers.address: {problem} (got {address!r})") from None
     if not _is_loopback(host):
         _require_token(address)
-    return host, int(port)
+    return host, port
 
 
 def _require_token(address: str) -> None:

@@ -76,6 +76,7 @@ def serve(
     from autoq.service.scheduler import Scheduler
     from autoq.service.serving import Certificate, listen, refuse_exposed, run
     from autoq.service.settings import Settings, Sources
+    from autoq.spec_units import parse_address
     from autoq.store import Store
 
     if ssl_keyfile is not None and ssl_certfile is None:
@@ -86,6 +87,13 @@ def serve(
         for root in roots or ():
             if not root.is_dir():
                 raise BadInput(f"{option}: there is no folder {str(root)!r}")
+    if places is not None and cluster is None:
+        raise BadInput(f"--places {places} are of a Ray cluster; name it with --cluster")
+    if cluster not in (None, "auto"):
+        try:
+            parse_address(str(cluster))
+        except ValueError as problem:
+            raise BadInput(f"--cluster {cluster!r} {problem}") from None
     certificate = None if ssl_certfile is None else Certificate(ssl_certfile, ssl_keyfile)
     workers = slots if executor is ExecutorName.ray else 0
     sources = Sources(

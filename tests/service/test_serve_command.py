@@ -112,6 +112,8 @@ def test_other_machines_are_let_in_with_tokens_only(autoq, serve, tmp_path):
         (["--models", "nowhere"], "autoq: --models: there is no folder 'nowhere'"),
         (["--ssl-keyfile", "x"], "autoq: --ssl-keyfile needs --ssl-certfile"),
         (["--root-path", "x/"], "autoq: --root-path 'x/' must begin with / and not end with one"),
+        (["--places", "3"], "autoq: --places 3 are of a Ray cluster; name it with --cluster"),
+        (["--cluster", "ray:/head"], "autoq: --cluster 'ray:/head' must be auto, HOST:PORT of a Ray cluster"),
         (["--host", "no.such.host.invalid"], "autoq: --host no.such.host.invalid is open to other machines"),
         (["--db", "nowhere/autoq.db"], "autoq: the database 'nowhere/autoq.db' cannot be made"),
     ],
