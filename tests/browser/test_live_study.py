@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,12 @@ def test_a_running_study_is_watched_to_its_end(
         expect(page.locator("#facts")).to_contain_text(several, timeout=120_000)
         expect(page.locator("#frontier .plot.js-plotly-plot")).to_be_visible()
         page.locator("#frontier .plot").focus()
-        page.keyboard.press("ArrowRight")
-        chosen = page.locator("#selected h3 span").first.inner_text()
+        shown = page.locator("#selected h3 span").first
+        deadline = time.monotonic() + 120
+        while not shown.is_visible() and time.monotonic() < deadline:
+            page.keyboard.press("ArrowRight")  # goes nowhere while the picture is a frontier behind
+            page.wait_for_timeout(250)
+        chosen = shown.inner_text()
         expect(page.locator("#state")).to_have_text("finished", timeout=120_000)
         expect(page.locator("#selected h3 span").first).to_have_text(chosen)
     finally:
@@ -60,9 +65,9 @@ def test_a_running_study_is_watched_to_its_end(
         study = store.study("live")
         frontier = store.frontier(study.id)
     expect(page.locator("#facts")).to_contain_text(f"{len(frontier)} on the frontier")
-    shown = page.evaluate(
+    drawn = page.evaluate(
         "document.querySelector('#frontier .plot')._fullData.filter(t => t.meta?.status === 'frontier'"
         " || t.meta?.status === 'baseline').flatMap(t => Array.from(t.customdata))"
     )
-    assert {trial.number for trial in frontier} <= set(shown) | {0}  # 0, unquantized, may be out of sight
+    assert {trial.number for trial in frontier} <= set(drawn) | {0}  # 0, unquantized, may be out of sight
     page.goto("about:blank")

@@ -177,7 +177,8 @@ def test_prediction_of_the_unquantized_model_is_its_measurement_and_predictions_
         assert table.predict(phase, keep) == pytest.approx(table.detail["unquantized_ms"][phase])
         for name, entries in table.layer_ms[phase].items():
             assert set(entries) == {"keep", *(str(weight.scheme) for weight in choices[name])}
-            assert all(cost > 0 for cost in entries.values())
+            assert entries["keep"] > 0
+            assert min(entries.values()) >= 0, "what noise makes of a layer that takes no time"
         name = "model.layers.1.mlp.up_proj"
         one = Assignment({**keep, name: parse_scheme("rtn-int4-g32")})
         change = table.layer_ms[phase][name]["rtn-int4-g32"] - table.layer_ms[phase][name]["keep"]
@@ -194,7 +195,8 @@ def test_an_encoder_costs_nothing_at_decode(tiny, quantize, target):
     table = target.cost_table(model, choices, WORKLOAD)
     encoder, decoder = (table.layer_ms["latency_decode_ms"][name] for name in names)
     assert set(encoder.values()) == {0.0}
-    assert min(decoder.values()) > 0
+    assert decoder["keep"] > 0
+    assert min(decoder.values()) >= 0
 
 
 def test_schemes_on_one_kernel_are_timed_once(tiny, quantize, target):
