@@ -209,6 +209,10 @@ class Server:
         """End a study after the trials that are out."""
         return StudyRecord.from_json(self._send("POST", f"/studies/{_part(study)}/cancel", None))
 
+    def remove(self, study: str) -> dict[str, Any]:
+        """Remove a study for good; what was removed, as JSON."""
+        return self._send("DELETE", f"/studies/{_part(study)}", None)
+
     def resume(self, study: str, trials: int | None = None) -> StudyRecord:
         """Queue a study that has ended again, to the end of its budget or to more trials."""
         body = None if trials is None else {"trials": trials}

@@ -44,6 +44,9 @@ class Reader(Protocol):
     def study(self, name: str) -> StudyRecord:
         """One study."""
 
+    def summary(self, name: str) -> StudySummary:
+        """How one study stands."""
+
     def trials(
         self, study: str, states: Sequence[TrialState] | None, limit: int | None, with_assignments: bool
     ) -> list[TrialRecord]:
@@ -83,6 +86,11 @@ class StoreReader:
     def study(self, name: str) -> StudyRecord:
         """One study."""
         return self.store.study(name)
+
+    def summary(self, name: str) -> StudySummary:
+        """How one study stands."""
+        [found] = self.store.feed.summaries([self.store.study(name).id])
+        return found
 
     def trials(
         self, study: str, states: Sequence[TrialState] | None, limit: int | None, with_assignments: bool

@@ -27,7 +27,7 @@ _WORDS = {
 # From a search to what is shipped, then the server, then what there is.
 ORDER = (
     *("search", "resume", "sensitivity", "studies", "trials", "frontier", "pick", "diff", "report"),
-    *("recover", "sequential", "export", "verify", "serve", "token", "submit", "cancel"),
+    *("recover", "sequential", "export", "verify", "serve", "token", "submit", "cancel", "remove"),
     *("methods", "targets", "objectives", "samplers", "doctor"),
 )
 _LONG = ("search", "resume", "recover", "sequential", "serve")

@@ -159,6 +159,17 @@ class StudyListAnswer(Shape):
     next: str | None
 
 
+class RemovalAnswer(Shape):
+    """A study that was removed: the number and name it had, whose it was, how many trials went with it, by whom."""
+
+    id: int
+    study: str
+    owner: str | None
+    trials: int
+    user: str | None
+    removed_at: str
+
+
 class StudyAnswer(Shape):
     """One study with its spec."""
 

@@ -47,12 +47,12 @@ class Whose:
     all: bool
     user: str | None = None
 
-    def clause(self) -> sa.ColumnElement[bool]:
-        """The condition on `models.studies`."""
+    def clause(self, owner: sa.ColumnElement[Any] = m.studies.c.owner) -> sa.ColumnElement[bool]:
+        """The condition on the column of owners."""
         if self.all:
             return sa.true()
         # A study without an owner is not everybody's.
-        return sa.false() if self.user is None else m.studies.c.owner == self.user
+        return sa.false() if self.user is None else owner == self.user
 
 
 class Feed:
@@ -84,11 +84,14 @@ class Feed:
             return {row[0]: row[1] for row in rows}
 
     def total(self, whose: Whose) -> tuple[int, int]:
-        """How many studies somebody sees, and all their changes: what a list of them depends on."""
-        query = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(m.studies.c.changes), 0)).where(whose.clause())
+        """How many studies somebody sees, and all changes there ever were of them, removals too: what a list of them
+        depends on."""
+        s, t = m.studies.c, m.removals.c
+        there = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(s.changes), 0)).where(whose.clause())
+        gone = sa.select(sa.func.coalesce(sa.func.sum(t.changes), 0)).where(whose.clause(t.owner))
         with self._database.reading() as connection:
-            count, changes = connection.execute(query).one()
-            return int(count), int(changes)
+            count, changes = connection.execute(there).one()
+            return int(count), int(changes) + int(connection.execute(gone).scalar_one())
 
     def workers(self) -> dict[int, int]:
         """Study id -> how many workers are at it, of studies that have any. No study's count of changes says so."""

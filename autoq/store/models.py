@@ -15,7 +15,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.types import TypeDecorator
 
-SCHEMA = "0006"  # the newest revision in migrations/versions
+SCHEMA = "0007"  # the newest revision in migrations/versions
 VERSION_TABLE = "autoq_schema"  # not Alembic's default name, which other tools' databases have too
 
 
@@ -124,7 +124,7 @@ trials = sa.Table(
     sa.Column("recovery", Json, key="derivation"),  # how
     sa.Column("checksum", sa.String(32)),  # of the result, once there is one: see `store.checksum`
     sa.UniqueConstraint("study_id", "number"),
-    sa.Index(None, "study_id", "assignment"),
+    sa.Index(None, "assignment", "study_id"),
     sa.Index(None, "study_id", "state"),
     sa.Index(None, "study_id", "changed"),
 )
@@ -173,6 +173,7 @@ frontier = sa.Table(
     sa.Column("study_id", sa.ForeignKey("studies.id", ondelete="CASCADE"), primary_key=True),
     sa.Column("trial_id", sa.ForeignKey("trials.id", ondelete="CASCADE"), primary_key=True),
     sa.Column("point", Json, nullable=False),  # values in the order of the study's objectives
+    sa.Index(None, "trial_id"),
     sqlite_with_rowid=False,
 )
 
@@ -285,4 +286,17 @@ remarks = sa.Table(
     sa.Column("user", sa.String(64)),
     sa.Column("changed_at", Moment, nullable=False),
     sqlite_with_rowid=False,
+)
+
+# Studies that are no more. Their numbers are never given again.
+removals = sa.Table(
+    "removals",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("name", sa.String(128), nullable=False),
+    sa.Column("owner", sa.String(64)),
+    sa.Column("trials", sa.Integer, nullable=False),  # how many it had
+    sa.Column("changes", sa.Integer, nullable=False),  # and how many changes, its removal with them
+    sa.Column("user", sa.String(64)),  # who removed it
+    sa.Column("removed_at", Moment, nullable=False),
 )

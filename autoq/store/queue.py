@@ -44,6 +44,7 @@ from autoq.store.queue_records import (
     StudyInLine,
     WorkerRecord,
 )
+from autoq.store.queue_removal import StudyRemoval
 from autoq.store.queue_submissions import SubmissionQueue, check_limit, hold_user, last_in_line
 from autoq.store.records import StudyRecord, StudyState
 
@@ -51,7 +52,7 @@ _LONGEST_LEASE = timedelta(hours=1)
 
 
 @steady
-class Queue(SubmissionQueue, ExportQueue):
+class Queue(SubmissionQueue, ExportQueue, StudyRemoval):
     """The queue of one database. Every method is one short transaction; see `Store` for what they raise."""
 
     # Resume, refine, cancel

@@ -51,6 +51,23 @@ class LeaseRecord:
     live: bool
 
 
+class RemovalRecord(NamedTuple):
+    """A study that was removed: the number and name it had, whose it was, how many trials went with it, by whom."""
+
+    id: int
+    name: str
+    owner: str | None
+    trials: int
+    user: str | None
+    removed_at: datetime
+
+    def to_json(self) -> dict[str, Any]:
+        """As API and command line tell it."""
+        told = self._asdict() | {"study": self.name, "removed_at": self.removed_at.isoformat()}
+        del told["name"]
+        return told
+
+
 class StudyInLine(NamedTuple):
     """A study that waits: whose it is, and what its place depends on."""
 

@@ -111,6 +111,9 @@ class NewStudy(NamedTuple):
     columns: Mapping[str, Any]
 
 
+_LAST_STUDY = sa.select(sa.func.max(m.studies.c.id)), sa.select(sa.func.max(m.removals.c.id))
+
+
 def insert_study(
     connection: sa.Connection,
     wanted: str,
@@ -140,6 +143,10 @@ def insert_studies(connection: sa.Connection, new: Sequence[NewStudy]) -> list[i
              "name": name}
             for study, name in zip(new, names, strict=True)
         ]  # fmt: skip
+        if connection.dialect.name == "sqlite":
+            # It would give the number of the last study again, once that one is removed.
+            first = 1 + max(connection.execute(query).scalar() or 0 for query in _LAST_STUDY)
+            rows = [{**row, "id": first + place} for place, row in enumerate(rows)]
         try:
             with connection.begin_nested():
                 done = connection.execute(sa.insert(s).returning(s.c.id, sort_by_parameter_order=True), rows)

@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import os
+import pty
 import subprocess
 import sys
 
@@ -70,7 +72,7 @@ size_bytes             80.00 MB      80.00 MB      0 B
 
 COMMANDS = [
     *["search", "resume", "sensitivity", "studies", "trials", "frontier", "pick", "diff", "report"],
-    *["recover", "sequential", "export", "verify", "serve", "token", "submit", "cancel"],
+    *["recover", "sequential", "export", "verify", "serve", "token", "submit", "cancel", "remove"],
     *["methods", "targets", "objectives", "samplers", "doctor"],
 ]
 
@@ -383,3 +385,32 @@ def test_report_writes_one_file(autoq, tmp_path):
     missing = autoq("report", "nothing", "--out", "x.html")
     assert missing.exit_code == 2
     assert not (tmp_path / "x.html").exists()
+
+
+def test_a_study_is_removed_where_it_is_said_so(autoq, database):
+    asked = autoq("remove", "demo")
+    assert (asked.exit_code, asked.stdout) == (2, "")
+    assert asked.stderr == "autoq: this removes study 'demo' with 9 trials for good; say so with --yes\n"
+    with Store.open(database) as store:
+        assert len(store.studies()) == 1
+    assert autoq("remove", "demo", "--yes").stdout == "study 'demo' with 9 trials is removed\n"
+    assert autoq("remove", "demo", "--yes").exit_code == 2
+    assert autoq("studies").stdout.startswith("no studies yet")
+
+
+@pytest.mark.parametrize(("typed", "code"), [(b"n\n", 1), (b"y\n", 0)])
+def test_on_a_terminal_one_is_asked_first(database, tmp_path, typed, code):
+    leading, following = pty.openpty()
+    command = [sys.executable, "-c", "from autoq.cli import main; main()", "remove", "demo", "--db", str(database)]
+    with subprocess.Popen(
+        command, stdin=following, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        os.write(leading, typed)
+        said, asked = process.communicate(timeout=120)
+    os.close(leading)
+    os.close(following)
+    assert process.returncode == code, asked
+    assert "Remove study 'demo' with 9 trials for good? [y/N]" in asked
+    assert ("is removed" in said) == (code == 0)
+    with Store.open(database) as store:
+        assert len(store.studies()) == code

@@ -119,6 +119,17 @@ def test_a_study_is_queued_cancelled_and_resumed(autoq, server, database):
         assert store.study("sent").spec["budget"]["trials"] == 12
 
 
+def test_a_study_is_removed_there(autoq, server, database):
+    asked = autoq("remove", "demo", "--server", server)
+    assert asked.exit_code == 2
+    assert re.fullmatch(r"autoq: this removes study 'demo' with \d+ trials for good; say so with --yes\n", asked.stderr)
+    told = json.loads(autoq("remove", "demo", "--yes", "--json", "--server", server).stdout)
+    assert told["study"] == "demo"
+    with Store.open(database) as store:
+        assert "demo" not in [study.name for study in store.studies()]
+        assert [removal.name for removal in store.queue.removals()] == ["demo"]
+
+
 def test_an_interrupt_says_what_may_have_happened(autoq, server, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -272,7 +283,7 @@ READERS = {
     "objectives": [()],
     "samplers": [()],
 }
-WRITERS = {"submit", "cancel", "resume", "export", "token create", "token revoke"}
+WRITERS = {"submit", "cancel", "remove", "resume", "export", "token create", "token revoke"}
 HERE = {
     "search",  # measures on this machine; `submit` has a server do it
     "sensitivity",  # as well

@@ -13,7 +13,7 @@ from autoq.errors import StoreError
 from autoq.scheme import parse_scheme
 from autoq.spec import build_spec
 from autoq.store import Store
-from autoq.store.models import VERSION_TABLE
+from autoq.store.models import SCHEMA, VERSION_TABLE
 
 SPEC = build_spec({"model": {"id": "tiny"}, "name": "demo"})
 KL = ("kl_nats_per_token", "nats/token", "minimize")
@@ -114,7 +114,9 @@ def test_a_locked_database_is_said_in_one_line(url, store):
 def test_a_newer_schema_is_refused(url):
     with Store.open(url) as store, store._database.writing() as connection:
         connection.execute(sa.text(f"UPDATE {VERSION_TABLE} SET version_num = '9999'"))
-    with pytest.raises(StoreError, match=r"^[^\n]*made by a newer AutoQ \(schema 9999, this one knows up to 0006\)"):
+    with pytest.raises(
+        StoreError, match=rf"^[^\n]*made by a newer AutoQ \(schema 9999, this one knows up to {SCHEMA}\)"
+    ):
         Store.open(url)
 
 

@@ -132,6 +132,25 @@ def test_a_study_is_cancelled_and_resumed(open_server, client):
     assert fewer.status_code == 422
 
 
+def test_a_study_is_removed_by_its_owner(server):
+    ada, bob = server.client("ada-submitter"), server.client("bob-submitter")
+    study = submit(ada).json()["study"]
+    waits = ada.delete(f"/api/v1/studies/{study}")
+    assert (waits.status_code, waits.json()["error"]["message"]) == (409, "study 'sent' is queued; cancel it first")
+    ada.post(f"/api/v1/studies/{study}/cancel")
+    assert bob.delete(f"/api/v1/studies/{study}").status_code == 404
+    assert server.client("ada-viewer").delete(f"/api/v1/studies/{study}").status_code == 403
+    listed = ada.get("/api/v1/studies")
+    told = ada.delete(f"/api/v1/studies/{study}")
+    assert told.status_code == 200
+    assert {key: told.json()[key] for key in ("study", "owner", "user", "trials")} == {
+        "study": "sent", "owner": "ada", "user": "ada", "trials": 0,
+    }  # fmt: skip
+    assert ada.delete(f"/api/v1/studies/{study}").status_code == 404
+    again = ada.get("/api/v1/studies", headers={"If-None-Match": listed.headers["etag"]})
+    assert [each["study"] for each in again.json()["studies"]] == ["mine"]
+
+
 def test_measure_it_is_queued(open_server, client):
     answer = client.post(
         "/api/v1/studies/mine/refine", json={"max": {"size_bytes": "90MB"}, "best": "kl_nats_per_token", "n": 2}

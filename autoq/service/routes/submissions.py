@@ -1,4 +1,4 @@
-"""What changes studies: submit, cancel, resume, refine; and the questions that need a model."""
+"""What changes studies: submit, cancel, remove, resume, refine; and the questions that need a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from autoq.service.answers import answer
 from autoq.service.context import WAKES, Asks, Configured, Stored, Visible
 from autoq.service.errors import Refusal, field_of
 from autoq.service.requests import CheckBody, RefineBody, ResumeBody, SubmitBody
-from autoq.service.schemas import CheckAnswer, OfferAnswer, StudyAnswer
+from autoq.service.schemas import CheckAnswer, OfferAnswer, RemovalAnswer, StudyAnswer
 from autoq.service.submitting import backroom_of, read_spec
 
 router = APIRouter(prefix="/api/v1", tags=["submissions"])
@@ -66,6 +66,12 @@ async def check_spec(request: Request, settings: Configured, asker: Asks, body: 
 def cancel_study(store: Stored, study: Visible) -> Response:
     """End a study: at once while it waits, after the trials that are out while it runs. 409 where it has ended."""
     return answer(store.queue.cancel(study.id).to_json())
+
+
+@router.delete("/studies/{study}", response_model=RemovalAnswer, dependencies=[WAKES])
+def remove_study(store: Stored, study: Visible, asker: Asks) -> Response:
+    """Remove a study with all its trials, for good. 409 while it is queued or at work."""
+    return answer(store.queue.remove(study.id, asker.user).to_json())
 
 
 @router.post("/studies/{study}/resume", response_model=StudyAnswer, dependencies=[WAKES])
