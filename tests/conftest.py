@@ -78,6 +78,12 @@ def postgresql() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def networks() -> ModuleType:
+    """`tests/support/networks.py`: a network namespace at the end of a cable."""
+    return _support("networks")
+
+
+@pytest.fixture(scope="session")
 def made_up() -> ModuleType:
     """`tests/support/made_up.py`: whole studies through the real controller, whose qualities are made up."""
     return _support("made_up")

@@ -29,14 +29,15 @@ PATIENCE = 240.0
 BUDGET, PAUSE = 24, 0.4
 
 CLUSTER = """
-import random, sys
+import sys
 from ray.cluster_utils import Cluster
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+at = {"node_ip_address": sys.argv[1]} if sys.argv[1] else {}
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **at})
+nodes = [cluster.add_node(num_cpus=1, **at) for _ in range(2)]
 print(cluster.address, flush=True)
 for line in sys.stdin:
     if line == "add\\n":
-        nodes.append(cluster.add_node(num_cpus=1))
+        nodes.append(cluster.add_node(num_cpus=1, **at))
     elif line == "remove\\n":
         cluster.remove_node(nodes.pop(0), allow_graceful=False)
     else:
@@ -47,10 +48,11 @@ cluster.shutdown()
 """
 
 STUDY = """
-import functools, sys
+import functools, os, sys, time
+from pathlib import Path
 from ray import cloudpickle
 from autoq.errors import AutoQError
-from autoq.search import holding
+from autoq.search import ahead, holding
 from autoq.search.controller import run_study
 from autoq.search.observer import Observer
 from autoq.store import Store
@@ -58,14 +60,25 @@ from autoq.workers import session
 from autoq.workers.executor import RayExecutor
 import controllers
 _, url, study_id, address, pause, silent = sys.argv
+folder = Path(url.removeprefix("sqlite:///")).parent
 cloudpickle.register_pickle_by_value(controllers)
 controllers.Evaluator.pause = float(pause)
 holding.BEAT_SECONDS = 0.1
 session.SILENT_SECONDS = float(silent)
+ahead.LATE_SECONDS = 3600  # a study that passes a late trial over depends on when that was
+
+class Evaluator(controllers.Evaluator):
+    def measure(self, *arguments, **named):
+        found = super().measure(*arguments, **named)
+        while Path(folder, "hold").exists():
+            time.sleep(0.02)
+        with Path(folder, str(os.getpid())).open("a") as measured:
+            measured.write("once\\n")
+        return found
 
 def make(spec):
     workers = spec.workers.model_copy(update={"executor": "ray", "address": address, "cpus": 1})
-    return RayExecutor(spec.model_copy(update={"workers": workers}), controllers.Evaluator)
+    return RayExecutor(spec.model_copy(update={"workers": workers}), Evaluator)
 
 with Store.open(url) as store:
     try:
@@ -75,21 +88,29 @@ with Store.open(url) as store:
 """
 
 
+# Ray by itself writes a node off that has not answered for a minute.
+HEALTH = {"initial_delay_ms": 1000, "period_ms": 500, "timeout_ms": 2000, "failure_threshold": 4}
+
+
 def environment() -> dict[str, str]:
     """That of a cluster's processes, with a token of its own."""
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+    ray = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+    ray |= {f"RAY_health_check_{name}": str(value) for name, value in HEALTH.items()}
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
-    return inherited | token | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SUPPORT)}
+    return inherited | ray | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SUPPORT)}
 
 
 class Cluster:
-    """A head without room and two nodes of one worker each, in processes of their own."""
+    """A head without room and two nodes of one worker each, in processes of their own, where another network reaches
+    them if there is one."""
 
-    def __init__(self) -> None:
+    def __init__(self, network: Any) -> None:
+        self.network = network
         self.environment = environment()
+        here = getattr(network, "here", "")
         for _ in range(5):  # a node whose agents take more than 15 seconds to come up dies of it (ray #65983)
             self.process = subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-c", CLUSTER], env=self.environment,
+                [sys.executable, "-W", "ignore", "-c", CLUSTER, here], env=self.environment,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
             )  # fmt: skip
             assert self.process.stdout is not None
@@ -107,8 +128,27 @@ class Cluster:
         self.process.stdin.flush()
         assert self.process.stdout.readline() == "done\n"
 
+    def join(self, turn: int) -> None:
+        """A node of one worker in the other network, by `ray start` there, as whoever looks after it does."""
+        ray = [sys.executable, "-W", "ignore", "-c", "from ray.scripts.scripts import main; main()", "start"]
+        where = [f"--address={self.address}", f"--node-ip-address={self.network.there}"]
+        for attempt in range(5):  # as above; with ports that it is told, a node need not wait for its agents' word
+            first = 20000 + 100 * turn + 10 * attempt
+            names = ("metrics-export", "dashboard-agent-grpc", "dashboard-agent-listen", "runtime-env-agent")
+            ports = [f"--{name}-port={port}" for port, name in enumerate(names, first)]
+            done = subprocess.run(
+                [*self.network.inside, *ray, *where, *ports, "--num-cpus=1", f"--object-store-memory={100 * 2**20}"],
+                env=self.environment, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            if done.returncode == 0:
+                return
+        raise AssertionError(done.stderr[-2000:])
+
     def study(self, store: Store, study_id: int, pause: float = PAUSE, silent: float = 20.0) -> subprocess.Popen[str]:
-        """A controller on this cluster, whose trials take so long, and which bears with a silent head for so long."""
+        """A controller on this cluster, whose trials take so long, and which bears with a silent head for so long.
+
+        No trial ends while there is `hold` beside the database; each worker's file there has a line for each that has.
+        """
         told = [store.address, str(study_id), self.address, str(pause), str(silent)]
         return subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", STUDY, *told], env=self.environment,
@@ -127,9 +167,18 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def network(networks: Any) -> Iterator[Any]:
+    """Another network, or why there is none."""
+    found = networks.try_network()
+    yield found
+    if not isinstance(found, str):
+        found.close()
+
+
+@pytest.fixture(scope="module")
+def cluster(network: Any) -> Iterator[Cluster]:
     """The cluster, whose head the last test kills, and nothing of it afterwards."""
-    cluster = Cluster()
+    cluster = Cluster(network)
     yield cluster
     cluster.close()
 
@@ -181,13 +230,15 @@ def wait(true: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
     return found
 
 
-def struck(store: Store, study_id: int, dice: random.Random) -> tuple[int, TrialRecord] | None:
-    """A worker that is evaluating a trial for the first time, and the trial."""
+def struck(
+    store: Store, study_id: int, dice: random.Random, which: Callable[[int], bool] = lambda _: True
+) -> tuple[int, TrialRecord] | None:
+    """A worker, one of `which`, that is evaluating a trial for the first time, and the trial."""
     workers = store.queue.workers()
     dice.shuffle(workers)
     for worker in workers:
         pid = int(worker.id.rpartition(":")[2])
-        if worker.study_id == study_id and worker.trial is not None and psutil.pid_exists(pid):
+        if worker.study_id == study_id and worker.trial is not None and psutil.pid_exists(pid) and which(pid):
             trial = store.trial(study_id, worker.trial)
             if (trial.state, trial.attempt) == ("running", 1):
                 return pid, trial
@@ -233,6 +284,49 @@ def test_workers_and_nodes_come_and_go(cluster, new_study, calm, rounds) -> None
     print(f"seed 3: {killed} workers killed and {removed} nodes removed in {studies} studies, 0 lost, 0 doubled")
     print(f"dispatched again after {sorted(noticed)[len(noticed) // 2]:.1f} s (at most {max(noticed):.1f} s),")
     print(f"evaluated elsewhere but for the trial's own time after {max(finished):.1f} s at most")
+
+
+def test_a_node_is_cut_off_and_comes_back(cluster, network, networks, new_study, calm, rounds, tmp_path) -> None:
+    """It goes on in vain. What it has done when it is reached again, and was done elsewhere meanwhile, is nothing."""
+    network = networks.network_or_skip(network)
+    (store, new), dice = new_study, random.Random(5)
+    hold, took, took_part = tmp_path / "hold", [], []
+    cluster.do("remove")  # one here, one there
+    for turn in range(rounds(1, 6)):
+        study = new()
+        hold.touch()
+        controller = cluster.study(store, study)
+        if turn == 0:
+            cluster.join(0)
+        found = wait(lambda study=study: struck(store, study, dice, network.holds), controller)
+        assert found, controller.communicate()[1]
+        pid, trial = found
+        one = lambda trial=trial, study=study: store.trial(study, trial.number)  # noqa: E731
+        time.sleep(dice.uniform(0, 0.5))
+        cut = time.monotonic()
+        network.cut()
+        hold.unlink()
+        wait((tmp_path / str(pid)).exists, controller)  # its result is on the way, and does not arrive
+        assert wait(lambda one=one: one().attempt == 2, controller), controller.communicate()[1]
+        took.append(time.monotonic() - cut)
+        assert wait(lambda one=one: one().state == "complete", controller)
+        hold.touch()
+        ended = one()
+        assert network.holds(pid)
+        network.mend()
+        # The cluster has written the node off, which ends once it hears of that. It comes back as another one.
+        wait(lambda pid=pid: not psutil.pid_exists(pid), controller)
+        cluster.join(turn + 1)
+        found = wait(lambda study=study: struck(store, study, dice, network.holds), controller)
+        assert found, controller.communicate()[1]
+        hold.unlink()
+        _, said = controller.communicate(timeout=PATIENCE)
+        assert controller.returncode == 0, said
+        took_part.append((tmp_path / str(found[0])).read_text().count("once"))
+        assert (one().attempt, one().finished_at, one().worker) == (2, ended.finished_at, ended.worker)
+        check_whole(store, study, calm)
+    print(f"seed 5: node cut off {len(took)} times, its trial dispatched again after {max(took):.1f} s at most;")
+    print(f"back, it had {took_part} trials; 0 lost, 0 doubled")
 
 
 def test_the_head_dies_and_the_study_goes_on_elsewhere(cluster, new_study, calm, rounds, controllers_module) -> None:
