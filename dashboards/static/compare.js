@@ -36,8 +36,7 @@ async function show() {
   tools();
   if (!chosen.length) {
     fill(at("facts"), "Choose studies of one model to see their frontiers together.");
-    figure.root.removeAttribute("aria-busy");
-    figure.plot.classList.add("void");
+    figure.nothing(studies.length ? "Choose studies from the list: their frontiers are drawn over each other, with a table of what each offers." : "There is no study yet.");
     return;
   }
   fill(at("facts"), h("span", {}, counted(chosen.length, "study").replace("studys", "studies")));

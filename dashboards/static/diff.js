@@ -14,12 +14,16 @@ form.b.value = view("b");
 
 const signed = (value, unit) => `${value > 0 ? "+" : value < 0 ? "−" : "±"}${number(Math.abs(value), unit)}`;
 
+/** What a side is called: as it was asked for, with its number. */
+const called = (number_) => [view("a"), view("b")].find((asked) => named.get(asked) === number_ && asked !== String(number_)) ?? `trial ${number_}`;
+const named = new Map();
+
 function objectives(found) {
   const rows = Object.entries(found.measurements).map(([objective, { a, b }]) => {
     const alike = a.kind === b.kind && a.part === b.part && !("rival" in a.detail) && !("rival" in b.detail);
     return [objectiveName(objective), withError(a.value, a.stderr, a.unit), withError(b.value, b.stderr, b.unit), alike ? signed(b.value - a.value, a.unit) : "not comparable", a.unit === "bytes" ? "" : a.unit];
   });
-  return rows.length ? table("What the difference costs", ["objective", `trial ${found.a}`, `trial ${found.b}`, "change", "unit"], rows, { right: new Set([1, 2, 3]) })
+  return rows.length ? table("What the difference costs", ["objective", called(found.a), called(found.b), "change", "unit"], rows, { right: new Set([1, 2, 3]) })
     : h("p", { class: "note" }, "They have no measurement in common.");
 }
 
@@ -29,8 +33,8 @@ function layers(found) {
   const sized = entries.every(([, each]) => each.bytes_a !== undefined && each.bytes_b !== undefined);
   return [
     h("p", { class: "note" }, `${counted(entries.length, "layer")} differ${entries.length === 1 ? "s" : ""}.`),
-    table("Layers that differ", ["layer", `trial ${found.a}`, `trial ${found.b}`, ...(sized ? ["bytes"] : [])],
-      entries.map(([layer, each]) => [layer, h("code", {}, each.a ?? "–"), h("code", {}, each.b ?? "–"), ...(sized ? [signed(each.bytes_b - each.bytes_a, "bytes")] : [])]), { right: new Set([3]) }),
+    table("Layers that differ", ["layer", called(found.a), called(found.b), ...(sized ? ["size, change"] : [])],
+      entries.sort(([a], [b]) => a.localeCompare(b, "en", { numeric: true })).map(([layer, each]) => [layer, h("code", {}, each.a ?? "–"), h("code", {}, each.b ?? "–"), ...(sized ? [signed(each.bytes_b - each.bytes_a, "bytes")] : [])]), { right: new Set([3]) }),
   ];
 }
 
@@ -43,10 +47,11 @@ async function show() {
   }
   try {
     const found = await ask(`${studyPath(name, "diff")}?${new URLSearchParams({ a, b })}`);
-    const link = (n) => h("a", { href: studyPage(name, n) }, `trial ${n}`);
+    named.set(a, found.a).set(b, found.b);
+    const link = (n) => h("a", { href: studyPage(name, n) }, called(n));
     fill(at("facts"), h("span", {}, link(found.a), " against ", link(found.b)));
     let schemes = null;
-    const sides = [found.a, found.b].map((n) => figureCard(`Trial ${n}`, name, "layer_map", {
+    const sides = [found.a, found.b].map((n) => figureCard(called(n).replace(/^trial/, "Trial"), name, "layer_map", {
       options: () => ({ trial: n, by: "scheme" }),
       prepare: (plotly) => (schemes ? alike(plotly, schemes) : plotly),
     }));

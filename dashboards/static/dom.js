@@ -34,6 +34,10 @@ export function pageData() {
   return found ? JSON.parse(found.textContent) : {};
 }
 
+/** Names of modules, which may have several lines, and where they may break. */
+const isLong = (cell) => typeof cell === "string" && cell.length > 20 && cell.includes(".");
+const parts = (name) => name.split(/(?<=\.)/).flatMap((part, i) => (i ? [h("wbr"), part] : [part]));
+
 /**
  * A real table in a box that scrolls.
  * @param {string} caption for whoever cannot see where it stands
@@ -56,7 +60,7 @@ export function table(caption, headers, rows, { right = new Set(), head = true }
         {},
         rows.map((row) =>
           h("tr", {}, row.map((cell, i) =>
-            i === 0 && head ? h("th", { scope: "row", class: side(i) }, cell) : h("td", { class: side(i) }, cell))),
+            i === 0 && head ? h("th", { scope: "row", class: isLong(cell) ? "long" : side(i) }, isLong(cell) ? parts(cell) : cell) : h("td", { class: side(i) }, cell))),
         ),
       ),
     ),

@@ -1,6 +1,7 @@
 /** One figure: fetched as data, drawn by Plotly, with its note, its table, and one line where it cannot be had. */
 import { ask } from "./api.js";
 import { debounced, fill, h, table } from "./dom.js";
+import { readable } from "./format.js";
 import { CONFIG, download, plotly, themed } from "./plot.js";
 
 const SHOWN = 400; // rows of a table that are put on the page
@@ -19,8 +20,8 @@ export class Figure {
   /**
    * @param {HTMLElement} root holds the picture, its note and its table
    * @param {{address: (options: Object) => string, name: string, label?: string, prepare?: (figure: any) => any,
-   *   drawn?: (plot: HTMLElement) => void, draw?: (plot: HTMLElement, figure: any) => void, empty?: Node[]}} options
-   *   `prepare` may change data and layout before they are drawn; `draw` draws instead of Plotly
+   *   note?: (text: string) => string, drawn?: (plot: HTMLElement) => void, draw?: (plot: HTMLElement, figure: any) => void, empty?: Node[]}} options
+   *   `note` may change its text, `prepare` may change data and layout before they are drawn; `draw` draws instead of Plotly
    */
   constructor(root, options) {
     this.root = root;
@@ -82,7 +83,7 @@ export class Figure {
   /** Draw again what was fetched last. */
   async redraw() {
     const { figure } = this;
-    this.note.textContent = figure.note ?? "";
+    this.note.textContent = readable(this.options.note?.(figure.note ?? "") ?? figure.note ?? "");
     this.note.hidden = !figure.note;
     const { data, layout } = this.options.prepare?.(structuredClone(figure.plotly)) ?? structuredClone(figure.plotly);
     this.plot.classList.toggle("void", data.length === 0);

@@ -76,6 +76,20 @@ const NAMES = {
   peak_memory_bytes: "Peak memory",
   perplexity: "Perplexity",
   accuracy: "Accuracy",
+  next_token_accuracy: "Next-token accuracy",
+  masked_token_accuracy: "Masked-token accuracy",
+  multiple_choice_accuracy: "Multiple-choice accuracy",
+  js_nats_per_token: "JS divergence",
+  bits_per_weight: "Bits per weight",
+  cosine_distance: "Cosine distance",
+  top1_agreement: "Top-1 agreement",
+  bleu: "BLEU",
+  chrf: "chrF",
+  rouge_l: "ROUGE-L",
+  f1: "F1",
+  ndcg: "nDCG",
+  spearman: "Spearman correlation",
+  lm_eval: "lm-eval",
 };
 
 /** An objective's name for people; the name itself where there is no better one. */
@@ -84,6 +98,14 @@ export function objectiveName(name) {
   const text = NAMES[metric] ?? metric.replaceAll("_", " ");
   return task ? `${text}, ${task}` : text;
 }
+
+const KNOWN = new RegExp(`\\b(${Object.keys(NAMES).filter((name) => name.includes("_")).join("|")})\\b`, "g");
+
+/** A sentence with objectives' names for people in it. */
+export const readable = (text) => text.replaceAll(KNOWN, (name) => {
+  const found = NAMES[name];
+  return /^[A-Z][a-z]/.test(found) ? found[0].toLowerCase() + found.slice(1) : found;
+});
 
 /** An axis title for people. */
 export const axisTitle = ({ name, unit }) => (unit === "bytes" || !unit ? objectiveName(name) : `${objectiveName(name)} (${unit})`);

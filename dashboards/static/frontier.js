@@ -31,6 +31,9 @@ function glyph(symbol, size) {
   return picture;
 }
 
+/** A name a little off its marker, which would cover its first letter. */
+const aside = (text, place) => (place === "middle right" ? `\u2002${text}` : place === "middle left" ? `${text}\u2002` : text);
+
 export class Frontier {
   /**
    * @param {HTMLElement} root
@@ -63,6 +66,7 @@ export class Frontier {
   }
 
   #tools(tools) {
+    this.tools = tools;
     const objectives = this.points.objectives.map(({ name }) => [name, objectiveName(name)]);
     const chooser = (name, label, more) =>
       h("label", {}, label, h("select", { id: `axis-${name}`, onchange: (event) => this.show({ [name]: event.target.value, zoom: null }) },
@@ -112,6 +116,9 @@ export class Frontier {
 
   #prepare({ data, layout }) {
     this.positions.clear();
+    this.tools.hidden = data.length === 0;
+    this.legend.hidden = data.length === 0;
+    if (!data.length) return { data, layout };
     const limited = Object.keys(this.limits).length > 0;
     const kept = limited ? new Set([...this.points.trials.values()].filter((trial) => fits(trial, this.limits)).map((trial) => trial.number)) : null;
     const drawn = [];
@@ -136,6 +143,7 @@ export class Frontier {
       } else if (trace.type === "scattergl") {
         trace.type = "scatter";
       }
+      if (Array.isArray(trace.text) && Array.isArray(trace.textposition)) trace.text = trace.text.map((text, i) => aside(text, trace.textposition[i]));
       if (trace.mode === "lines") Object.assign(trace, { line: { ...trace.line, color: colour("accent") }, opacity: 0.7 });
       drawn.push(trace);
     }

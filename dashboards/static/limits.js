@@ -82,9 +82,9 @@ export class Limits {
       const bound = row.side === "max" ? max : min;
       const other = row.side === "max" ? min : max;
       row.slider.disabled = row.ladder.length < 2;
-      row.slider.max = row.ladder.length;
+      row.slider.max = Math.max(1, row.ladder.length);
       // One step beyond the last value is no limit; limits get tighter to the left for "at most", to the right else.
-      const place = bound === undefined ? (row.side === "max" ? row.ladder.length : 0)
+      const place = bound === undefined ? (row.side === "max" ? row.slider.max : 0)
         : row.side === "max" ? row.ladder.filter((value) => value <= bound).length - 1 : row.ladder.filter((value) => value < bound).length + 1;
       row.slider.value = place;
       const unit = row.objective.unit;

@@ -45,6 +45,7 @@ export class Parallel {
     const floors = own.map(({ name }) => floor(complete.map((trial) => trial.measured[name].value)));
     complete = complete.filter((trial) => own.every(({ name }, i) => floors[i] === null || trial.measured[name].value >= floors[i]));
     this.shown = complete;
+    this.width = width;
     return own.map((objective, i) => {
       const values = complete.map((trial) => trial.measured[objective.name].value);
       const low = values.reduce((least, value) => Math.min(least, value), Infinity);
@@ -93,11 +94,16 @@ export class Parallel {
   #axis(axis, height) {
     const { x, name, unit, low, high } = axis;
     const ends = axis.direction === "minimize" ? [low, high] : [high, low];
+    // Texts of the outer axes go inwards where the picture is too narrow for them.
+    const place = (text) => {
+      const half = text.length * 3.6;
+      const [anchor, at] = x < half ? ["start", 0] : x > this.width - half ? ["end", this.width] : ["middle", x];
+      return { x: at, "text-anchor": anchor };
+    };
+    const texts = [[objectiveName(name), 14], [quantity(ends[0], unit), 32], [`${quantity(ends[1], unit)}${axis.log ? ", log" : ""}`, height - 8]];
     const group = s("g", { class: "axis" },
       s("line", { x1: x, x2: x, y1: TOP, y2: height - BOTTOM }),
-      s("text", { class: "title", x, y: 14, "text-anchor": "middle" }, objectiveName(name)),
-      s("text", { x, y: 32, "text-anchor": "middle" }, quantity(ends[0], unit)),
-      s("text", { x, y: height - 8, "text-anchor": "middle" }, `${quantity(ends[1], unit)}`));
+      ...texts.map(([text, y]) => s("text", { class: y === 14 ? "title" : null, y, ...place(text) }, text)));
     const bound = this.limits.bounds[name];
     if (bound) {
       const ys = [axis.y(bound.min ?? low), axis.y(bound.max ?? high)];

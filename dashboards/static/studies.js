@@ -60,7 +60,7 @@ function row(study) {
       h("h2", {}, h("a", { href: studyPage(study.study) }, study.study), h("span", { class: `state ${study.state}` }, study.state)),
       h("p", { class: "note" }, h("span", {}, study.model), h("span", {}, study.target), study.owner ? h("span", {}, study.owner) : null, h("span", {}, ago(study.finished_at ?? study.started_at ?? study.created_at)))),
     h("div", { class: "progress" },
-      h("span", {}, budget && ended(study) < budget && study.state !== "finished" ? `${ended(study)} of ${counted(budget, "trial")}` : counted(ended(study), "trial"), trials.failed ? `, ${trials.failed} failed` : "", trials.running ? `, ${trials.running} out` : ""),
+      h("span", {}, budget && ended(study) < budget && study.state !== "finished" ? `${ended(study)} of ${counted(budget, "trial")}` : counted(ended(study), "trial"), trials.failed ? `, ${trials.failed} failed` : "", trials.running ? `, ${trials.running} at work` : ""),
       h("div", { class: "meter" }, done),
       h("span", {}, study.frontier ? `${study.frontier} on the frontier` : "", `${study.workers ? ` · ${counted(study.workers, "worker")}` : ""}`)),
     h("p", { class: "said", title: objectives.join(", ") }, said ?? ""),

@@ -119,9 +119,9 @@ class Page {
     fill(at("facts"),
       h("span", {}, spec.model.id), h("span", {}, spec.target.name),
       h("span", {}, ended < spec.budget.trials && !OVER.has(points.state) ? `${ended} of ${counted(spec.budget.trials, "trial")}` : counted(ended, "trial")),
-      h("span", {}, `${points.frontier.length} on the frontier`),
+      points.frontier.length ? h("span", {}, `${points.frontier.length} on the frontier`) : null,
       counts.failed ? h("span", {}, `${counts.failed} failed`) : null,
-      began ? h("span", {}, duration((until - began) / 1000)) : null,
+      began && until - began >= 1000 && points.state !== "queued" ? h("span", { title: OVER.has(points.state) ? "from its start to its end" : "since it started" }, duration((until - began) / 1000)) : null,
       study.owner ? h("span", {}, study.owner) : null);
     if (study.message && points.state === "failed") complain(study.message);
     fill(at("actions"), studyActions(name, points.state, { refresh: () => this.refresh(), state: () => this.points.state }));

@@ -40,6 +40,7 @@ function tradeoffs(page, study) {
   return (panel) => {
     const parallel = figureCard("All objectives at once", study.study, "parallel", { wide: true, tall: true, kinds: ["csv", "json"],
       tools: [h("span", { class: "note" }, "Better is up. Brush an axis to limit it; click an axis to lift the limit.")],
+      note: (text) => text.replace(" An arrow says which way is better.", ""), // as the notebook's figure has it
       draw: (plot) => {
         parallel.lines ??= new Parallel(plot, page.points, page.limits, (number, more) => page.select(number, more));
         parallel.lines.mark(page.chosen);
@@ -128,17 +129,17 @@ function trials(page, study) {
       const names = points.objectives;
       const order = (name) => h("button", { type: "button", class: "link", onclick: () => { by = by === name ? `-${name}` : name; setView({ sort: by }); look(); } },
         name === "number" ? "trial" : `${objectiveName(name)}${names.find((o) => o.name === name).unit === "bytes" ? "" : `, ${names.find((o) => o.name === name).unit}`}`, key === name || (name === "number" && !key) ? (down ? " ↓" : " ↑") : "");
-      const made = table(`Trials of ${study.study}`, [order("number"), "what", "state", ...names.map((o) => order(o.name)), ""],
+      const made = table(`Trials of ${study.study}`, [order("number"), "what", ...names.map((o) => order(o.name)), "state", ""],
         rows.slice(0, shown).map((trial) => [
           h("a", { href: studyPage(study.study, trial.number) }, String(trial.number)),
           trial.baseline ?? trial.origin,
-          trial.duplicate_of === null ? [trial.state, trial.on_frontier ? " · frontier" : "", trial.feasible === false ? " · infeasible" : ""] : `same as ${trial.duplicate_of}`,
           ...names.map(({ name, unit }) => {
             const m = trial.measured[name];
             return m ? [withError(m.value, m.stderr, unit), m.kind === "predicted" ? h("span", { class: "how" }, " predicted") : null] : "";
           }),
+          trial.duplicate_of === null ? [trial.state, trial.on_frontier ? " · frontier" : "", trial.feasible === false ? " · infeasible" : ""] : `same as ${trial.duplicate_of}`,
           h("button", { type: "button", class: "link", "aria-pressed": String(page.chosen.includes(trial.number)), "aria-label": `Select ${trialName(trial)}`, onclick: (event) => page.select(trial.number, event.shiftKey) }, page.chosen.includes(trial.number) ? "selected" : "select"),
-        ]), { right: new Set(names.map((_, i) => i + 3)) });
+        ]), { right: new Set(names.map((_, i) => i + 2)) });
       for (const [i, row] of [...made.querySelectorAll("tbody tr")].entries()) {
         row.classList.toggle("on", page.chosen.includes(rows[i].number));
         row.classList.toggle("off", Object.keys(bounds).length > 0 && !fits(rows[i], bounds));
