@@ -297,6 +297,16 @@ def test_changed_requirements_install_again(checkout: Path, file: str) -> None:
     assert len(make(checkout, "install")) == 1
 
 
+def test_what_is_imported_is_compiled_once() -> None:
+    """Where a container asks Python to keep no bytecode, each process of a test would compile torch again."""
+    environment = {"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1", "KEPT": "1"}
+    command = ["make", "--eval", "told: ; @env", "told"]
+    told = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    names = {line.partition("=")[0] for line in told.stdout.splitlines()}
+    assert "KEPT" in names
+    assert "PYTHONDONTWRITEBYTECODE" not in names
+
+
 def test_an_old_python_is_refused_in_one_line(checkout: Path) -> None:
     shutil.rmtree(checkout / ".venv")
     done = subprocess.run(
