@@ -331,7 +331,12 @@ class RayExecutor(Executor):
             name, _ = member.who()
             doing = f"while it ran {job.action!r} of {job.key!r}" if job else "while it loaded the model"
             failure = self._died(member, doing, problem)
-            return Result(job, None, failure, seconds, name) if job else None
+            if job is None:
+                return None
+            if failure is None:
+                self._queue.appendleft((job, pack(job), time.monotonic()))
+                return None
+            return Result(job, None, failure, seconds, name)
         except Exception as problem:
             answer = problem  # the result cannot be unpacked here; unpickling may raise anything
         if isinstance(answer, Wants):
@@ -356,8 +361,11 @@ class RayExecutor(Executor):
         assert isinstance(answer, Result)
         return dataclasses.replace(answer, job=job)
 
-    def _died(self, member: _Member, doing: str, problem: RayError) -> Failure:
-        """Write a worker off; the record of why, with its last output where it can be found."""
+    def _died(self, member: _Member, doing: str, problem: RayError) -> Failure | None:
+        """Write a worker off; the record of why, with its last output where it can be found.
+
+        None where the cluster has lost what this process leans on: with it all workers go, and none is to blame.
+        """
         name, pid = member.who()
         output = self._output(pid)
         fault = next((line for line in output.splitlines() if line.startswith(FAULT)), None)
@@ -367,6 +375,8 @@ class RayExecutor(Executor):
             cause = fault or "killed from outside, for want of memory, or by a fault in native code"
         message = f"{name} died {doing}: {cause}"
         self._remove(member)
+        if not self._session.answers():
+            return None
         self._deaths += 1
         self._last_death = message
         return Failure("WorkerLost", message, f"{problem}\n\n{output}".strip(), crashed=True)

@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,45 @@ def _parts(address: str) -> tuple[str, int]:
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
+@dataclass
+class _Peer:
+    """A process of the cluster that a session cannot do without, and since when it has not answered."""
+
+    what: str
+    address: tuple[str, int]
+    silent_since: float | None = None
+
+    def look(self) -> OSError | None:
+        """Why it does not answer now, None where it does."""
+        try:
+            socket.create_connection(self.address, timeout=LOOK_SECONDS).close()
+        except OSError as problem:
+            return problem
+        return None
+
+    def check(self, now: float) -> None:
+        """Raises `AutoQError` once it has not answered for `SILENT_SECONDS`."""
+        if (problem := self.look()) is None:
+            self.silent_since = None
+            return
+        self.silent_since = self.silent_since or now
+        if (silent := now - self.silent_since) > SILENT_SECONDS:
+            host, port = self.address
+            raise AutoQError(
+                f"the {self.what} at {host}:{port} has not answered for {silent:.0f} s ({problem}); "
+                "what is stored is safe, go on with `autoq resume` when the cluster is back"
+            )
+
+
+def _peers(head: tuple[str, int]) -> list[_Peer]:
+    """The cluster's head, and the raylet of this process's own node, without which Ray starts nothing for it and says
+    nothing to it. A client (`ray://`) has none of its own."""
+    peers = [_Peer("head of the Ray cluster", head)]
+    if (node := ray_worker._global_node) is not None:
+        peers.append(_Peer("Ray node of this process", (node.node_ip_address, node.node_manager_port)))
+    return peers
+
+
 def _log_line(data: dict[str, Any], **_: object) -> None:
     """Take what Ray would print to stdout, where the command line prints its documents."""
     for line in data["lines"]:
@@ -156,14 +196,13 @@ class Session:
         self._mine = False
         self._environment: dict[str, str | None] = {}
         self._printer: Any = None
-        self._head: tuple[str, int] | None = None
+        self._peers: list[_Peer] = []
         self._looked = time.monotonic()
-        self._silent_since: float | None = None
         address = None if workers.address is None else find_address(workers.address)
         where = None if address is None else check_address(address)
         try:
             self._open(workers, address, where)
-            self._head = where or _parts(str(ray.get_runtime_context().gcs_address))
+            self._peers = _peers(where or _parts(str(ray.get_runtime_context().gcs_address)))
             self.cpus = self._share(workers)
         except BaseException:
             self.close()
@@ -176,22 +215,19 @@ class Session:
         return None if node is None else Path(node.get_logs_dir_path())
 
     def check(self) -> None:
-        """Raises `AutoQError` once the cluster's head has not answered for `SILENT_SECONDS`. Looks now and then."""
+        """Raises `AutoQError` once the cluster's head, or this process's own node, has not answered for
+        `SILENT_SECONDS`. Looks now and then."""
         now = time.monotonic()
-        if now - self._looked < LOOK_SECONDS or self._head is None:
+        if now - self._looked < LOOK_SECONDS:
             return
         self._looked = now
-        try:
-            socket.create_connection(self._head, timeout=LOOK_SECONDS).close()
-            self._silent_since = None
-        except OSError as problem:
-            self._silent_since = self._silent_since or now
-            if (silent := now - self._silent_since) > SILENT_SECONDS:
-                host, port = self._head
-                raise AutoQError(
-                    f"the head of the Ray cluster at {host}:{port} has not answered for {silent:.0f} s ({problem}); "
-                    "what is stored is safe, go on with `autoq resume` when the cluster is back"
-                ) from None
+        for peer in self._peers:
+            peer.check(now)
+
+    def answers(self) -> bool:
+        """Whether the cluster's head and this process's own node answer now. Where they do not, Ray ends workers that
+        did nothing wrong."""
+        return all(peer.look() is None for peer in self._peers)
 
     def _open(self, workers: WorkersSpec, address: str | None, where: tuple[str, int] | None) -> None:
         if ray.is_initialized():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import secrets
 import signal
 import subprocess
@@ -40,9 +41,13 @@ for line in sys.stdin:
         nodes.append(cluster.add_node(num_cpus=1, **at))
     elif line == "remove\\n":
         cluster.remove_node(nodes.pop(0), allow_graceful=False)
-    else:
+    elif line == "head\\n":
         cluster.head_node.kill_gcs_server()
-        cluster.head_node.kill_raylet()
+    else:  # of the head, which a study's process has for its own node, or of another one
+        node = cluster.head_node if line == "raylet\\n" else nodes.pop(0)
+        raylet = node.all_processes["raylet"][0].process
+        raylet.kill()
+        raylet.wait()  # its workers see that it is gone, as they do not while it is a zombie
     print("done", flush=True)
 cluster.shutdown()
 """
@@ -121,7 +126,7 @@ class Cluster:
         raise AssertionError("Ray does not start on this machine")
 
     def do(self, what: str) -> None:
-        """`add` or `remove` a node, or kill the `head`."""
+        """`add` or `remove` a node, kill the `head`, or only the `raylet` of its machine or of a node (`lame`)."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(f"{what}\n")
@@ -213,12 +218,12 @@ def outcome(store: Store, study_id: int) -> list[Any]:
     return [*trials, [t.number for t in store.frontier(study_id)]]
 
 
-def check_whole(store: Store, study_id: int, calm: list[Any]) -> None:
+def check_whole(store: Store, study_id: int, calm: list[Any], attempts: int = 2) -> None:
     """Nothing lost, nothing twice, a frontier that its trials have, as without a fault."""
     assert store.study(study_id).state == "finished"
     assert [t.number for t in store.frontier(study_id)] == store.recompute_frontier(study_id)
     assert outcome(store, study_id) == calm
-    assert all(trial.attempt <= 2 for trial in store.trials(study_id))
+    assert all(trial.attempt <= attempts for trial in store.trials(study_id))
 
 
 def wait(true: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
@@ -247,16 +252,18 @@ def struck(
 
 def test_workers_and_nodes_come_and_go(cluster, new_study, calm, rounds) -> None:
     (store, new), dice = new_study, random.Random(3)
-    kills, removals = rounds(2, 50), rounds(1, 8)
+    left = ["kill"] * rounds(2, 50) + ["remove", "lame"] * rounds(1, 8)
+    dice.shuffle(left)
     noticed: list[float] = []
     finished: list[float] = []
-    killed = removed = studies = 0
-    while killed < kills or removed < removals:
+    counts = dict.fromkeys(left, 0)
+    studies = 0
+    while left:
         study, studies = new(), studies + 1
         controller = cluster.study(store, study)
         # More than this in a row, and the study would be right to give up.
         for _ in range(BUDGET // 2):
-            if killed == kills and removed == removals:
+            if not left:
                 break
             found = wait(lambda study=study: struck(store, study, dice), controller)
             if not found:
@@ -264,13 +271,13 @@ def test_workers_and_nodes_come_and_go(cluster, new_study, calm, rounds) -> None
             pid, trial = found
             time.sleep(dice.uniform(0, PAUSE / 4))
             at, when = time.monotonic(), time.time()
-            if (removed < removals and dice.random() < removals / (kills + removals)) or killed == kills:
-                cluster.do("remove")
+            what = left.pop()
+            counts[what] += 1
+            if what != "kill":
+                cluster.do(what)
                 cluster.do("add")
-                removed += 1
                 continue
             os.kill(pid, signal.SIGKILL)
-            killed += 1
             one = lambda trial=trial, study=study: store.trial(study, trial.number)  # noqa: E731
             wait(lambda one=one: one().attempt == 2 or one().state != "running", controller)
             if one().attempt == 2:
@@ -281,7 +288,7 @@ def test_workers_and_nodes_come_and_go(cluster, new_study, calm, rounds) -> None
         assert controller.returncode == 0, said
         check_whole(store, study, calm)
     assert noticed
-    print(f"seed 3: {killed} workers killed and {removed} nodes removed in {studies} studies, 0 lost, 0 doubled")
+    print(f"seed 3: {counts} of workers, nodes, and nodes' raylets in {studies} studies, 0 lost, 0 doubled")
     print(f"dispatched again after {sorted(noticed)[len(noticed) // 2]:.1f} s (at most {max(noticed):.1f} s),")
     print(f"evaluated elsewhere but for the trial's own time after {max(finished):.1f} s at most")
 
@@ -329,18 +336,26 @@ def test_a_node_is_cut_off_and_comes_back(cluster, network, networks, new_study,
     print(f"back, it had {took_part} trials; 0 lost, 0 doubled")
 
 
-def test_the_head_dies_and_the_study_goes_on_elsewhere(cluster, new_study, calm, rounds, controllers_module) -> None:
+def test_what_a_study_leans_on_dies_and_it_goes_on(cluster, new_study, calm, rounds, controllers_module) -> None:
+    """Its own node's raylet, without which Ray ends all of its workers and starts none; then the head."""
     store, new = new_study
     study, silent = new(), rounds(3, 20)
-    controller = cluster.study(store, study, 2.0, silent)
-    wait(lambda: len(store.trials(study, states=["complete"])) > 2, controller)
-    cluster.do("head")
-    _, said = controller.communicate(timeout=PATIENCE)
-    assert controller.returncode == 1
-    (line,) = [line for line in said.splitlines() if line.startswith("autoq: ")]
-    assert f"the head of the Ray cluster at {cluster.address} has not answered for " in line
-    assert "Traceback" not in said
-    left = store.study(study)
-    assert (left.state, left.message) == ("failed", line.removeprefix("autoq: "))
+    for what, called in (("raylet", "Ray node of this process"), ("head", "head of the Ray cluster")):
+        done = len(store.trials(study, states=["complete"]))
+        controller = cluster.study(store, study, 1.0, silent)
+        wait(lambda done=done: len(store.trials(study, states=["complete"])) > done + 2, controller)
+        struck_at = time.monotonic()
+        cluster.do(what)
+        _, said = controller.communicate(timeout=PATIENCE)
+        assert controller.returncode == 1, said
+        print(f"{what} killed: the study ended after {time.monotonic() - struck_at:.1f} s")
+        (line,) = [line for line in said.splitlines() if line.startswith("autoq: ")]
+        assert re.match(
+            rf"autoq: the {called} at {cluster.address.rpartition(':')[0]}:\d+ has not answered for \d+ s ", line
+        )
+        assert "Traceback" not in said
+        left = store.study(study)
+        assert (left.state, left.message) == ("failed", line.removeprefix("autoq: "))
+        assert not store.trials(study, states=["failed"])
     run_study(store, study, make=lambda spec: LocalExecutor(spec, controllers_module.Evaluator))
-    check_whole(store, study, calm)
+    check_whole(store, study, calm, attempts=5)

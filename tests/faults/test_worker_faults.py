@@ -56,6 +56,12 @@ class Fake:
     def leave(self) -> None:
         os._exit(3)
 
+    def leave_once(self, mark: str) -> str:
+        if Path(mark).exists():
+            return "done"
+        Path(mark).touch()
+        os._exit(3)
+
     def quit(self) -> None:
         sys.exit(0)
 
@@ -100,7 +106,7 @@ def session() -> Iterator[Session]:
 
 
 @pytest.fixture
-def executor(session: Session) -> Iterator[Executor]:
+def executor(session: Session) -> Iterator[RayExecutor]:
     with RayExecutor(spec_for(1), Fake) as executor:
         yield executor
 
@@ -163,6 +169,17 @@ def test_every_way_to_die_is_a_crash_and_the_queue_survives(executor: Executor, 
     assert death.worker == before.worker
     assert (after.job.key, after.value) == ("after", 2)
     assert after.worker != before.worker
+
+
+def test_a_death_that_is_the_clusters_is_no_fault_of_the_job(
+    executor: RayExecutor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Ray ends all workers of a process that has lost its node. So jobs might end two of them, and be given up."""
+    monkeypatch.setattr(executor._session, "answers", lambda: False)
+    executor.submit(Job("a", "leave_once", {"mark": str(tmp_path / "mark")}))
+    (result,) = drain(executor)
+    assert (result.value, result.failure, result.job.attempt) == ("done", None, 1)
+    assert executor._deaths == 0
 
 
 def test_running_out_of_memory_politely_is_an_ordinary_failure(executor: Executor) -> None:
