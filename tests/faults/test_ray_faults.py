@@ -78,8 +78,7 @@ with Store.open(url) as store:
 def environment() -> dict[str, str]:
     """That of a cluster's processes, with a token of its own."""
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
-    return inherited | token | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SUPPORT)}
+    return os.environ | token | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SUPPORT)}
 
 
 class Cluster:
