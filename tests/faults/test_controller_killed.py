@@ -38,13 +38,12 @@ class Controllers:
     """Starts controllers, and knows how they ended."""
 
     def __init__(self) -> None:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
         self.process = subprocess.Popen(
             [sys.executable, str(TESTS / "support" / "controllers.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
         assert self.process.stdout is not None
         self.started: queue.Queue[int] = queue.Queue()

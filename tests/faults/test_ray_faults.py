@@ -101,8 +101,7 @@ def environment() -> dict[str, str]:
     """That of a cluster's processes, with a token of its own."""
     ray = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
     ray |= {f"RAY_health_check_{name}": str(value) for name, value in HEALTH.items()}
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
-    return inherited | ray | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SUPPORT)}
+    return os.environ | ray | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SUPPORT)}
 
 
 class Cluster:

@@ -60,8 +60,7 @@ class Follower(threading.Thread):
 
 
 def test_a_server_waits_for_its_database(server, tiny_model_dir, tmp_path, rounds, record_testsuite_property):
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
-    environment |= {"AUTOQ_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    environment = os.environ | {"AUTOQ_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     environment["AUTOQ_DB"] = address = server.fresh()
     spec = {
         "name": "whole",

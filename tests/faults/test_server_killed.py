@@ -91,11 +91,10 @@ class Server:
         (folder / "runner.py").write_text(RUNNER)
         told = [url, str(self.port), str(folder / "runner.py"), str(folder / "server")]
         self.command = [sys.executable, "-c", SERVER, *told]
-        self.environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
         self.start()
 
     def start(self) -> None:
-        self.process = subprocess.Popen(self.command, env=self.environment, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == "up\n"
 

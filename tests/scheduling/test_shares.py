@@ -151,6 +151,7 @@ def test_weights_double_and_are_clipped():
     assert [weight(p) for p in (-9, -3, -1, 0, 1, 3, 9)] == [1 / 8, 1 / 8, 0.5, 1, 2, 8, 8]
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("slots", [1, 2, 3, 5])
 @pytest.mark.parametrize("priorities", [(0, 0), (0, 1, 2), (0, 0, 0, 0), (-1, 0, 2), (3, 0)])
 def test_in_the_long_run_shares_are_as_the_weights(slots, priorities):

@@ -5,8 +5,7 @@
 
 A helper process imports what `autoq` needs for a model, once, and forks for each command line. What comes of it is a
 process like one that a shell starts: its own id, signals, folder, environment and pipes, and an interpreter that ends
-as always. It heeds interrupts even where the tests themselves were started without them (`nohup`), and is not measured
-by coverage: an interrupt that meets the lock of coverage's own data would wait for itself.
+as always. It heeds interrupts even where the tests themselves were started without them (`nohup`).
 """
 
 from __future__ import annotations
@@ -86,10 +85,9 @@ class Commands:
 
     def __init__(self) -> None:
         self._socket, theirs = socket.socketpair()
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
         self._helper = subprocess.Popen(
             [sys.executable, __file__, str(theirs.fileno())],
-            env=environment | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
             pass_fds=[theirs.fileno()],
         )
         theirs.close()
