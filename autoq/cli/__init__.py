@@ -7,7 +7,21 @@ Commands import what they need when they run, so that help and queries answer at
 
 from __future__ import annotations
 
-from autoq.cli import recover, remote, report, run, sensitivity, sequential, ship, stored, web  # registers the commands
+# Each registers its commands.
+from autoq.cli import plan, recover, remote, report, run, sensitivity, sequential, ship, stored, web
 from autoq.cli.app import app, main
 
-__all__ = ["app", "main", "recover", "remote", "report", "run", "sensitivity", "sequential", "ship", "stored", "web"]
+__all__ = [
+    "app",
+    "main",
+    "plan",
+    "recover",
+    "remote",
+    "report",
+    "run",
+    "sensitivity",
+    "sequential",
+    "ship",
+    "stored",
+    "web",
+]

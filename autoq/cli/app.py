@@ -26,7 +26,7 @@ _WORDS = {
 
 # From a search to what is shipped, then the server, then what there is.
 ORDER = (
-    *("search", "resume", "sensitivity", "studies", "trials", "frontier", "pick", "diff", "report"),
+    *("plan", "search", "resume", "sensitivity", "studies", "trials", "frontier", "pick", "diff", "report"),
     *("recover", "sequential", "export", "verify", "serve", "token", "submit", "cancel"),
     *("methods", "targets", "objectives", "samplers", "doctor"),
 )
