@@ -11,7 +11,7 @@ leaves workers idle.
 
 `--clock cpu` charges the controller's CPU time instead of wall time, for a machine that others use; what the disk or a
 database server takes is then left out. `--plan` runs nothing: it prints how costs grow and what a model of 70 billion
-weights on eight nodes of eight GPUs would take, by the arithmetic of `_cost_model.py`, with its assumptions.
+weights on eight nodes of eight GPUs would take, by the arithmetic of `autoq.search.cost_model`, with its assumptions.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import _cost_model as cost
 import psutil
 import sqlalchemy as sa
 from _report import print_table
@@ -43,6 +42,7 @@ from _simulation import (
     write_skeleton,
 )
 
+from autoq.search import cost_model as cost
 from autoq.search.controller import create_study, run_study
 from autoq.search.observer import Observer
 from autoq.search.optuna_study import AskTell

@@ -21,7 +21,7 @@ MAPPED = {"workers": "autoq.workers", "studies": "autoq.studies", "dashboards": 
 
 VOCABULARY = {
     *("errors", "scheme", "layer", "assignment", "measurement", "statistics", "plugins"),
-    *("granularity", "sparsity", "spec", "spec_errors", "spec_units", "strict_yaml"),
+    *("granularity", "sparsity", "spec", "spec_errors", "spec_fields", "spec_units", "strict_yaml"),
     *("cache", "device", "energy", "folding", "kv_cache", "trained", "user_path"),
 }
 NUMBERS = {

@@ -235,6 +235,13 @@ MISTAKES = [
     ),
     (MODEL + "workers: {count: 4}", ["workers: count 4 needs executor ray"]),
     (MODEL + "workers: {address: auto}", ["workers: address 'auto' needs executor ray"]),
+    *(
+        (
+            MODEL + f"workers: {{executor: ray, address: '{address}'}}",
+            ["workers.address: must be auto, HOST:PORT", address],
+        )
+        for address in ("local", "10.0.0.5", ":6379", "h:0", "h:65536", "ray://h", "http://h:1", "h:6379/x")
+    ),
     (MODEL + "workers: {gpus: -1}", ["workers.gpus: must be at least 0"]),
     (
         MODEL + "workers: {gpus: 1.5, executor: ray}",

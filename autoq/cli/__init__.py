@@ -8,6 +8,7 @@ Commands import what they need when they run, so that help and queries answer at
 from __future__ import annotations
 
 from autoq.cli import (  # registers the commands
+    plan,
     recover,
     remote,
     removal,
@@ -24,6 +25,7 @@ from autoq.cli.app import app, main
 __all__ = [
     "app",
     "main",
+    "plan",
     "recover",
     "remote",
     "removal",

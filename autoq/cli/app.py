@@ -26,7 +26,7 @@ _WORDS = {
 
 # From a search to what is shipped, then the server, then what there is.
 ORDER = (
-    *("search", "resume", "sensitivity", "studies", "trials", "frontier", "pick", "diff", "report"),
+    *("plan", "search", "resume", "sensitivity", "studies", "trials", "frontier", "pick", "diff", "report"),
     *("recover", "sequential", "export", "verify", "serve", "token", "submit", "cancel", "remove"),
     *("methods", "targets", "objectives", "samplers", "doctor"),
 )
@@ -173,7 +173,7 @@ def examples(*lines: str) -> str:
 def main() -> NoReturn:
     """The entry point of the `autoq` command."""
     # A query is over before collecting garbage pays: without it, its imports take a seventh less time.
-    # What runs for longer than a moment switches it on again.
+    # What runs for longer than a moment switches it on again, a study once its imports are over.
     gc.disable()
     try:
         app()

@@ -21,6 +21,8 @@ from autoq.cli.output import open_store, print_frontier
 from autoq.reading import StoreReader
 
 if TYPE_CHECKING:
+    from autoq.search.executors import Executor
+    from autoq.spec import StudySpec
     from autoq.store import Store
 
 
@@ -66,8 +68,21 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, former)
 
 
+def _executor(spec: StudySpec) -> Executor:
+    """The study's executor; from here on garbage is collected.
+
+    By now torch and transformers are imported, which leaves next to no garbage; looking for it all along takes a tenth
+    of the seconds. What imports made stays to the end, so it is not looked through later either.
+    """
+    from autoq.search.executors import make_executor
+
+    if not gc.isenabled():  # `main` switched it off: the process is ours
+        gc.freeze()
+        gc.enable()
+    return make_executor(spec)
+
+
 def _run(store: Store, study_id: int, db: str, quiet: bool, as_json: bool) -> None:
-    gc.enable()
     from autoq.display.progress import default_observer
     from autoq.search.controller import run_study
     from autoq.search.observer import Observer
@@ -76,7 +91,7 @@ def _run(store: Store, study_id: int, db: str, quiet: bool, as_json: bool) -> No
     try:
         with contextlib.ExitStack() as stack:
             observer = Observer() if quiet else stack.enter_context(default_observer(study.objectives))
-            run_study(store, study_id, observer)
+            run_study(store, study_id, observer, _executor)
     except KeyboardInterrupt:
         where = "" if db == DEFAULT_DB else f" --db {store.url}"
         sys.stderr.write(f"autoq: interrupted; go on with: autoq resume {study.name}{where}\n")

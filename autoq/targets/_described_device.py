@@ -20,8 +20,8 @@ from autoq import strict_yaml
 from autoq.energy.work import ComputeFormat
 from autoq.errors import SpecError
 from autoq.scheme import KernelActivation, ZeroPoint
-from autoq.spec import Bytes, GroupSize, Number
 from autoq.spec_errors import one_line
+from autoq.spec_fields import Bytes, GroupSize, Number
 
 WeightFormat = Literal[
     "int2", "int3", "int4", "int5", "int6", "int8", "codebook2", "codebook3", "codebook4", "codebook8",

@@ -39,7 +39,7 @@ def controller(monkeypatch):
         observer.trial(store.trial(study_id, 0), 1, 1)
         store.set_state(study_id, "finished")
 
-    def run_study(store, study_id, observer=None):
+    def run_study(store, study_id, observer=None, make=None):
         fake.act(store, study_id, observer)
 
     fake.act, fake.create_study, fake.run_study, fake.raise_budget = finish, create_study, run_study, raise_budget

@@ -1,27 +1,18 @@
-"""The arithmetic of `benchmarks/_cost_model.py`: shapes that are known, sums by hand, and how costs grow."""
+"""The arithmetic of `autoq.search.cost_model`: shapes that are known, sums by hand, and how costs grow."""
 
 import dataclasses
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autoq.search import cost_model as cost
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-def benchmark(name):
-    found = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(found)
-    sys.modules[name] = module
-    found.loader.exec_module(module)
-    return module
-
-
-cost = benchmark("_cost_model")
 SOFTWARE = cost.Software()
 
 

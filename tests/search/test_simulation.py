@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autoq.search import cost_model as cost
 from autoq.search.controller import create_study, run_study
 from autoq.search.executors import Job
 from autoq.spec import build_spec
@@ -28,7 +29,7 @@ def benchmark(name):
     return module
 
 
-simulation, cost = benchmark("_simulation"), benchmark("_cost_model")
+simulation = benchmark("_simulation")
 RECORDING = simulation.Recording(10.0, 20.0, (0.8, 0.9, 1.0, 1.0, 1.1, 1.6))
 
 
