@@ -28,9 +28,17 @@ def short(text: object, most: int = LONGEST) -> str:
     return shown if len(shown) <= most else f"{shown[: most - 1]}…"
 
 
+_TURNS = {code: f"⟨U+{code:X}⟩" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
+
+
+def visible(text: str) -> str:
+    """A text whose marks that turn the order of letters around, also of those after it, can be seen."""
+    return text.translate(_TURNS)
+
+
 def safe(text: object, most: int = LONGEST) -> str:
     """A name as Plotly shows it literally: it takes tags and entities of a text for markup. Long ones are cut."""
-    return html.escape(short(text, most), quote=False)
+    return html.escape(visible(short(text, most)), quote=False)
 
 
 def distinct(names: Iterable[object], most: int = LONGEST) -> list[str]:
@@ -38,7 +46,7 @@ def distinct(names: Iterable[object], most: int = LONGEST) -> list[str]:
     found: list[str] = []
     taken: set[str] = set()
     for name in names:
-        whole = " ".join(str(name).split())
+        whole = visible(" ".join(str(name).split()))
         shown, count = whole if len(whole) <= most else f"…{whole[1 - most :]}", 1
         while shown in taken:
             count += 1

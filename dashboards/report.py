@@ -7,6 +7,7 @@ names are escaped, and data cannot end the script that it stands in.
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -18,7 +19,7 @@ from autoq.display import numbers
 from autoq.display.hindsight import hindsight
 from autoq.errors import AutoQError
 
-from . import palette
+from . import drawing, palette
 from .columns import Trials
 from .picks import picks
 from .study_view import View
@@ -46,7 +47,9 @@ def html(store: Store, study_id: int) -> str:
     import jinja2
 
     template = resources.files(__package__).joinpath("templates", "report.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=_readable
+    )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False, "sort_keys": False}
     return environment.from_string(template).render(
         study=study,
@@ -92,6 +95,26 @@ def headline(view: View) -> str:
     record = view.records([best])[0].best_measurements()
     values = ", ".join(f"{o.name} {numbers.quantity(record[o.name].value, o.unit)}" for o in objectives)
     return f"{said}; the best has {values}."
+
+
+_WORD, _PIECE = 120, 40
+
+
+def _readable(value: object) -> object:
+    """Text that anybody may have written, as in `static/dom.js`: where a long word may break is said, for to find that
+    out takes a browser minutes, and marks that turn the order of letters around are shown."""
+    if not isinstance(value, str) or hasattr(value, "__html__"):
+        return value
+    from markupsafe import Markup  # comes with jinja2
+
+    text = drawing.visible(value)
+    if len(text) <= _WORD:
+        return text
+    parts = re.split(rf"(\S{{{_WORD + 1},}})", text)
+    return Markup("").join(
+        Markup("<wbr>").join(part[at : at + _PIECE] for at in range(0, len(part), _PIECE)) if i % 2 else part
+        for i, part in enumerate(parts)
+    )
 
 
 def _facts(view: View) -> list[tuple[str, str]]:

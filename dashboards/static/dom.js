@@ -1,4 +1,25 @@
-/** Elements, without markup: every text goes through textContent. */
+/** Elements, without markup: every text becomes a text node. */
+import { visible } from "./format.js";
+
+const WORD = 120; // letters of a word from which on it may break anywhere
+const PIECE = 40;
+const AS_THEY_ARE = new Set(["option", "textarea", "title"]); // hold text alone
+
+/**
+ * Text that anybody may have written, as nodes. Where a long word may break is said: a browser that has to find that
+ * out takes seconds for a word of 20,000 letters and minutes for one of 100,000. Marks that turn the order of the
+ * letters around, also of those after the text, are shown instead.
+ */
+function nodes(child, tag = "") {
+  if (typeof child !== "string") return [child];
+  const text = visible(child);
+  if (text.length <= WORD || AS_THEY_ARE.has(tag)) return [text];
+  return text.split(/(\S{121,})/).flatMap((part) => (part.length <= WORD || /\s/.test(part) ? [part] : pieces(part)));
+}
+
+const pieces = (word) => Array.from({ length: Math.ceil(word.length / PIECE) }, (_, i) => [word.slice(i * PIECE, (i + 1) * PIECE), document.createElement("wbr")]).flat();
+
+const all = (children, tag) => children.flat(9).filter((child) => child !== null && child !== undefined && child !== false).flatMap((child) => nodes(child, tag));
 
 /**
  * An element with attributes and children.
@@ -16,7 +37,7 @@ export function h(tag, attributes = {}, ...children) {
     else if (name === "value" || name === "checked" || name === "selected") element[name] = value;
     else element.setAttribute(name, value === true ? "" : String(value));
   }
-  element.append(...children.flat(9).filter((child) => child !== null && child !== undefined && child !== false));
+  element.append(...all(children, tag));
   return element;
 }
 
@@ -25,7 +46,7 @@ export const at = (id) => document.getElementById(id);
 
 /** Replace what an element holds. */
 export function fill(element, ...children) {
-  element.replaceChildren(...children.flat(9).filter((child) => child !== null && child !== undefined && child !== false));
+  element.replaceChildren(...all(children));
 }
 
 /** The page's own data, as the server wrote it. */
@@ -83,7 +104,7 @@ export function say(text) {
 /** Show one line about what went wrong, or take it away. */
 export function complain(problem, where = at("problem")) {
   where.hidden = !problem;
-  where.textContent = problem ? (problem.message ?? String(problem)) : "";
+  fill(where, problem ? (problem.message ?? String(problem)) : "");
 }
 
 /** At most one call per frame. */

@@ -39,7 +39,7 @@ export async function exportPanel(root, study, trial) {
       await look();
     } catch (refused) {
       problem.hidden = false;
-      problem.textContent = refused.message;
+      fill(problem, refused.message);
     } finally {
       start.disabled = false;
     }

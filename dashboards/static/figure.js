@@ -65,7 +65,7 @@ export class Figure {
     } catch (problem) {
       if (problem.name === "AbortError") return;
       this.problem.hidden = false;
-      this.problem.textContent = problem.message;
+      fill(this.problem, problem.message);
       if (!this.figure) this.plot.classList.add("void");
     } finally {
       this.root.removeAttribute("aria-busy");
@@ -83,7 +83,7 @@ export class Figure {
   /** Draw again what was fetched last. */
   async redraw() {
     const { figure } = this;
-    this.note.textContent = readable(this.options.note?.(figure.note ?? "") ?? figure.note ?? "");
+    fill(this.note, readable(this.options.note?.(figure.note ?? "") ?? figure.note ?? ""));
     this.note.hidden = !figure.note;
     const { data, layout } = this.options.prepare?.(structuredClone(figure.plotly)) ?? structuredClone(figure.plotly);
     this.plot.classList.toggle("void", data.length === 0);

@@ -92,6 +92,9 @@ const NAMES = {
   lm_eval: "lm-eval",
 };
 
+/** A text whose marks that turn the order of letters around, also of those after it, can be seen. */
+export const visible = (text) => text.replaceAll(/[\u202a-\u202e\u2066-\u2069]/g, (mark) => `⟨U+${mark.codePointAt(0).toString(16).toUpperCase()}⟩`);
+
 /** An objective's name for people; the name itself where there is no better one. */
 export function objectiveName(name) {
   const [metric, task] = name.split(":");
@@ -108,7 +111,7 @@ export const readable = (text) => text.replaceAll(KNOWN, (name) => {
 });
 
 /** An axis title for people. */
-export const axisTitle = ({ name, unit }) => (unit === "bytes" || !unit ? objectiveName(name) : `${objectiveName(name)} (${unit})`);
+export const axisTitle = ({ name, unit }) => (unit === "bytes" || !unit ? objectiveName(name) : `${visible(objectiveName(name))} (${visible(unit)})`);
 
 /** Text with a unit as a number in an objective's own unit, null where it is none: `90MB`, `1.5 GB`, `0.06`. */
 export function parseQuantity(text, unit) {

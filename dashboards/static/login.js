@@ -5,8 +5,8 @@ import { view } from "./view.js";
 
 /** Where to go afterwards: a path of this server and nowhere else. */
 function next() {
-  const wanted = new URL(view("next", href("/")), location.origin);
-  return wanted.origin === location.origin ? wanted.pathname + wanted.search : href("/");
+  const wanted = URL.parse?.(view("next"), location.origin) ?? null; // null for what is no address
+  return view("next") && wanted?.origin === location.origin ? wanted.pathname + wanted.search : href("/");
 }
 
 at("login").addEventListener("submit", async (event) => {

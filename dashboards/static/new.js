@@ -92,7 +92,7 @@ function showProblem(message, name) {
   const found = fields.get(parts.join("."));
   if (found) {
     found.problem.hidden = false;
-    found.problem.textContent = message;
+    fill(found.problem, message);
     found.control.setAttribute("aria-invalid", "true");
     fill(verdict, h("span", { class: "note" }, `There is a problem in ${parts.join(".")}.`));
   } else {

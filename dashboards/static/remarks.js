@@ -29,7 +29,7 @@ export async function remarksForm(form, study, number) {
       say("The note is saved.");
     } catch (refused) {
       problem.hidden = false;
-      problem.textContent = refused.message;
+      fill(problem, refused.message);
     } finally {
       save.disabled = false;
     }
@@ -39,7 +39,7 @@ export async function remarksForm(form, study, number) {
   } catch (refused) {
     if (refused.status !== 404) {
       problem.hidden = false;
-      problem.textContent = refused.message;
+      fill(problem, refused.message);
     }
   }
 }

@@ -87,6 +87,12 @@ def serve(db: Path, log: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
+def serving() -> Callable[[Path, Path], Iterator[str]]:
+    """`serving(db, log)`: a server as above."""
+    return serve
+
+
+@pytest.fixture(scope="session")
 def site(believable: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """A server with two finished studies, one that runs, one that failed, and one that waits."""
     folder = tmp_path_factory.mktemp("site")
