@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 SKETCH = 64
-_PORTION = 2**17  # numbers at once
+_PORTION = 2**19  # numbers at once
 
 
 class Signs:
@@ -77,7 +77,7 @@ def squares(grad: Tensor) -> tuple[Tensor, Tensor]:
     by_position, by_output = [], torch.zeros(grad.shape[1], device=grad.device)
     for start in range(0, len(grad), at_once):
         values = grad[start : start + at_once].float()
-        square = values * values
+        square = values.mul_(values) if values.dtype is not grad.dtype else values * values
         by_position.append(square.sum(1))
         by_output += square.sum(0)
     return torch.cat(by_position) if by_position else by_output[:0], by_output

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the field's own abbreviation
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from autoq.calibration._gradients import Signs, add_rows, factors, plus, product, squares
 from autoq.calibration.histogram import Histogram, sums_by_row
@@ -70,14 +71,36 @@ class _Read:
     mixed: Tensor | None = None  # (positions, k) its random projections
 
 
-class LookUps(TorchFunctionMode):
-    """Remembers the rows that were looked up last: a position embedding makes them of what it is given."""
+class LookUps:
+    """Remembers the rows that an embedding looked up last: one of positions makes them of what it is given.
+
+    Functions are watched while a watched embedding runs, and no longer: that costs a few microseconds for each.
+    """
 
     ids: Tensor
 
+    def watch(self, module: nn.Module) -> Iterator[RemovableHandle]:
+        """Hooks on an embedding, to be removed. Whoever wants to read `ids` after its forward pass hooks on later."""
+        mode = _Watch(self)
+
+        def begin(*_: Any) -> None:
+            mode.__enter__()  # type: ignore[no-untyped-call]
+
+        def end(*_: Any) -> None:
+            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+        yield module.register_forward_pre_hook(begin)
+        yield module.register_forward_hook(end, always_call=True)
+
+
+class _Watch(TorchFunctionMode):
+    def __init__(self, found: LookUps) -> None:
+        super().__init__()
+        self._found = found
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.embedding:
-            self.ids = args[0]
+            self._found.ids = args[0]
         return func(*args, **(kwargs or {}))
 
 
@@ -104,14 +127,15 @@ class Gatherer:
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Hooks on every layer while passes run."""
-        handles = []
+        handles: list[RemovableHandle] = []
         for layer in self.model.info.layers:
             for module in self.model.modules_of(layer):
                 self.by_module.setdefault(module, Sums())
+                if isinstance(module, nn.Embedding):
+                    handles += self._look_ups.watch(module)
                 handles.append(module.register_forward_hook(self._on_forward(module, layer.name)))
         try:
-            with self._look_ups:
-                yield
+            yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -254,7 +278,11 @@ def _read(x: Tensor) -> _Read:
     least, most = float(low.min()), float(high.max())
     if not most - least < torch.inf:
         raise NotFinite("its inputs are NaN or infinite on the calibration data")
-    return _Read(x, rows, values, low, high, rows.abs().amax(1).float(), max(-least, most), ((most - least) / 255) ** 2)
+    if rows.dtype is torch.bfloat16:  # by their bits without the sign, which take one walk less
+        peaks = (rows.view(torch.int16) & 0x7FFF).amax(1).view(torch.bfloat16).float()
+    else:
+        peaks = rows.abs().amax(1).float()
+    return _Read(x, rows, values, low, high, peaks, max(-least, most), ((most - least) / 255) ** 2)
 
 
 def _panels(inputs: int) -> Iterator[tuple[int, int]]:

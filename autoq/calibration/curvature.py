@@ -97,7 +97,8 @@ def go_back(output: Tensor, task: Task, generator: torch.Generator) -> None:
         return
     probabilities = output.detach().reshape(-1, output.shape[-1]).softmax(-1).cpu()
     labels, others = _draw(probabilities, torch.rand(len(probabilities), 1, generator=generator))
-    probabilities.scatter_(1, labels, -others.to(probabilities.dtype))
+    rows = torch.arange(len(probabilities))
+    probabilities[rows, labels[:, 0]] = -others[:, 0].to(probabilities.dtype)  # `scatter_` walks over all of them
     output.backward(probabilities.to(output.device).view_as(output))  # type: ignore[no-untyped-call]
 
 

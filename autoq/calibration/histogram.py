@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ from torch import Tensor
 from autoq.errors import NotFinite
 
 BINS = 16384
-_PORTION = 2**19  # values at once: few sums of all bins, and temporary values that are not mapped anew each time
+_PORTION = 2**20  # values at once: few sums of all bins, and temporary values that are not mapped anew each time
+_CODES = 2**16  # of bfloat16 numbers
 MIN_EXPONENT = -100  # magnitudes below 2^-100 share the two bins beside 0
 
 
@@ -42,6 +44,23 @@ def _places(values: Tensor, exponent: int) -> Tensor:
     return scaled.floor_().to(torch.int32).add_(BINS // 2)
 
 
+def _codes(values: Tensor, _: int) -> Tensor:
+    """The bits of bfloat16 numbers, int32 of their shape: those that share a bin are merged once they are counted."""
+    return values.view(torch.uint16).to(torch.int32)
+
+
+@functools.lru_cache(maxsize=16)
+def _merging(exponent: int) -> Any:
+    """The sparse matrix (BINS, codes) that puts sums by bits into the bins of a range, and nowhere what is beyond."""
+    from scipy.sparse import csr_array
+
+    codes = torch.arange(_CODES, dtype=torch.int32)
+    numbers = codes.to(torch.uint16).view(torch.bfloat16)
+    inside = numbers.abs() < 2.0**exponent  # and no NaN
+    places, columns = _places(numbers[inside], exponent).numpy(), codes[inside].numpy()
+    return csr_array((np.ones(len(columns)), (places, columns)), shape=(BINS, _CODES))
+
+
 @functools.lru_cache(maxsize=8)
 def _ones(count: int) -> NDArray[np.float64]:
     return np.ones(count)
@@ -57,15 +76,18 @@ def sums_by_row(x: Tensor, weights: Tensor, largest: float) -> tuple[Tensor, int
     from scipy.sparse import csc_array  # importing it takes longer than most commands
 
     exponent, (rows, columns) = _exponent(largest), x.shape
-    total = np.zeros((BINS, weights.shape[1]))
+    find, classes = (_codes, _CODES) if x.dtype is torch.bfloat16 else (_places, BINS)
+    total: Any = 0.0 if rows else np.zeros((classes, weights.shape[1]))
     at_once = max(1, min(rows, _PORTION // max(1, columns)))
     ones, starts = _ones(at_once * columns), np.arange(at_once + 1, dtype=np.int32) * columns
     shares = weights.detach().double().cpu().numpy()
     for start in range(0, rows, at_once):
         portion = x[start : start + at_once].detach().cpu()
-        places = _places(portion, exponent).reshape(-1).numpy()
-        matrix = csc_array((ones[: len(places)], places, starts[: len(portion) + 1]), shape=(BINS, len(portion)))
-        total += matrix @ shares[start : start + at_once]
+        places = find(portion, exponent).reshape(-1).numpy()
+        matrix = csc_array((ones[: len(places)], places, starts[: len(portion) + 1]), shape=(classes, len(portion)))
+        total = total + matrix @ shares[start : start + at_once]
+    if classes != BINS:
+        total = _merging(exponent) @ total
     return torch.from_numpy(np.ascontiguousarray(total.T)), exponent
 
 

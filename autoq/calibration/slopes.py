@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from autoq.calibration._hooks import LookUps, linear_output
 from autoq.layer import Layer
@@ -36,7 +37,8 @@ def gather(
     `ids` is (windows, tokens), run as one batch; `loss` turns outputs (windows, tokens, v) into a scalar.
     """
     found: dict[str, list[float]] = {layer.name: [] for layer in layers}
-    handles, look_ups = [], LookUps()
+    handles: list[RemovableHandle] = []
+    look_ups = LookUps()
 
     def watch(layer: Layer, module: nn.Module) -> None:
         def on_forward(_: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> None:
@@ -46,6 +48,8 @@ def gather(
             seen = look_ups.ids if isinstance(module, nn.Embedding) else inputs[0].detach()
             output.register_hook(lambda grad: add(layer, module, seen, grad.detach()))  # type: ignore[no-untyped-call]
 
+        if isinstance(module, nn.Embedding):
+            handles.extend(look_ups.watch(module))
         handles.append(module.register_forward_hook(on_forward))
 
     def add(layer: Layer, module: nn.Module, seen: Tensor, grad: Tensor) -> None:
@@ -64,7 +68,7 @@ def gather(
         for module in model.modules_of(layer):
             watch(layer, module)
     try:
-        with torch.enable_grad(), look_ups:
+        with torch.enable_grad():
             value = loss(model.outputs(ids.to(model.device)))
             value.backward()  # type: ignore[no-untyped-call]
     finally:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoq.calibration.histogram import BINS, MIN_EXPONENT, Histogram
+from autoq.calibration.histogram import BINS, MIN_EXPONENT, Histogram, sums_by_row
 from autoq.errors import NotFinite
 
 VALUES = st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=30)
@@ -71,3 +71,31 @@ def test_what_is_not_finite_is_refused_and_changes_nothing(value):
     with pytest.raises(NotFinite, match="NaN or infinite"):
         made.add(torch.tensor([0.0, value]))
     assert int(made.sums.sum()) == 1
+
+
+EVERY_BFLOAT16 = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+
+
+@pytest.mark.parametrize("exponent", [MIN_EXPONENT, MIN_EXPONENT + 1, -20, 0, 1, 13, 14, 127, 128])
+def test_bits_of_bfloat16_numbers_tell_their_bins_as_arithmetic_does(exponent):
+    """All numbers below 2^exponent, with both zeros, and weights that tell the rows apart."""
+    small = EVERY_BFLOAT16[EVERY_BFLOAT16.double().abs() < 2.0**exponent]
+    rows = small[: len(small) // 2 * 2].view(2, -1)
+    weights = torch.tensor([[1.0, 0.5], [1.0, 3.0]])
+    largest = float(rows.abs().max())
+    sums, found = sums_by_row(rows, weights, largest)
+    for own, weight in zip(sums, weights.t(), strict=True):
+        expected = Histogram()
+        expected.add(rows.float(), weight[:, None].expand(rows.shape))
+        assert found == expected.exponent
+        assert torch.equal(own, expected.sums.double())
+
+
+@given(st.lists(st.integers(0, 2**16 - 1), min_size=1, max_size=40))
+def test_rows_of_bfloat16_and_of_float32_have_one_histogram(codes):
+    values = torch.tensor(codes, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    values = values[values.isfinite()].view(-1, 1)
+    weights = torch.arange(1.0, 1 + len(values)).view(-1, 1)
+    largest = float(values.abs().max()) if len(values) else 0.0
+    (own, _), (other, _) = (sums_by_row(x, weights, largest) for x in (values, values.float()))
+    assert torch.equal(own, other)

@@ -156,3 +156,21 @@ def test_labels_are_drawn_as_the_model_predicts():
     p = torch.tensor([0.0, 1.0, 2.0]).softmax(0)
     assert torch.allclose(g.mean(0), torch.zeros(3), atol=0.03)
     assert torch.allclose(g.square().mean(0), p * (1 - p), atol=0.02)
+
+
+def test_functions_are_watched_while_an_embedding_runs_and_no_longer():
+    embedding, look_ups = torch.nn.Embedding(4, 2), _hooks.LookUps()
+    handles = list(look_ups.watch(embedding))
+    ids = torch.tensor([[3, 0]])
+    embedding(ids)
+    assert look_ups.ids is ids
+    torch.nn.functional.embedding(torch.tensor([1]), embedding.weight)
+    assert look_ups.ids is ids
+    with pytest.raises(IndexError):
+        embedding(torch.tensor([4]))
+    torch.nn.functional.embedding(torch.tensor([1]), embedding.weight)
+    assert look_ups.ids.tolist() == [4]
+    for handle in handles:
+        handle.remove()
+    embedding(ids)
+    assert look_ups.ids.tolist() == [4]
