@@ -37,6 +37,7 @@ from autoq.store.loading import (
     run_trials,
     unpack,
 )
+from autoq.store.members import damaged, members_of
 from autoq.store.patience import Patience, steady
 from autoq.store.queue import Queue
 from autoq.store.records import Descent, Origin, StudyRecord, StudyState, StudySummary, TrialRecord, TrialState
@@ -402,6 +403,9 @@ class Store:
             found = load_trials(connection, where, with_assignments=with_assignments, only_frontier=True)
             if not found:
                 _required_study(connection, study_id)
+                study, ids = members_of(connection, study_id)
+                if ids:
+                    raise damaged(study)
             return found
 
     def recompute_frontier(self, study_id: int) -> list[int]:

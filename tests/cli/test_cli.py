@@ -71,7 +71,7 @@ size_bytes             80.00 MB      80.00 MB      0 B
 COMMANDS = [
     *["search", "resume", "sensitivity", "studies", "trials", "frontier", "pick", "diff", "report"],
     *["recover", "sequential", "export", "verify", "serve", "token", "submit", "cancel"],
-    *["methods", "targets", "objectives", "samplers", "doctor"],
+    *["methods", "targets", "objectives", "samplers", "doctor", "copy"],
 ]
 
 

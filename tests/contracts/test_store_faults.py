@@ -114,7 +114,7 @@ def test_a_locked_database_is_said_in_one_line(url, store):
 def test_a_newer_schema_is_refused(url):
     with Store.open(url) as store, store._database.writing() as connection:
         connection.execute(sa.text(f"UPDATE {VERSION_TABLE} SET version_num = '9999'"))
-    with pytest.raises(StoreError, match=r"^[^\n]*made by a newer AutoQ \(schema 9999, this one knows up to 0006\)"):
+    with pytest.raises(StoreError, match=r"^[^\n]*made by a newer AutoQ \(schema 9999, this one knows up to 0007\)"):
         Store.open(url)
 
 
