@@ -84,9 +84,12 @@ def load_trials(
     with_assignments: bool = False,
     only_frontier: bool = False,
     limit: int | None = None,
+    whole: bool = False,
 ) -> list[TrialRecord]:
-    """The trials for which all conditions hold (on `models.trials`), ordered by study and number."""
-    return run_trials(connection, trial_query(where, only_frontier, limit), with_assignments, whole=only_frontier)
+    """The trials for which all conditions hold (on `models.trials`), ordered by study and number. `whole`: the frontier
+    of each study must be among them."""
+    query = trial_query(where, only_frontier, limit)
+    return run_trials(connection, query, with_assignments, whole=whole or only_frontier)
 
 
 class TrialQuery(NamedTuple):
@@ -127,7 +130,7 @@ def run_trials(
     parameters: Mapping[str, Any] | None = None,
     whole: bool = False,
 ) -> list[TrialRecord]:
-    """The trials that a query finds; `whole`: they are to be all of their studies' frontiers."""
+    """The trials that a query finds; `whole`: with all of their studies' frontiers."""
     rows = connection.execute(query.trials, parameters).all()
     for study_id, study, stored in {(row.study_id, row.study, row.members) for row in rows}:
         ids = members(connection, study_id, study, stored)
