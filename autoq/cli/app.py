@@ -28,7 +28,7 @@ _WORDS = {
 ORDER = (
     *("plan", "search", "resume", "sensitivity", "studies", "trials", "frontier", "pick", "diff", "report"),
     *("recover", "sequential", "export", "verify", "serve", "token", "submit", "cancel", "remove"),
-    *("methods", "targets", "objectives", "samplers", "doctor"),
+    *("methods", "targets", "objectives", "samplers", "doctor", "copy"),
 )
 _LONG = ("search", "resume", "recover", "sequential", "serve")
 

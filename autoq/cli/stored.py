@@ -1,4 +1,4 @@
-"""Commands that only read: studies, trials, frontier, pick, diff, what there is, and doctor."""
+"""Commands that only read: studies, trials, frontier, pick, diff, what there is, doctor and copy."""
 
 from __future__ import annotations
 
@@ -255,3 +255,40 @@ def doctor(db: Db = DEFAULT_DB, as_json: Json = False) -> None:
             sys.stdout.write(f"  {sign}  {finding.name:<18}  {finding.value}\n")
     if any(finding.ok is False for finding in findings):
         raise typer.Exit(1)
+
+
+@app.command(
+    epilog=examples(
+        "autoq copy backup.db",
+        "autoq copy postgresql+psycopg://autoq@db.internal/autoq --db autoq.db",
+        "autoq copy shared.db demo quick",
+        "autoq copy whole.db --db damaged.db --rescue",
+    )
+)
+def copy(
+    target: Annotated[str, typer.Argument(metavar="TO", help="Where to: a path (SQLite) or any SQLAlchemy URL.")],
+    studies: Annotated[
+        list[str] | None, typer.Argument(metavar="[STUDY]...", help="Only these, by name or id.")
+    ] = None,
+    db: Db = DEFAULT_DB,
+    rescue: Annotated[bool, typer.Option("--rescue", help="Copy what is whole of a damaged database.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Copy a database, or some of its studies, to another one.
+
+    As a backup, also while studies run; from SQLite to PostgreSQL and back; to rescue what is whole.
+    Everything is held against its checksums on the way. Without studies the target must have none.
+    """
+    from autoq.store import Store
+    from autoq.store.copying import copy as copied
+
+    with open_store(db) as source, Store.open(target) as opened:
+        done = copied(source, opened, studies or (), rescue)
+        where = opened.url
+    for line in done.left_out:
+        sys.stderr.write(f"left out: {line}\n")
+    if as_json:
+        print_json({"studies": done.studies, "trials": done.trials, "left_out": done.left_out})
+        return
+    of = ", ".join(done.studies) if len(done.studies) <= 3 else f"{len(done.studies)} studies"
+    sys.stdout.write(f"copied {done.trials} trials of {of or 'no study'} to {where!r}\n")

@@ -36,6 +36,9 @@ LOOK_SECONDS = 0.5  # between two looks at what is asked
 # search begins with, what is reported already.
 _NEW = {"quantize", "time"}
 _TRIAL = re.compile(r"trial-(\d+)")
+_over: dict[
+    tuple[str, int], set[int]
+] = {}  # leases of this process that ended and could not be let go, by their epochs
 
 
 class StopRequested(BaseException):
@@ -108,9 +111,12 @@ class Hold:
         """Let go of the study."""
         self._ended.set()
         self._thread.join()
-        with contextlib.suppress(AutoQError):  # an unreachable database lets go by itself
+        try:
             self._impatient.forget_workers(sorted(self._seen))
             self._impatient.release(self.study_id, self.epoch)
+        except AutoQError:
+            # A database that is away or full lets go when the lease ends; this process need not wait for that.
+            _over.setdefault((self.store.address, self.study_id), set()).add(self.epoch)
 
     def _beat(self) -> None:
         while True:
@@ -182,7 +188,8 @@ def holding(store: Store, study_id: int, hold: Hold | None = None, queued: bool 
     if hold is not None:
         yield hold
         return
-    epoch = store.queue.acquire(study_id, holders.holder(), LEASE_SECONDS)
+    over = _over.get((store.address, study_id), ())
+    epoch = store.queue.acquire(study_id, holders.holder(), LEASE_SECONDS, over)
     if epoch is None:
         refuse_busy(store, study_id)
         raise StudyBusy(f"study {store.study(study_id).name!r} is being run by another process")

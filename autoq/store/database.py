@@ -109,7 +109,7 @@ class Database:
     @contextlib.contextmanager
     def reading(self) -> Iterator[sa.Connection]:
         """A connection that sees one state of the database."""
-        with self._refusals(), self._reader.connect() as connection:
+        with self.refusals(), self._reader.connect() as connection:
             yield connection
 
     @contextlib.contextmanager
@@ -120,7 +120,7 @@ class Database:
         has patience. Raises `StoreAway` where it was not, or nobody knows.
         """
         receipt = "" if self._fence is None else secrets.token_hex(8)
-        with self._refusals(), self._writer.connect() as connection:
+        with self.refusals(), self._writer.connect() as connection:
             if self._fence is not None:
                 connection.execution_options(autoq_fence=(self._fence, receipt))
             yield connection
@@ -144,7 +144,7 @@ class Database:
         while True:
             patience.wait(unanswered)
             try:
-                with self._refusals(), self._writer.connect() as connection:
+                with self.refusals(), self._writer.connect() as connection:
                     # The server may not have noticed yet that nobody listens: it holds this row as long as it commits.
                     connection.execute(sa.select(study.id).where(study.id == fence.study_id).with_for_update())
                     return connection.execute(query).scalar() == receipt
@@ -163,7 +163,7 @@ class Database:
             )
 
     @contextlib.contextmanager
-    def _refusals(self) -> Iterator[None]:
+    def refusals(self) -> Iterator[None]:
         """Turn database errors into `StoreError` with one line that has no password in it."""
         try:
             yield
@@ -174,17 +174,22 @@ class Database:
             raise StoreError(f"the database {self.name!r} is damaged: a value cannot be read: {said}") from problem
         except (LookupError, TypeError, AttributeError) as problem:
             # A mistake of ours, unless the file says things that no schema allows: NULL where there is none.
-            if (found := self._damage()) is None:
+            if (found := self.damage()) is None:
                 raise
             raise StoreError(f"the database {self.name!r} is damaged: {found}") from problem
 
-    def _damage(self) -> str | None:
-        """What SQLite finds wrong with its file, None where it finds nothing."""
+    def damage(self) -> str | None:
+        """What is wrong with an SQLite file, its pages or its values' kinds; None: nothing, or it is no such file."""
         if self._engine.dialect.name != "sqlite":
             return None
-        with self._engine.connect() as connection:
-            found = str(connection.exec_driver_sql("PRAGMA integrity_check(1)").scalar())
-        return None if found == "ok" else " ".join(found.split())
+        try:
+            with self._engine.connect() as connection:
+                found = str(connection.exec_driver_sql("PRAGMA integrity_check(1)").scalar())
+                if found != "ok":
+                    return " ".join(found.split())
+                return next(filter(None, (_wrong_kind(connection, table) for table in metadata.sorted_tables)), None)
+        except exc.SQLAlchemyError as problem:
+            return f"it {_reason(problem)}"
 
     def _refusal(self, problem: exc.SQLAlchemyError) -> StoreError:
         text = f"the database {self.name!r} {_reason(problem)}"
@@ -223,6 +228,19 @@ class Database:
                         "give AutoQ a database of its own"
                     )
             _upgrade(connection, current, self.name)
+
+
+def _wrong_kind(connection: sa.Connection, table: sa.Table) -> str | None:
+    """Which column of an SQLite table has a value of a kind that it never gets: a text that became bytes."""
+    kinds = {sa.Integer: "integer", sa.Boolean: "integer", sa.Double: "real", sa.LargeBinary: "blob"}
+    wrong = []
+    for column in table.columns:
+        impl = column.type.impl if isinstance(column.type, sa.types.TypeDecorator) else column.type
+        kind = next((name for known, name in kinds.items() if isinstance(impl, known)), "text")
+        wrong.append(sa.func.sum(sa.func.typeof(column).not_in((kind, "null"))))
+    counts = connection.execute(sa.select(*wrong).select_from(table)).one()
+    named = [column.name for column, count in zip(table.columns, counts, strict=True) if count]
+    return f"a value in {table.name}.{named[0]} is of another kind" if named else None
 
 
 def _upgrade(connection: sa.Connection, current: str | None, name: str) -> None:

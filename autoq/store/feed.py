@@ -5,6 +5,7 @@ Every question is answered by an index or by a handful of rows, however many tri
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -15,7 +16,7 @@ from autoq.errors import NotFound
 from autoq.store import models as m
 from autoq.store.clock import worker_counts
 from autoq.store.database import Database
-from autoq.store.loading import load_summaries, load_trials
+from autoq.store.loading import load_columns, load_summaries, load_trials
 from autoq.store.records import StudySummary, TrialRecord, TrialState
 
 StudySort = Literal["created", "-created", "name", "-name"]
@@ -184,20 +185,20 @@ class Feed:
     def predictions(self, study_id: int, quality: str, since: int) -> dict[int, tuple[float, float]]:
         """Trial number -> what its sampler predicted of `quality`, and what was measured of it, for ended proposals
         that changed after `since`."""
-        t, v = m.trials.c, m.measurements.c
-        query = (
-            sa.select(t.number, t.sampler_attrs, v.value, v.detail)
-            .select_from(m.trials.join(m.measurements))
-            .where(t.study_id == study_id, t.changed > since, t.origin == "sampler")
-            .where(t.state.in_(("complete", "stopped")), v.objective == quality, v.part == "search")
-            .where(sa.type_coerce(t.sampler_attrs, sa.Text).contains(f'"{_PREDICTED}"'))
+        t, named = m.trials.c, f'"{_PREDICTED}"'
+        where = (
+            *(t.study_id == study_id, t.changed > since, t.origin == "sampler", t.state.in_(("complete", "stopped"))),
+            sa.type_coerce(t.sampler_attrs, sa.Text).contains(named),
         )
         with self._database.reading() as connection:
-            return {
-                row.number: (float(row.sampler_attrs[_PREDICTED]), float(row.detail.get("estimate", row.value)))
-                for row in connection.execute(query)
-                if row.sampler_attrs.get(_PREDICTED) is not None
-            }
+            rows, measured = load_columns(connection, where)
+        searched = {row[0]: row for row in measured if row[1:3] == (quality, "search")}
+        found = {}
+        for row in rows:
+            predicted, value = json.loads(row[-1]).get(_PREDICTED), searched.get(row[0])
+            if predicted is not None and value is not None:
+                found[row[1]] = float(predicted), float(json.loads(value[-1]).get("estimate", value[4]))
+        return found
 
     def counts(self) -> tuple[Mapping[str, int], Mapping[str, int], Mapping[str, int]]:
         """How many studies, trials and workers are in each state."""

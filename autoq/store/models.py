@@ -15,31 +15,39 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.types import TypeDecorator
 
-SCHEMA = "0007"  # the newest revision in migrations/versions
+from autoq.store.checksum import sealed, unsealed
+
+SCHEMA = "0008"  # the newest revision in migrations/versions
 VERSION_TABLE = "autoq_schema"  # not Alembic's default name, which other tools' databases have too
 
 
 class Json(TypeDecorator[Any]):
     """Any JSON value as text, the same on every database. None is NULL.
 
-    Numbers must be finite, as in JSON's own definition (RFC 8259), unless `finite` is False.
+    Numbers must be finite, as in JSON's own definition (RFC 8259), unless `finite` is False. What another checksum
+    covers needs no seal (`store.checksum`).
     """
 
     impl = sa.Text
     cache_ok = True
 
-    def __init__(self, finite: bool = True) -> None:
+    def __init__(self, finite: bool = True, seal: bool = True) -> None:
         super().__init__()
-        self.finite = finite
+        self.finite, self.seal = finite, seal
 
     def process_bind_param(self, value: Any, dialect: sa.Dialect) -> str | None:
         """To the database."""
-        return None if value is None else json.dumps(value, separators=(",", ":"), allow_nan=not self.finite)
+        if value is None:
+            return None
+        text = json.dumps(value, separators=(",", ":"), allow_nan=not self.finite)
+        return sealed(text) if self.seal and text != "{}" else text
 
     def process_result_value(self, value: Any, dialect: sa.Dialect) -> Any:
         """From the database."""
         # Most details and violations are empty, and there are several of them to a trial.
-        return None if value is None else {} if value == "{}" else json.loads(value)
+        if value is None:
+            return None
+        return {} if value == "{}" else json.loads(unsealed(value) if self.seal else value)
 
 
 class Moment(TypeDecorator[datetime]):
@@ -87,6 +95,7 @@ studies = sa.Table(
     sa.Column("owner", sa.String(64)),  # the user of a server who submitted it; NULL: whoever has the database
     sa.Column("priority", sa.Integer, nullable=False, server_default="0"),
     sa.Column("queued_at", Moment),
+    sa.Column("members", sa.String(48)),  # checksum of its frontier: see `store.checksum`
     sa.Column("request", sa.String(16)),  # `cancel` or `yield`, once the trials that are out have ended
 )
 
@@ -111,7 +120,7 @@ trials = sa.Table(
     sa.Column("attempt", sa.Integer, nullable=False),
     sa.Column("changed", sa.Integer, nullable=False),
     sa.Column("feasible", sa.Boolean),
-    sa.Column("violations", Json),
+    sa.Column("violations", Json(seal=False)),
     sa.Column("sampler_attrs", Json(finite=False), nullable=False),
     sa.Column("error_type", sa.Text),
     sa.Column("error_message", sa.Text),
@@ -151,7 +160,7 @@ measurements = sa.Table(
     sa.Column("unit", sa.String(64), nullable=False),
     sa.Column("n", sa.BigInteger, nullable=False),
     sa.Column("device", sa.Text, nullable=False),
-    sa.Column("detail", Json, nullable=False),
+    sa.Column("detail", Json(seal=False), nullable=False),
     sqlite_with_rowid=False,
 )
 
@@ -172,7 +181,7 @@ frontier = sa.Table(
     metadata,
     sa.Column("study_id", sa.ForeignKey("studies.id", ondelete="CASCADE"), primary_key=True),
     sa.Column("trial_id", sa.ForeignKey("trials.id", ondelete="CASCADE"), primary_key=True),
-    sa.Column("point", Json, nullable=False),  # values in the order of the study's objectives
+    sa.Column("point", Json(seal=False), nullable=False),  # values in the order of the study's objectives
     sa.Index(None, "trial_id"),
     sqlite_with_rowid=False,
 )

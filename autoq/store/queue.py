@@ -20,7 +20,7 @@ taken before a clock was set back, or the machine began anew, and has ended.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -180,17 +180,18 @@ class Queue(SubmissionQueue, ExportQueue, StudyRemoval):
 
     # Leases
 
-    def acquire(self, study_id: int, holder: str, seconds: float) -> int | None:
+    def acquire(self, study_id: int, holder: str, seconds: float, over: Collection[int] = ()) -> int | None:
         """Take the lease of a study for so many seconds; its epoch, or None while another holder has it.
 
         It is free where nobody holds it, where it has ended, and where its holder is a process of this machine that
-        is gone. Raises `NotFound`.
+        is gone, or is `holder` itself at an epoch that is `over`. Raises `NotFound`.
         """
         t = m.leases
         with self._database.writing() as connection:
             _hold_row(connection, study_id)
             lease = self._lease(connection, study_id)
-            if lease is not None and lease.live:
+            mine = lease is not None and lease.holder == holder and lease.epoch in over
+            if lease is not None and lease.live and not mine:
                 return None
             until = _lease_clock(connection) + timedelta(seconds=seconds)
             if lease is None:

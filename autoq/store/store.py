@@ -37,6 +37,7 @@ from autoq.store.loading import (
     run_trials,
     unpack,
 )
+from autoq.store.members import damaged, members_of
 from autoq.store.patience import Patience, steady
 from autoq.store.queue import Queue
 from autoq.store.records import Descent, Origin, StudyRecord, StudyState, StudySummary, TrialRecord, TrialState
@@ -353,9 +354,10 @@ class Store:
         if changed_since is not None:
             where.append(t.changed > changed_since)
         with self._database.reading() as connection:
-            found = load_trials(connection, where, with_assignments=with_assignments, limit=limit)
+            whole = states is None and len(where) == 1 and limit is None
+            found = load_trials(connection, where, with_assignments=with_assignments, limit=limit, whole=whole)
             if not found:
-                _required_study(connection, study_id)
+                _check_empty(connection, study_id, whole)
             return found
 
     def trial_columns(
@@ -401,7 +403,7 @@ class Store:
         with self._database.reading() as connection:
             found = load_trials(connection, where, with_assignments=with_assignments, only_frontier=True)
             if not found:
-                _required_study(connection, study_id)
+                _check_empty(connection, study_id, whole=True)
             return found
 
     def recompute_frontier(self, study_id: int) -> list[int]:
@@ -440,6 +442,15 @@ def _required_study(connection: sa.Connection, study_id: int) -> StudyRecord:
     if found is None:
         raise NotFound(f"no study with id {study_id}")
     return found
+
+
+def _check_empty(connection: sa.Connection, study_id: int, whole: bool) -> None:
+    """Of a study without trials: it is there, and if these would be all, it has no frontier either."""
+    _required_study(connection, study_id)
+    if whole:
+        study, ids = members_of(connection, study_id)
+        if ids:
+            raise damaged(study)
 
 
 def _one(connection: sa.Connection, trial_id: int, with_assignments: bool = False) -> TrialRecord:

@@ -16,9 +16,9 @@ from sqlalchemy.dialects import postgresql, sqlite
 from autoq.assignment import Assignment
 from autoq.errors import LeaseLost, NotFinite, NotFound, StoreError
 from autoq.measurement import Measurement
-from autoq.store import dominance
+from autoq.store import dominance, members
 from autoq.store import models as m
-from autoq.store.checksum import checksum
+from autoq.store.checksum import checksum, members_checksum
 from autoq.store.database import fence_of
 from autoq.store.loading import load_measurements, load_trials, pack, pack_values
 from autoq.store.records import Descent, StudyState, TrialRecord
@@ -29,7 +29,7 @@ _TEXT_LIMIT = 65536
 # What every result needs, made once: putting a statement together takes as long as running it.
 _KEY = sa.bindparam("key", type_=sa.Integer)
 _COUNTED = sa.update(m.studies).values(changes=m.studies.c.changes + 1)
-_COUNTED = _COUNTED.returning(m.studies.c.id, m.studies.c.name, m.studies.c.objectives, m.studies.c.changes)
+_COUNTED = _COUNTED.returning(*(m.studies.c[name] for name in ("id", "name", "objectives", "changes", "members")))
 _COUNT = _COUNTED.where(m.studies.c.id == _KEY)
 # A trial never moves to another study, so looking it up in the same statement is looking it up under the lock.
 _COUNT_OF_TRIAL = _COUNTED.where(
@@ -53,6 +53,7 @@ class _Locked(NamedTuple):
     name: str
     objectives: list[list[str]]
     change: int
+    members: str | None  # checksum of the frontier
 
 
 def lock(connection: sa.Connection, study_id: int) -> _Locked:
@@ -471,14 +472,20 @@ def _insert_measurements(connection: sa.Connection, trial_id: int, measurements:
 def _update_frontier(connection: sa.Connection, study: _Locked, trial_id: int, point: Sequence[float]) -> None:
     """Let one feasible point join the stored frontier, and what it dominates leave."""
     f, t = m.frontier, m.trials
-    stored = connection.execute(_FRONTIER, {"key": study.id})
-    members = {member: _point(text) for member, text in stored}
-    added, removed = dominance.update(members, point, [direction for _, _, direction in study.objectives])
+    stored = [(row[0], row[1]) for row in connection.execute(_FRONTIER, {"key": study.id})]
+    members.check(study.id, study.name, study.members, stored)
+    points = {member: _point(text) for member, text in stored}
+    added, removed = dominance.update(points, point, [direction for _, _, direction in study.objectives])
+    if not added:
+        return
     if removed:
         connection.execute(sa.delete(f).where(f.c.study_id == study.id, f.c.trial_id.in_(removed)))
         connection.execute(sa.update(t).where(t.c.id.in_(removed)).values(changed=study.change))
-    if added:
-        connection.execute(sa.insert(f).values(study_id=study.id, trial_id=trial_id, point=list(point)))
+    connection.execute(sa.insert(f).values(study_id=study.id, trial_id=trial_id, point=list(point)))
+    left = [(member, text) for member, text in stored if member not in removed]
+    now = members_checksum(study.id, [*left, (trial_id, json.dumps(list(point), separators=(",", ":")))])
+    set_study(connection, study.id, members=now)
+    members.remember(now, frozenset([trial_id, *(member for member, _ in left)]))
 
 
 @functools.lru_cache(maxsize=16384)

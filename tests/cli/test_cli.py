@@ -73,7 +73,7 @@ size_bytes             80.00 MB      80.00 MB      0 B
 COMMANDS = [
     *["plan", "search", "resume", "sensitivity", "studies", "trials", "frontier", "pick", "diff", "report"],
     *["recover", "sequential", "export", "verify", "serve", "token", "submit", "cancel", "remove"],
-    *["methods", "targets", "objectives", "samplers", "doctor"],
+    *["methods", "targets", "objectives", "samplers", "doctor", "copy"],
 ]
 
 

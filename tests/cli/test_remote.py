@@ -292,6 +292,7 @@ HERE = {
     "verify",  # a folder that is here
     "serve",
     "doctor",  # what is installed here
+    "copy",  # from one database to another
 }
 
 

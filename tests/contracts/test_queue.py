@@ -11,9 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from autoq.assignment import Assignment
-from autoq.errors import BadInput, Conflict, LeaseLost, LimitReached, NotFound, StoreError
+from autoq.errors import BadInput, Conflict, LeaseLost, LimitReached, NotFound, StoreError, StudyBusy
 from autoq.measurement import Measurement
 from autoq.scheme import parse_scheme
+from autoq.search.holding import holding
 from autoq.spec import build_spec
 from autoq.store import Prepared, Store, WorkerRecord, holders
 from autoq.store.queue_submissions import Submission
@@ -275,6 +276,23 @@ def test_of_many_who_want_a_lease_one_gets_it(store):
     assert sorted(found, key=str) == [1] + [None] * 19
     with pytest.raises(NotFound):
         store.queue.acquire(999, "elsewhere:1:0:0", 60)
+
+
+def test_a_lease_that_could_not_be_let_go_does_not_keep_its_own_process_out(store, monkeypatch):
+    """As on a disk that is full: who frees it and goes on in the same notebook is not told that he runs the study."""
+    study = submit(store)[0]
+    with monkeypatch.context() as patch, holding(store, study.id) as hold:
+        patch.setattr(type(store.queue), "release", full)
+    assert store.queue.lease(study.id).live
+    assert store.queue.acquire(study.id, "elsewhere:1:0:0", 10) is None
+    with holding(store, study.id) as again:
+        assert again.epoch == hold.epoch + 1
+        with pytest.raises(StudyBusy), holding(store, study.id):
+            pass
+
+
+def full(*_):
+    raise StoreError("the disk is full")
 
 
 def test_a_dead_process_of_this_machine_holds_nothing(store):

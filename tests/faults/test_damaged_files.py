@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 
@@ -11,13 +12,14 @@ from typer.testing import CliRunner
 
 from autoq.bank import Bank, weight_hash
 from autoq.cli import app
-from autoq.errors import AutoQError, StoreError
+from autoq.errors import AutoQError, NotFound, StoreError
 from autoq.scheme import parse_scheme
 from autoq.search.controller import create_study, run_study
 from autoq.shipping.export import export
 from autoq.shipping.verify import verify
 from autoq.spec import build_spec
 from autoq.store import Store
+from autoq.store.copying import copy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -37,52 +39,66 @@ def damage(content, dice):
     return bytes(broken), how
 
 
+def seen(store, study_id):
+    """All that a reader gets of a study, as JSON text: numbers, frontier, spec, plan, tables, columns of figures."""
+    study = store.study(study_id)
+    trials = store.trials(study_id, with_assignments=True)
+    (summary,) = store.studies()
+    rows, measured = store.trial_columns(study_id)
+    return json.dumps(
+        {
+            "trials": [trial.to_json() | {"created_at": 0, "finished_at": 0, "worker": 0} for trial in trials],
+            "frontier": [trial.number for trial in store.frontier(study_id)],
+            "alone": [store.trial(study_id, trial.number).on_frontier for trial in trials],
+            "study": [dict(study.spec), study.objectives, study.plan, dict(study.sampler_attrs)],
+            "tables": [store.table(study_id, name) for name in TABLES],
+            "counts": [summary.complete, summary.stopped, summary.failed, summary.duplicate, summary.frontier],
+            "rows": [row[:8] for row in rows],
+            "measured": measured,
+        }
+    )
+
+
 @pytest.fixture(scope="module")
 def finished(made_up, tiny_model_dir, tmp_path_factory):
-    """The bytes of a database with a finished study, and all of it that is numbers."""
+    """The bytes of a database with a finished study, and all that a reader gets of it."""
     path = tmp_path_factory.mktemp("finished") / "autoq.db"
     with Store.open(str(path)) as store:
         study = create_study(store, made_up.spec(tiny_model_dir("llama"), 40))
         run_study(store, study.id, None, made_up.make)
-        whole = made_up.outcome(store, study)
-        assignments = [trial.assignment for trial in store.trials(study.id, with_assignments=True)]
+        with store._database.reading() as connection:
+            TABLES.extend(connection.exec_driver_sql("SELECT name FROM tables ORDER BY name").scalars())
+        whole = seen(store, study.id)
     assert not path.with_name("autoq.db-wal").exists()
-    return path.read_bytes(), whole, assignments
+    return path.read_bytes(), whole
 
 
-def store_frontier_differs(path):
-    """What `recompute_frontier` is there to show."""
-    with Store.open(str(path)) as store:
-        return [trial.number for trial in store.frontier(1)] != store.recompute_frontier(1)
+TABLES: list[str] = []
 
 
 def test_a_damaged_database_is_refused_or_gives_the_numbers_that_were_measured(
-    finished, made_up, tmp_path, rounds, record_testsuite_property
+    finished, tmp_path, rounds, record_testsuite_property
 ):
-    content, whole, assignments = finished
+    content, whole = finished
     dice, counts, lines = random.Random(0), {}, set()
-    for turn in range(rounds(40, 2000)):
+    for turn in range(rounds(60, 4000)):
         broken, how = damage(content, dice)
         path = tmp_path / f"{turn}.db"
         path.write_bytes(broken)
         try:
             with Store.open(str(path), create=False) as store:
-                study = store.studies()[0]
-                found = made_up.outcome(store, study)
-                same = [trial.assignment for trial in store.trials(study.id, with_assignments=True)]
+                found = seen(store, store.studies()[0].id)
+                verdict = "as measured"
+                if found != whole:
+                    # No row tells of one that is gone with a stretch of an index: who looks for damage finds it.
+                    verdict = "found by doctor"
+                    with pytest.raises(StoreError, match=r"^[^\n]*is damaged[^\n]*$"):
+                        copy(store, None)
         except StoreError as problem:
             verdict = "refused"
             lines.add(len(str(problem).splitlines()))
-        except (AutoQError, IndexError):
+        except (NotFound, IndexError):
             verdict = "not there"  # a study's row that is gone
-        else:
-            verdict = "as measured"
-            # Who is on the stored frontier follows from the numbers and has no checksum of its own.
-            assert [(*each[:7], each[8]) for each in found] == [(*each[:7], each[8]) for each in whole], (turn, how)
-            assert same == assignments, (turn, how)
-            if found != whole:
-                assert store_frontier_differs(path)
-                verdict = "frontier to be computed again"
         counts[how, verdict] = counts.get((how, verdict), 0) + 1
         for left in tmp_path.glob(f"{turn}.db*"):
             left.unlink()
@@ -94,7 +110,7 @@ def test_a_damaged_database_is_refused_or_gives_the_numbers_that_were_measured(
 
 def test_every_number_of_a_trial_is_under_its_checksum(made_up, finished, tmp_path):
     """A number that is another one, in a file that is a good database."""
-    content, _, _ = finished
+    content, _ = finished
     path = tmp_path / "autoq.db"
     changes = {
         "measurements": ["value = value * 1.0000001", "stderr = stderr + 1e-9", "n = n + 1", "unit = 'bits'"],

@@ -73,7 +73,19 @@ class Server:
 
     def halt(self, mode: str) -> None:
         """Stop it: `fast` ends what runs, `immediate` is a crash that it has to recover from."""
-        self.run("pg_ctl", "-w", "-m", mode, "stop")
+        try:
+            self.run("pg_ctl", "-w", "-m", mode, "stop")
+        except AssertionError as problem:
+            raise AssertionError(f"{problem}\n{self.processes()}\n{self.log(40)}") from None
+
+    def processes(self) -> str:
+        """What its processes say that they do."""
+        table = subprocess.run(["ps", "-eo", "pid,ppid,stat,wchan:20,args"], capture_output=True, text=True, check=True)
+        return "\n".join(line for line in table.stdout.splitlines() if "postgres" in line)
+
+    def log(self, lines: int) -> str:
+        """The end of its log."""
+        return "\n".join((self.folder / "log").read_text(errors="replace").splitlines()[-lines:])
 
     def kill(self) -> None:
         """SIGKILL to the postmaster; its children end when they notice."""
