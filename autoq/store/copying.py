@@ -34,6 +34,7 @@ from autoq.store import models as m
 from autoq.store.checksum import members_checksum, own_of
 from autoq.store.loading import hold, measurement_row, unpack
 from autoq.store.members import damaged, members_of
+from autoq.store.new_studies import NewStudy, insert_studies
 from autoq.store.store import Store
 
 _PAGE = 500
@@ -234,8 +235,8 @@ class _Copy:
             given = {"id": old_id} if stays else {}
             self.ids[old_id] = old_id
             if self.new is not None:
-                new = writing.NewStudy(name, spec, objectives, {}, {**row, **given})
-                (self.ids[old_id],) = writing.insert_studies(self.new, [new])
+                new = NewStudy(name, spec, objectives, {}, {**row, **given})
+                (self.ids[old_id],) = insert_studies(self.new, [new])
                 names = sa.select(m.studies.c.name).where(m.studies.c.id == self.ids[old_id])
                 self.done.studies.append(self.new.execute(names).scalar_one())
             else:

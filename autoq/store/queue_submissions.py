@@ -22,10 +22,10 @@ from sqlalchemy import exc
 
 from autoq.errors import AutoQError, BadInput, Conflict, LimitReached, StoreError
 from autoq.store import models as m
-from autoq.store import writing
 from autoq.store.clock import database_time
 from autoq.store.database import Database
 from autoq.store.loading import load_studies, load_study
+from autoq.store.new_studies import NewStudy, insert_studies
 from autoq.store.queue_records import JOB, RUN, WAITS, Prepared
 from autoq.store.records import StudyRecord
 
@@ -173,7 +173,7 @@ def _known(connection: sa.Connection, wanted: Sequence[Submission]) -> dict[tupl
 
 def _insert(connection: sa.Connection, new: Sequence[Submission], now: datetime) -> list[int]:
     studies = [
-        writing.NewStudy(
+        NewStudy(
             one.spec.name,
             one.spec.model_dump(mode="json"),
             one.prepared.objectives,
@@ -182,7 +182,7 @@ def _insert(connection: sa.Connection, new: Sequence[Submission], now: datetime)
         )
         for one in new
     ]
-    ids = writing.insert_studies(connection, studies)
+    ids = insert_studies(connection, studies)
     rows = [
         {"user": one.user or "", "key": one.key, "fingerprint": one.fingerprint, "study_id": i, "created_at": now}
         for one, i in zip(new, ids, strict=True)

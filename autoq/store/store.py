@@ -38,6 +38,7 @@ from autoq.store.loading import (
     unpack,
 )
 from autoq.store.members import damaged, members_of
+from autoq.store.new_studies import insert_study
 from autoq.store.patience import Patience, steady
 from autoq.store.queue import Queue
 from autoq.store.records import Descent, Origin, StudyRecord, StudyState, StudySummary, TrialRecord, TrialState
@@ -124,7 +125,7 @@ class Store:
         `objectives` are (name, unit, `minimize` or `maximize`), in the order of the frontier's values.
         """
         with self._database.writing() as connection:
-            study_id = writing.insert_study(connection, spec.name, spec.model_dump(mode="json"), objectives, tables)
+            study_id = insert_study(connection, spec.name, spec.model_dump(mode="json"), objectives, tables)
             return _required_study(connection, study_id)
 
     def study(self, name_or_id: str | int) -> StudyRecord:
