@@ -15,6 +15,7 @@ from autoq.scheme import parse_scheme
 from autoq.spec import build_spec
 from autoq.store import Prepared, Store, WorkerRecord, holders
 from autoq.store import models as m
+from autoq.store.copying import copy
 from autoq.store.feed import Whose
 from autoq.store.records import Descent
 
@@ -175,3 +176,17 @@ def test_removals_take_nothing_from_those_who_store_the_same_at_that_moment(url)
             assert len(trials) == 40
             assert all(store.trial_by_id(trial.id).assignment is not None for trial in trials)
         assert {t.hash for name in names for t in store.trials(store.study(name).id)} == contents(store, m.assignments)
+
+
+def test_a_copy_of_the_database_does_not_give_a_number_again_either(store, tmp_path):
+    made(store, "stays")
+    gone = store.queue.remove(made(store, "goes").id, "ada")
+    with Store.open(f"sqlite:///{tmp_path}/copy.db") as other:
+        copy(store, other)
+        assert other.queue.removals() == [gone]
+        store.queue.remove(store.study("stays").id)
+        with store._database.writing() as connection:
+            connection.execute(sa.delete(m.removals))
+        copy(other, store)  # and back, from SQLite
+        for each in (other, store):
+            assert made(each, "goes").id > gone.id
