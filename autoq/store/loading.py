@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import sqlalchemy as sa
@@ -30,9 +31,13 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_TRIAL = (
-    *(column for column in m.trials.c if column.name != "assignment"),
+OWN = (  # of a trial, by the names that its record has
+    *(column for column in m.trials.c if column.key not in ("assignment", "derivation")),
     m.trials.c.assignment.label("hash"),
+    m.trials.c.derivation.label("derivation"),
+)
+_TRIAL = (
+    *OWN,
     m.studies.c.name.label("study"),
     m.studies.c.members.label("members"),
     m.frontier.c.trial_id.label("frontier_id"),
@@ -232,37 +237,24 @@ _MEASUREMENT = [column.name for column in m.measurements.c][1:]
 
 
 def _trial(row: Any, measured: dict[tuple[str, Part], Measurement], assignment: Assignment | None) -> TrialRecord:
+    columns = row._asdict()
     if row.checksum is not None:
-        hold(row.checksum, row.study, row.number, own_of(row._asdict()), map(row_of, measured.values()))
+        hold(row.checksum, row.study, row.number, own_of(columns), map(row_of, measured.values()))
+    return as_record(columns | {"on_frontier": row.frontier_id is not None}, measured, assignment)
+
+
+def as_record(
+    columns: Mapping[str, Any], measured: dict[tuple[str, Part], Measurement], assignment: Assignment | None = None
+) -> TrialRecord:
+    """A trial from its columns, its assignment's `hash`, the name of its `study` and whether it is `on_frontier`."""
     error = None
-    if row.error_type is not None:
-        error = TrialError(row.error_type, row.error_message, row.traceback)
-    return TrialRecord(
-        id=row.id,
-        study_id=row.study_id,
-        study=row.study,
-        number=row.number,
-        state=row.state,
-        origin=row.origin,
-        baseline=row.baseline,
-        hash=row.hash,
-        duplicate_of=row.duplicate_of,
-        attempt=row.attempt,
-        changed=row.changed,
-        feasible=row.feasible,
-        on_frontier=row.frontier_id is not None,
-        violations=row.violations or {},
-        sampler_attrs=row.sampler_attrs,
-        error=error,
-        worker=row.worker,
-        seconds=row.seconds,
-        created_at=row.created_at,
-        finished_at=row.finished_at,
-        parent=row.parent,
-        derivation=row.derivation,
-        measurements=measured,
-        assignment=assignment,
-    )
+    if columns["error_type"] is not None:
+        error = TrialError(columns["error_type"], columns["error_message"], columns["traceback"])
+    special: dict[str, Any] = {"violations": columns["violations"] or {}, "error": error, "measurements": measured}
+    return TrialRecord(**{name: columns[name] for name in _COLUMNS}, **special, assignment=assignment)
+
+
+_COLUMNS = [f.name for f in fields(TrialRecord) if f.name not in ("violations", "error", "measurements", "assignment")]
 
 
 def load_study(connection: sa.Connection, where: sa.ColumnElement[bool]) -> StudyRecord | None:
