@@ -259,20 +259,22 @@ class _Run:
                 if not self.exhausted and self.done < self.spec.budget.trials:
                     self.observer.note(f"the wall time is over after {self.done} of {self.spec.budget.trials} trials")
                 return
-            self._receive(self._results())
+            self._hear()
 
-    def _results(self) -> list[Result]:
-        """What has come, a group at most; if nothing has, what comes soon, or a proposal was made."""
+    def _hear(self) -> None:
+        """Take what has come, a group at most; if nothing has, make a proposal, or wait for what comes soon."""
         result, workers = self.executor.ready(), self.spec.workers.count
         if result is None:
             if workers > 1 and len(self.ahead) < workers and self._may_start() and self._ask(len(self.ahead) + 1):
-                return []
+                return
             result = self._next()
         found = []
-        while result is not None:
-            found.append(result)
-            result = self.executor.ready() if len(found) < GROUP else None
-        return found
+        try:
+            while result is not None:
+                found.append(result)
+                result = self.executor.ready() if len(found) < GROUP else None
+        finally:
+            self._receive(found)  # whatever else the executor says
 
     def _next(self) -> Result | None:
         """The next trial's result, if it comes soon. A study that is cancelled waits for all only so long."""
@@ -421,8 +423,7 @@ class _Run:
 
     def _receive(self, results: Sequence[Result]) -> None:
         """Store how trials ended, and tell of it."""
-        ended = [each for result in results if (each := self._ended(result)) is not None]
-        if not ended:
+        if not (ended := [each for result in results if (each := self._ended(result)) is not None]):
             return
         which = f"result of trial {ended[0][0].number}" if len(ended) == 1 else f"results of {len(ended)} trials"
         self.hold.patience.keeps = f"the {which}"
@@ -448,8 +449,7 @@ class _Run:
     def _ended(self, result: Result) -> tuple[TrialRecord, Ending] | None:
         """The trial that a result ends, and how; None for one that is tried again, or that is not out any more."""
         flight = self.flying.get(result.job.key)
-        # Of a worker that was thought dead, or sent twice.
-        if flight is None or flight.trial.attempt != result.job.attempt:
+        if flight is None or flight.trial.attempt != result.job.attempt:  # of one thought dead, or sent twice
             self.observer.note(f"{result.job.key}: a late result was dropped")
             return None
         failure, assignment = result.failure, result.job.arguments["assignment"]
