@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
@@ -17,6 +16,7 @@ from autoq.store import models as m
 from autoq.store.checksum import checksum_of_rows, own_of, row_of, spaced, unsealed
 from autoq.store.clock import worker_counts
 from autoq.store.members import damaged, members, members_of
+from autoq.store.packing import unpack, unpack_values
 from autoq.store.records import (
     StudyObjective,
     StudyRecord,
@@ -51,22 +51,6 @@ TrialRow = tuple[Any, ...]
 MeasurementRow = tuple[Any, ...]
 
 
-def pack(assignment: Assignment) -> bytes:
-    """The stored form: zlib of the canonical JSON. 210 layers are 10 KB of JSON and about 1 KB of this."""
-    return zlib.compress(assignment.json.encode(), level=9)
-
-
-def unpack(body: bytes) -> Assignment:
-    """The inverse of `pack`."""
-    return Assignment.from_json(zlib.decompress(body).decode())
-
-
-def pack_values(values: NDArray[np.float32]) -> dict[str, Any]:
-    """The stored form of values (windows, tokens). What was not evaluated is NaN and takes no room."""
-    windows, tokens = values.shape
-    return {"windows": windows, "tokens": tokens, "body": zlib.compress(values.astype("<f4").tobytes())}
-
-
 def load_values(
     connection: sa.Connection, study_id: int, number: int, objective: str, part: Part
 ) -> NDArray[np.float32] | None:
@@ -77,9 +61,7 @@ def load_values(
     row = connection.execute(query).one_or_none()
     if row is None:
         return None
-    import numpy as np
-
-    return np.frombuffer(zlib.decompress(row.body), "<f4").reshape(row.windows, row.tokens).astype(np.float32)
+    return unpack_values(row.windows, row.tokens, row.body)
 
 
 def load_trials(

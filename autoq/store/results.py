@@ -20,7 +20,8 @@ from autoq.measurement import Measurement
 from autoq.store import dominance, members
 from autoq.store import models as m
 from autoq.store.checksum import checksum, members_checksum
-from autoq.store.loading import OWN, as_record, load_measurements, load_trials, pack_values
+from autoq.store.loading import OWN, as_record, load_measurements, load_trials
+from autoq.store.packing import pack_values
 from autoq.store.records import Ending, TrialRecord
 from autoq.store.writing import Locked, as_text, lock_of, now, set_study
 

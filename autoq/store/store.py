@@ -35,10 +35,10 @@ from autoq.store.loading import (
     load_trials,
     load_values,
     run_trials,
-    unpack,
 )
 from autoq.store.members import damaged, members_of
 from autoq.store.new_studies import insert_study
+from autoq.store.packing import unpack
 from autoq.store.patience import Patience, steady
 from autoq.store.queue import Queue
 from autoq.store.records import (
@@ -402,7 +402,8 @@ class Store:
     def token_values(self, study_id: int, number: int, objective: str, part: Part) -> NDArray[np.float32] | None:
         """The values (windows, tokens) whose mean is a trial's measurement, None where none are stored.
 
-        NaN marks tokens that do not count and, of a stopped trial, those that were not evaluated.
+        NaN marks tokens that do not count and, of a stopped trial, those that were not evaluated. Others are kept to
+        twelve significant bits.
         """
         with self._database.reading() as connection:
             return load_values(connection, study_id, number, objective, part)

@@ -16,7 +16,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from autoq.errors import LeaseLost, NotFound, StoreError
 from autoq.store import models as m
 from autoq.store.database import fence_of
-from autoq.store.loading import pack
+from autoq.store.packing import pack
 from autoq.store.records import NewTrial, StudyState, TrialRecord
 
 _TEXT_LIMIT = 65536
