@@ -88,7 +88,12 @@ class Assignment(Mapping[str, Scheme]):
 
     def to_dict(self) -> dict[str, str]:
         """Name of a layer or of a quantized cache -> text, sorted by name."""
-        return {name: self.text(name) for name in self._names}
+        if self.trained or self.caches:
+            return {name: self.text(name) for name in self._names}
+        # A few schemes stand for hundreds of layers, and putting their text together takes longer than all else.
+        texts = {id(scheme): scheme for scheme in self._schemes.values()}
+        shown = {key: str(scheme) for key, scheme in texts.items()}
+        return {name: shown[id(scheme)] for name, scheme in self._schemes.items()}
 
     @property
     def _names(self) -> list[str]:

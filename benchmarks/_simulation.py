@@ -292,6 +292,10 @@ class SimulatedExecutor(Executor):
         self._left = self.real()
         return result
 
+    def ready(self) -> Result | None:
+        """What `next` has without waiting."""
+        return self.next(0)
+
     def workers(self) -> list[WorkerView]:
         running = dict(self._running)
         return [

@@ -7,8 +7,10 @@ leaves workers idle.
 
     python benchmarks/simulation.py [--workers 1000] [--trials 100000] [--sampler random] [--db URL] [--clock cpu]
     python benchmarks/simulation.py --sampler frontier --trials 10000 --work 60
+    python benchmarks/simulation.py --lengths 1,4,10,30 --trials 8000
     python benchmarks/simulation.py --plan
 
+`--lengths` runs one study for each mean length of a trial evaluated in full, in seconds, and prints one table.
 `--clock cpu` charges the controller's CPU time instead of wall time, for a machine that others use; what the disk or a
 database server takes is then left out. `--plan` runs nothing: it prints how costs grow and what a model of 70 billion
 weights on eight nodes of eight GPUs would take, by the arithmetic of `autoq.search.cost_model`, with its assumptions.
@@ -210,6 +212,7 @@ def figures(
         "workers busy": f"{tally.busy(options.workers, begin, end):.1%}",
         "a worker waits for its next trial, p50, p95": f"{median(waits):.1f}, {percentile(waits, 0.95):.1f} ms",
         "a proposal, last tenth, p50, p95": f"{1e3 * median(late):.1f}, {1e3 * percentile(late, 0.95):.1f} ms",
+        "a trial, mean": f"{sum(stay.end - stay.start for stay in stays) / len(stays):.1f} s",
         "virtual time": f"{last - first:.0f} s",
         f"virtual time to {NEAR:.0%} of the hypervolume": f"{reached(watch.points, NEAR) - first:.0f} s",
         "complete, stopped, failed, duplicate": ", ".join(str(count) for count in states.values()),
@@ -223,6 +226,23 @@ def _last_tenth(watch: Watch, searching: float) -> float:
         return searching / len(watch.ends)
     (a, before), (b, after) = watch.tenths[-2:]
     return (after - before) / (b - a) if b > a else searching / len(watch.ends)
+
+
+COMPARED = (
+    "a trial, mean", "workers busy", "results a second that the workers make", "controller busy",
+    "a worker waits for its next trial, p50, p95", "a proposal, last tenth, p50, p95",
+)  # fmt: skip
+
+
+def print_lengths(recording: Recording, model: Path, options: argparse.Namespace) -> None:
+    """One study for each length of trials, on SQLite."""
+    header, rows = ["evaluated in full, s", *COMPARED], []
+    for length in options.lengths:
+        with tempfile.TemporaryDirectory() as folder, Store.open(f"{folder}/autoq.db") as store:
+            found = simulate(store, spec_of(model, options), recording.scaled(length / recording.per_pass), options)
+        rows.append([f"{length:g}", *(found[name] for name in COMPARED)])
+    title = f"{options.trials} trials, {options.workers} workers, {options.sampler}, controller by {options.clock} time"
+    print_table(title, header, rows)
 
 
 def print_plan() -> None:
@@ -253,6 +273,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=100_000)
     parser.add_argument("--sampler", default="random")
     parser.add_argument("--work", type=float, default=5.0, help="times the demo's work a trial; 1 is a second")
+    parser.add_argument("--lengths", type=lambda text: [float(part) for part in text.split(",")], help="see above")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds that a trial may take")
     parser.add_argument("--crashes", type=float, default=0.002, help="share of dispatches")
     parser.add_argument("--hangs", type=float, default=0.0005, help="share of dispatches")
@@ -277,7 +298,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder, "model")
         model.mkdir()
-        spec = spec_of(skeleton(model), options)
+        skeleton(model)
+        if options.lengths:
+            print_lengths(recording, model, options)
+            return
+        spec = spec_of(model, options)
         with Store.open(options.db or f"{folder}/autoq.db") as store:
             rows = simulate(store, spec, recording.scaled(options.work), options)
             kind = store._database._engine.dialect.name

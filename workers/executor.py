@@ -157,6 +157,10 @@ class RayExecutor(Executor):
             elif until is not None and time.monotonic() >= until:
                 return None
 
+    def ready(self) -> Result | None:
+        """What `next` has without waiting."""
+        return self.next(0)
+
     def workers(self) -> list[WorkerView]:
         """The actors, by the names that they have given."""
         found = []

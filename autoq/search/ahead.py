@@ -11,9 +11,9 @@ A trial that hangs until its limit would still stop all. Once it has been out fo
 `LATE_SECONDS`, it is passed over: the sampler counts it as running and hears of it when it ends. From then on the
 study depends on that moment too.
 
-Asking takes longer than storing a result, so it is done while workers work: of what may be asked for, as much is as
-keeps pace with results, and waits here, in no database, until a worker is free. After a break it is asked for anew,
-and is the same.
+Asking takes longer than storing a result, so it is done while workers work and no result has come: of what may be
+asked for, as many as there are workers wait here, in no database, until one is free. After a break they are asked for
+anew, and are the same.
 """
 
 from __future__ import annotations
@@ -21,14 +21,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
-from autoq.assignment import Assignment
-from autoq.store.records import Origin
-
-ASKS_PER_RESULT = 2  # so that what waits grows while results come in
 LATE_TIMES, LATE_SECONDS = 3.0, 10.0
 _LATEST = 64  # trials whose durations tell what trials take
 _FEWEST = 8  # before which nothing is late
@@ -54,20 +47,3 @@ class Pace:
         if len(self._seconds) < _FEWEST or seconds < LATE_SECONDS:
             return False
         return seconds > LATE_TIMES * statistics.median(self._seconds)
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A proposal that is to be stored and dispatched: what `Store.start_trial` gets.
-
-    `repeats` is the trial of the same assignment. `study_attrs` are what the sampler remembers of the study after it,
-    None where nothing has changed.
-    """
-
-    number: int
-    assignment: Assignment
-    origin: Origin
-    baseline: str | None
-    attrs: Mapping[str, Any]
-    study_attrs: Mapping[str, Any] | None
-    repeats: int | None

@@ -1,10 +1,10 @@
 """The controller: ask, dispatch, store, tell. The only writer of trials.
 
 Proposals come from the plan (baselines, seeds), then from the sampler. `workers.count` trials are out
-at a time. Results are stored as they come and told to the sampler in the order of trial numbers, and
-trial n is asked for when trial n − window (`autoq.search.ahead`) has been told and no later one; so the
-proposals depend on the spec and its seed alone, not on which worker was faster, not on the executor, and not
-on interruptions.
+at a time. Results are stored as they come, those that are there by then in one transaction. They are told to
+the sampler in the order of trial numbers, and trial n is asked for when trial n − window (`autoq.search.ahead`)
+has been told and no later one; so the proposals depend on the spec and its seed alone, not on which worker was
+faster, not on the executor, and not on interruptions.
 Neither does whom a proposal is held against while it is evaluated, and so when it is given up: a trial
 of those that had been told when it was asked for.
 """
@@ -23,12 +23,12 @@ from autoq.assignment import Assignment
 from autoq.errors import AutoQError, LeaseLost, NotFinite, StoreAway
 from autoq.measurement import Measurement
 from autoq.objectives import computed
-from autoq.search.ahead import ASKS_PER_RESULT, Asked, Pace, window
+from autoq.search.ahead import Pace, window
 from autoq.search.executors import MAX_ATTEMPTS, Executor, Failure, Job, Result, make_executor
 from autoq.search.holding import LOOK_SECONDS, Hold, StopRequested, Watching, holding
 from autoq.search.observer import Observer
 from autoq.search.optuna_study import AskTell, Row, State
-from autoq.search.outcomes import Flight, Outcome, keep, leave_failed, outcome_of
+from autoq.search.outcomes import Flight, Outcome, ending_of, keep, leave_failed, outcome_of, refuse_nothing, summed
 from autoq.search.priors import make_prior
 from autoq.search.reporting import is_finite, report
 from autoq.search.rivals import Rivals
@@ -36,15 +36,15 @@ from autoq.search.samplers import SLOPES, Sampler
 from autoq.search.setup import Problem, Proposal, create_study, make_plan, pose
 from autoq.search.stages import run_job
 from autoq.spec import StudySpec
-from autoq.store import Store, StudyRecord, TrialRecord
+from autoq.store import Ending, NewTrial, Origin, Store, StudyRecord, TrialRecord
 from autoq.store.queue_records import CLOCK, CRASHES, LOADING
-from autoq.store.records import Origin
 from autoq.targets import CostTable
 
 __all__ = ["create_study", "raise_budget", "run_study"]
 
 MAX_KILLED = 3  # dispatches that ended with the whole process; more than chance, less than patience
 CANCEL_SECONDS = 60.0  # for which a cancelled study waits for the trials that are out
+GROUP = 64  # results, or new trials, that are stored at once: nobody else is heard meanwhile
 MAX_REPEATS = 200  # consecutive duplicates after which a sampler is taken to have nothing new
 
 
@@ -136,7 +136,7 @@ class _Run:
         self.outcomes: dict[int, Outcome | int] = {}
         self.told_outcomes: dict[int, Outcome] = {}
         self.window = window(self.spec.workers.count)
-        self.ahead: deque[Asked] = deque()  # asked for and not stored yet
+        self.ahead: deque[NewTrial] = deque()  # asked for and not stored yet
         self.pace = Pace()
         self.late: set[int] = set()  # passed over, and not told yet
         self.until: float | None = None  # when a cancelled study stops waiting
@@ -175,7 +175,7 @@ class _Run:
             self._search()
         finally:
             self._keep_time()
-        self._refuse_nothing()
+        refuse_nothing(self.store, self.study.id, self.done)
         report(self.problem, self.store, self.study.id, self.executor, self.observer)
 
     def _device(self) -> str | None:
@@ -253,19 +253,28 @@ class _Run:
         self.observer.stage("search", self.spec.budget.trials)
         self.observer.advance(self.done)
         while True:
-            # Whoever is free comes first. Then is the time to ask for what the next ones will be given.
-            while len(self.flying) < self.spec.workers.count and self._may_start() and self._ask():
-                self._start(self.ahead.popleft())
+            self._start()  # whoever is free comes first
             if not self.flying:
                 self.hold.watch()
                 if not self.exhausted and self.done < self.spec.budget.trials:
                     self.observer.note(f"the wall time is over after {self.done} of {self.spec.budget.trials} trials")
                 return
-            for _ in range(ASKS_PER_RESULT):
-                if self.spec.workers.count > 1 and self._may_start():
-                    self._ask(more=True)
-            if (result := self._next()) is not None:
-                self._receive(result)
+            self._hear()
+
+    def _hear(self) -> None:
+        """Take what has come, a group at most; if nothing has, make a proposal, or wait for what comes soon."""
+        result, workers = self.executor.ready(), self.spec.workers.count
+        if result is None:
+            if workers > 1 and len(self.ahead) < workers and self._may_start() and self._ask(len(self.ahead) + 1):
+                return
+            result = self._next()
+        found = []
+        try:
+            while result is not None:
+                found.append(result)
+                result = self.executor.ready() if len(found) < GROUP else None
+        finally:
+            self._receive(found)  # whatever else the executor says
 
     def _next(self) -> Result | None:
         """The next trial's result, if it comes soon. A study that is cancelled waits for all only so long."""
@@ -288,35 +297,28 @@ class _Run:
     def _elapsed(self) -> float:
         return self.ran + time.monotonic() - self.started
 
-    def _refuse_nothing(self) -> None:
-        """A study in which every trial failed has failed, for what is most likely one reason."""
-        failed = self.store.trials(self.study.id, states=["failed"], limit=1)
-        if failed and failed[0].error is not None and not self.store.trials(self.study.id, ["complete"], limit=1):
-            error = failed[0].error
-            raise AutoQError(f"all {self.done} trials failed, the first with {error.type}: {error.message}")
-
     def _may_start(self) -> bool:
         """Whether new trials may begin, as far as time and what is asked of the study go."""
         limit = self.spec.budget.wall_time
         return (limit is None or self._elapsed() < limit) and self.hold.stops() is None
 
-    def _ask(self, more: bool = False) -> bool:
-        """Have a proposal in `ahead`, or one more; False where there is none to be had now."""
-        if self.ahead and not more:
+    def _ask(self, wanted: int) -> bool:
+        """Have so many proposals in `ahead`, one more than there are at most; False where it is not to be had now."""
+        if len(self.ahead) >= wanted:
             return True
-        counted = sum(asked.repeats is None for asked in self.ahead) if self.ahead else 0
+        counted = sum(new.repeats is None for new in self.ahead)
         if self.exhausted or self.done + len(self.flying) + counted >= self.spec.budget.trials:
             return False
         self._tell()
         if self._waits():
             return False
-        asked = self._propose()
-        if asked is None:
+        new = self._propose()
+        if new is None:
             self.exhausted = True
             self.observer.note("every assignment of the space has been tried")
             return False
-        self.ahead.append(asked)
-        self.repeats = self.repeats + 1 if asked.repeats is not None else 0
+        self.ahead.append(new)
+        self.repeats = self.repeats + 1 if new.repeats is not None else 0
         if self.repeats >= MAX_REPEATS:
             self.exhausted = True
             self.observer.note(f"the sampler proposed nothing new {MAX_REPEATS} times in a row; stopping")
@@ -326,7 +328,7 @@ class _Run:
         """Whether the next proposal waits for another outcome to be told."""
         return self.asked - self.told >= self.window
 
-    def _propose(self) -> Asked | None:
+    def _propose(self) -> NewTrial | None:
         """Take the next proposal; None if none is left."""
         number, known_as = self.asked, len(self.sampler_numbers)
         if number < len(self.plan):
@@ -355,22 +357,25 @@ class _Run:
         if original != number:
             self.outcomes[number] = original
         repeats = None if original == number else original
-        return Asked(number, assignment, origin, baseline, attrs, study_attrs, repeats)
+        return NewTrial(number, assignment, origin, baseline, attrs, study_attrs, repeats)
 
-    def _start(self, asked: Asked) -> None:
-        """Store a proposal as the next trial, and dispatch it unless it repeats another one."""
-        store, study_id, number, assignment = self.store, self.study.id, asked.number, asked.assignment
-        if asked.repeats is not None:
-            trial = store.record_duplicate(
-                study_id, number, assignment, asked.repeats, asked.attrs, asked.origin, asked.study_attrs
-            )
-            self.observer.trial(trial, self.done, self.spec.budget.trials)
-            return
-        trial = store.start_trial(
-            study_id, number, assignment, asked.origin, asked.baseline, asked.attrs,
-            study_sampler_attrs=asked.study_attrs,
-        )  # fmt: skip
-        self._dispatch(trial, assignment, trial.attempt)
+    def _start(self) -> None:
+        """Store the next trials, as many as there are free workers, and dispatch those that repeat no other one."""
+        while True:
+            new: list[NewTrial] = []
+            free = self.spec.workers.count - len(self.flying)
+            while free and len(new) < GROUP and self._may_start() and self._ask(len(new) + 1):
+                new.append(self.ahead[len(new)])
+                free -= new[-1].repeats is None
+            if not new:
+                return
+            for trial in self.store.start_trials(self.study.id, new):
+                self.ahead.popleft()
+                assert trial.assignment is not None
+                if trial.state == "duplicate":
+                    self.observer.trial(trial, self.done, self.spec.budget.trials)
+                else:
+                    self._dispatch(trial, trial.assignment, trial.attempt)
 
     def _dispatch(self, trial: TrialRecord, assignment: Assignment, attempt: int) -> None:
         key = f"trial-{trial.number}"
@@ -403,9 +408,7 @@ class _Run:
         """What the trial is to remember of its slopes, per parameter of the space; None if there is nothing new."""
         if not slopes:
             return None
-        own = {v.name: [slopes["table"][part.name] for part in v.members] for v in self.problem.space.variables}
-        table = {name: [float(f"{sum(parts):.6g}") for parts in zip(*rows, strict=True)] for name, rows in own.items()}
-        found = {SLOPES: {"loss": slopes["loss"], "table": table}}
+        found = {SLOPES: summed(self.problem.space, slopes)}
         self.asktell.learn(self.sampler_numbers[trial.number], found)
         return {**trial.sampler_attrs, **found}
 
@@ -418,20 +421,43 @@ class _Run:
             self.rivals.tell(outcome.values if outcome.beats else None)
         return self.rivals.number({m.objective: m.value for m in known})
 
-    def _receive(self, result: Result) -> None:
-        flight = self.flying.get(result.job.key)
-        # Of a worker that was thought dead, or sent twice.
-        if flight is None or flight.trial.attempt != result.job.attempt:
-            self.observer.note(f"{result.job.key}: a late result was dropped")
+    def _receive(self, results: Sequence[Result]) -> None:
+        """Store how trials ended, and tell of it."""
+        if not (ended := [each for result in results if (each := self._ended(result)) is not None]):
             return
-        trial = flight.trial
-        assignment: Assignment = result.job.arguments["assignment"]
-        failure = result.failure
+        which = f"result of trial {ended[0][0].number}" if len(ended) == 1 else f"results of {len(ended)} trials"
+        self.hold.patience.keeps = f"the {which}"
+        stored = keep(self.store, [ending for _, ending in ended])
+        self._keep_time()
+        for (trial, ending), found in zip(ended, stored, strict=True):
+            if found is None:  # somebody else finished this attempt; what is stored is what counts
+                self.observer.note(f"trial {trial.number}: a late result was dropped")
+                found = self.store.trial(self.study.id, trial.number, with_assignments=False)
+            self.done += trial.parent is None
+            self.pace.took(ending.seconds)
+            outcome = outcome_of(found, self.problem.steering)
+            if trial.number in self.late:
+                self.late.remove(trial.number)
+                self.told_outcomes[trial.number] = outcome
+                self._tell_of(trial.number)
+            else:
+                self.outcomes[trial.number] = outcome
+            found = dataclasses.replace(found, assignment=trial.assignment)
+            self.observer.trial(found, self.done, self.spec.budget.trials)
+        self.hold.patience.keeps = ""
+
+    def _ended(self, result: Result) -> tuple[TrialRecord, Ending] | None:
+        """The trial that a result ends, and how; None for one that is tried again, or that is not out any more."""
+        flight = self.flying.get(result.job.key)
+        if flight is None or flight.trial.attempt != result.job.attempt:  # of one thought dead, or sent twice
+            self.observer.note(f"{result.job.key}: a late result was dropped")
+            return None
+        failure, assignment = result.failure, result.job.arguments["assignment"]
+        trial = dataclasses.replace(flight.trial, assignment=assignment)
         if failure is not None and failure.crashed and result.job.attempt < MAX_ATTEMPTS:
             self.observer.note(f"trial {trial.number}: the worker died; trying once more")
             self._dispatch(trial, assignment, self.store.retry_trial(trial.id))
-            return
-        self.hold.patience.keeps = f"the result of trial {trial.number}"
+            return None
         del self.flying[result.job.key]
         measurements: list[Measurement] = []
         attrs = None
@@ -442,23 +468,7 @@ class _Run:
             measurements = [by_name[name] for name in self.spec.measured]
             if bad := next((m for m in measurements if not is_finite(m)), None):
                 failure = Failure.of(NotFinite(f"{bad.objective} is {bad.value} under this assignment"))
-        accepted = keep(self.store, self.spec, trial, result, failure, measurements, attrs)
-        if not accepted:  # somebody else finished this attempt; what is stored is what counts
-            self.observer.note(f"trial {trial.number}: a late result was dropped")
-        self.done += trial.parent is None
-        stored = self.store.trial(self.study.id, trial.number, with_assignments=False)
-        stored = dataclasses.replace(stored, assignment=assignment)
-        self.hold.patience.keeps = ""
-        self.pace.took(result.seconds)
-        outcome = outcome_of(stored, self.problem.steering)
-        if trial.number in self.late:
-            self.late.remove(trial.number)
-            self.told_outcomes[trial.number] = outcome
-            self._tell_of(trial.number)
-        else:
-            self.outcomes[trial.number] = outcome
-        self._keep_time()
-        self.observer.trial(stored, self.done, self.spec.budget.trials)
+        return trial, ending_of(self.spec, trial, result, failure, measurements, attrs)
 
     def _computed(self, assignment: Assignment) -> list[Measurement]:
         problem = self.problem

@@ -136,6 +136,13 @@ class Executor(abc.ABC):
         workers die again and again without finishing a job.
         """
 
+    def ready(self) -> Result | None:
+        """A finished job that is there already, without waiting and without working for it; None where there is none.
+
+        An executor that runs jobs in `next` never has one. Raises what `next` does.
+        """
+        return None
+
     @abc.abstractmethod
     def close(self) -> None:
         """End all workers at once; unfinished jobs are lost. Can be called again."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import math
 import warnings
 from array import array
@@ -362,11 +363,18 @@ class _Proposer(BaseSampler):
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without Optuna's log and warnings: they speak of its interfaces, which no user of AutoQ sees."""
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    # Setting a logger's level instead empties the caches of all loggers there are, with every proposal.
+    handlers = list(logging.getLogger("optuna").handlers)
+    for handler in handlers:
+        handler.addFilter(_is_error)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        optuna.logging.set_verbosity(verbosity)
+        for handler in handlers:
+            handler.removeFilter(_is_error)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR

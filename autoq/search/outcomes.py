@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from autoq.errors import AutoQError
+from autoq.errors import AutoQError, NotFinite, StoreAway, StoreError
 from autoq.measurement import Measurement
 from autoq.search.executors import Failure, Result
+from autoq.search.space import SearchSpace
 from autoq.search.stopping import expected, was_stopped
 from autoq.spec import Bound, StudySpec
-from autoq.store import Store, TrialRecord
+from autoq.store import Ending, Store, TrialError, TrialRecord
 
 
 def violations(constraints: Mapping[str, Bound], measurements: Sequence[Measurement]) -> dict[str, float]:
@@ -57,22 +58,50 @@ class Flight:
     rival: int | None = None
 
 
-def keep(
-    store: Store,
+def ending_of(
     spec: StudySpec,
     trial: TrialRecord,
     result: Result,
     failure: Failure | None,
     measurements: Sequence[Measurement],
     sampler_attrs: Mapping[str, Any] | None,
-) -> bool:
-    """Store how a trial ended: by `failure`, or with these measurements. False if this attempt had ended before."""
-    attempt, seconds, worker = result.job.attempt, result.seconds, result.worker
+) -> Ending:
+    """How a trial ended: by `failure`, or with these measurements."""
+    attempt = result.job.attempt
+    told = Ending(trial.id, attempt, result.seconds, result.worker)
     if failure is not None:
         message = f"quarantined after {attempt} crashes: {failure.message}" if failure.crashed else failure.message
-        return store.fail_trial(trial.id, attempt, failure.error, message, failure.traceback, seconds, worker)
-    told = (trial.id, attempt, measurements, violations(spec.constraints, measurements), seconds, worker)
-    return store.stop_trial(*told) if was_stopped(measurements) else store.finish_trial(*told, sampler_attrs)
+        return replace(told, error=TrialError(failure.error, message, failure.traceback))
+    stopped = was_stopped(measurements)
+    told = replace(told, measurements=measurements, violations=violations(spec.constraints, measurements))
+    return replace(told, stopped=stopped, sampler_attrs=None if stopped else sampler_attrs)
+
+
+def summed(space: SearchSpace, slopes: Mapping[str, Any]) -> dict[str, Any]:
+    """Slopes of layers as those of the parameters of a space."""
+    own = {v.name: [slopes["table"][part.name] for part in v.members] for v in space.variables}
+    table = {name: [float(f"{sum(parts):.6g}") for parts in zip(*rows, strict=True)] for name, rows in own.items()}
+    return {"loss": slopes["loss"], "table": table}
+
+
+def keep(store: Store, endings: Sequence[Ending]) -> list[TrialRecord | None]:
+    """`Store.end_trials`, and if they cannot be stored together one by one: what one of them fails by must not take the
+    others with it."""
+    try:
+        return store.end_trials(endings)
+    except (StoreError, NotFinite) as problem:
+        if len(endings) == 1 or isinstance(problem, StoreAway):
+            raise
+    found: list[TrialRecord | None] = []
+    problems = []
+    for ending in endings:
+        try:
+            found += store.end_trials([ending])
+        except (StoreError, NotFinite) as problem:
+            problems.append(problem)
+    if problems:
+        raise problems[0]
+    return found
 
 
 def leave_failed(store: Store, study_id: int, reason: str) -> None:
@@ -81,3 +110,11 @@ def leave_failed(store: Store, study_id: int, reason: str) -> None:
         store.queue.settle(study_id, "failed", reason)
     except AutoQError:
         return
+
+
+def refuse_nothing(store: Store, study_id: int, done: int) -> None:
+    """A study in which every trial failed has failed, for what is most likely one reason: raises `AutoQError`."""
+    failed = store.trials(study_id, states=["failed"], limit=1)
+    if failed and failed[0].error is not None and not store.trials(study_id, ["complete"], limit=1):
+        error = failed[0].error
+        raise AutoQError(f"all {done} trials failed, the first with {error.type}: {error.message}")

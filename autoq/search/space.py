@@ -99,7 +99,8 @@ class SearchSpace:
             if isinstance(scheme, KeyValue):
                 caches[variable.name] = scheme
             elif variable.name not in self.caches:
-                schemes |= {layer.name: scheme for layer in variable.members}
+                for layer in variable.members:
+                    schemes[layer.name] = scheme
         return Assignment(schemes, caches=caches)
 
     def assignment_of(self, schemes: Mapping[str, Scheme]) -> Assignment:

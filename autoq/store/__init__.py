@@ -12,6 +12,8 @@ from autoq.store.queue import Queue
 from autoq.store.queue_records import ExportRecord, LeaseRecord, Prepared, WorkerRecord
 from autoq.store.records import (
     Descent,
+    Ending,
+    NewTrial,
     Origin,
     StudyObjective,
     StudyRecord,
@@ -25,8 +27,10 @@ from autoq.store.store import Store
 
 __all__ = [
     "Descent",
+    "Ending",
     "ExportRecord",
     "LeaseRecord",
+    "NewTrial",
     "Origin",
     "Patience",
     "Prepared",

@@ -36,22 +36,22 @@ def dominates(a: Point, b: Point, directions: Sequence[str]) -> bool:
     return _beats(_costs(a, directions), _costs(b, directions))
 
 
-def update(frontier: Mapping[K, Point], new: Point, directions: Sequence[str]) -> tuple[bool, list[K]]:
-    """What one more point does to a frontier: whether it joins, and the keys of the points that leave.
+def update(frontier: Mapping[K, Point], new: Mapping[K, Point], directions: Sequence[str]) -> tuple[list[K], list[K]]:
+    """What more points, one after the other, do to a frontier: the keys that join it, and those that leave it.
 
     `frontier` must hold no point that dominates another one; the result keeps that. Costs one
-    comparison per point of the frontier, however many points were dominated before.
+    comparison per new point and point of the frontier, however many points were dominated before.
     """
-    cost = _costs(new, directions)
-    leaving = []
-    for key, point in frontier.items():
-        other = _costs(point, directions)
-        if _beats(other, cost):
-            # A member that beats the new point cannot stand beside one that the new point beats.
-            return False, []
-        if _beats(cost, other):
-            leaving.append(key)
-    return True, leaving
+    members = {key: _costs(point, directions) for key, point in frontier.items()}
+    for key, point in new.items():
+        assert key not in members, key
+        cost = _costs(point, directions)
+        # A member that beats the new point cannot stand beside one that the new point beats.
+        if any(_beats(other, cost) for other in members.values()):
+            continue
+        members = {other: known for other, known in members.items() if not _beats(cost, known)}
+        members[key] = cost
+    return [key for key in members if key not in frontier], [key for key in frontier if key not in members]
 
 
 def non_dominated(points: Sequence[Point], directions: Sequence[str]) -> list[int]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import sqlalchemy as sa
@@ -16,6 +16,7 @@ from autoq.store import models as m
 from autoq.store.checksum import checksum_of_rows, own_of, row_of, spaced, unsealed
 from autoq.store.clock import worker_counts
 from autoq.store.members import damaged, members, members_of
+from autoq.store.packing import unpack, unpack_values
 from autoq.store.records import (
     StudyObjective,
     StudyRecord,
@@ -30,9 +31,13 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_TRIAL = (
-    *(column for column in m.trials.c if column.name != "assignment"),
+OWN = (  # of a trial, by the names that its record has
+    *(column for column in m.trials.c if column.key not in ("assignment", "derivation")),
     m.trials.c.assignment.label("hash"),
+    m.trials.c.derivation.label("derivation"),
+)
+_TRIAL = (
+    *OWN,
     m.studies.c.name.label("study"),
     m.studies.c.members.label("members"),
     m.frontier.c.trial_id.label("frontier_id"),
@@ -46,22 +51,6 @@ TrialRow = tuple[Any, ...]
 MeasurementRow = tuple[Any, ...]
 
 
-def pack(assignment: Assignment) -> bytes:
-    """The stored form: zlib of the canonical JSON. 210 layers are 10 KB of JSON and about 1 KB of this."""
-    return zlib.compress(assignment.json.encode(), level=9)
-
-
-def unpack(body: bytes) -> Assignment:
-    """The inverse of `pack`."""
-    return Assignment.from_json(zlib.decompress(body).decode())
-
-
-def pack_values(values: NDArray[np.float32]) -> dict[str, Any]:
-    """The stored form of values (windows, tokens). What was not evaluated is NaN and takes no room."""
-    windows, tokens = values.shape
-    return {"windows": windows, "tokens": tokens, "body": zlib.compress(values.astype("<f4").tobytes())}
-
-
 def load_values(
     connection: sa.Connection, study_id: int, number: int, objective: str, part: Part
 ) -> NDArray[np.float32] | None:
@@ -72,9 +61,7 @@ def load_values(
     row = connection.execute(query).one_or_none()
     if row is None:
         return None
-    import numpy as np
-
-    return np.frombuffer(zlib.decompress(row.body), "<f4").reshape(row.windows, row.tokens).astype(np.float32)
+    return unpack_values(row.windows, row.tokens, row.body)
 
 
 def load_trials(
@@ -232,37 +219,24 @@ _MEASUREMENT = [column.name for column in m.measurements.c][1:]
 
 
 def _trial(row: Any, measured: dict[tuple[str, Part], Measurement], assignment: Assignment | None) -> TrialRecord:
+    columns = row._asdict()
     if row.checksum is not None:
-        hold(row.checksum, row.study, row.number, own_of(row._asdict()), map(row_of, measured.values()))
+        hold(row.checksum, row.study, row.number, own_of(columns), map(row_of, measured.values()))
+    return as_record(columns | {"on_frontier": row.frontier_id is not None}, measured, assignment)
+
+
+def as_record(
+    columns: Mapping[str, Any], measured: dict[tuple[str, Part], Measurement], assignment: Assignment | None = None
+) -> TrialRecord:
+    """A trial from its columns, its assignment's `hash`, the name of its `study` and whether it is `on_frontier`."""
     error = None
-    if row.error_type is not None:
-        error = TrialError(row.error_type, row.error_message, row.traceback)
-    return TrialRecord(
-        id=row.id,
-        study_id=row.study_id,
-        study=row.study,
-        number=row.number,
-        state=row.state,
-        origin=row.origin,
-        baseline=row.baseline,
-        hash=row.hash,
-        duplicate_of=row.duplicate_of,
-        attempt=row.attempt,
-        changed=row.changed,
-        feasible=row.feasible,
-        on_frontier=row.frontier_id is not None,
-        violations=row.violations or {},
-        sampler_attrs=row.sampler_attrs,
-        error=error,
-        worker=row.worker,
-        seconds=row.seconds,
-        created_at=row.created_at,
-        finished_at=row.finished_at,
-        parent=row.parent,
-        derivation=row.derivation,
-        measurements=measured,
-        assignment=assignment,
-    )
+    if columns["error_type"] is not None:
+        error = TrialError(columns["error_type"], columns["error_message"], columns["traceback"])
+    special: dict[str, Any] = {"violations": columns["violations"] or {}, "error": error, "measurements": measured}
+    return TrialRecord(**{name: columns[name] for name in _COLUMNS}, **special, assignment=assignment)
+
+
+_COLUMNS = [f.name for f in fields(TrialRecord) if f.name not in ("violations", "error", "measurements", "assignment")]
 
 
 def load_study(connection: sa.Connection, where: sa.ColumnElement[bool]) -> StudyRecord | None:

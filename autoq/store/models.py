@@ -17,7 +17,7 @@ from sqlalchemy.types import TypeDecorator
 
 from autoq.store.checksum import sealed, unsealed
 
-SCHEMA = "0008"  # the newest revision in migrations/versions
+SCHEMA = "0009"  # the newest revision in migrations/versions
 VERSION_TABLE = "autoq_schema"  # not Alembic's default name, which other tools' databases have too
 
 
@@ -173,7 +173,7 @@ token_values = sa.Table(
     sa.Column("part", sa.String(16), primary_key=True),
     sa.Column("windows", sa.Integer, nullable=False),
     sa.Column("tokens", sa.Integer, nullable=False),
-    sa.Column("body", sa.LargeBinary, nullable=False),  # zlib of little-endian float32, window by window
+    sa.Column("body", sa.LargeBinary, nullable=False),  # see `packing`, window by window
 )
 
 frontier = sa.Table(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -197,6 +197,43 @@ class Descent:
     parent: int
     derivation: Mapping[str, Any]
     layers: Mapping[str, bytes]
+
+
+@dataclass(frozen=True)
+class NewTrial:
+    """A trial that is to begin; see `Store.start_trials`.
+
+    `repeats` is the number of another trial of the study that has the same assignment: then this one ends before it
+    begins, as a duplicate. `study_sampler_attrs` are what the sampler remembers of the study from now on, None where
+    nothing has changed.
+    """
+
+    number: int
+    assignment: Assignment
+    origin: Origin
+    baseline: str | None = None
+    sampler_attrs: Mapping[str, Any] = field(default_factory=dict)
+    study_sampler_attrs: Mapping[str, Any] | None = None
+    repeats: int | None = None
+    descent: Descent | None = None
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How an attempt of a trial ended: with `measurements`, of all tokens unless it was `stopped`, or by an `error`.
+
+    Attributes that are None stay as they are. See `Store.end_trials`.
+    """
+
+    trial_id: int
+    attempt: int
+    seconds: float
+    worker: str
+    measurements: Sequence[Measurement] = ()
+    violations: Mapping[str, float] = field(default_factory=dict)
+    stopped: bool = False
+    error: TrialError | None = None
+    sampler_attrs: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

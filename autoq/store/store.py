@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from autoq.assignment import Assignment
 from autoq.errors import NotFound
 from autoq.measurement import Measurement, Part
-from autoq.store import dominance, writing
+from autoq.store import dominance, results, writing
 from autoq.store import models as m
 from autoq.store.accounts import Accounts
 from autoq.store.database import Database, Fence, open_database
@@ -35,13 +35,24 @@ from autoq.store.loading import (
     load_trials,
     load_values,
     run_trials,
-    unpack,
 )
 from autoq.store.members import damaged, members_of
 from autoq.store.new_studies import insert_study
+from autoq.store.packing import unpack
 from autoq.store.patience import Patience, steady
 from autoq.store.queue import Queue
-from autoq.store.records import Descent, Origin, StudyRecord, StudyState, StudySummary, TrialRecord, TrialState
+from autoq.store.records import (
+    Descent,
+    Ending,
+    NewTrial,
+    Origin,
+    StudyRecord,
+    StudyState,
+    StudySummary,
+    TrialError,
+    TrialRecord,
+    TrialState,
+)
 from autoq.store.remarks import Remarks
 
 if TYPE_CHECKING:
@@ -198,6 +209,15 @@ class Store:
 
     # Trials: written by the study's controller
 
+    def start_trials(self, study_id: int, new: Sequence[NewTrial]) -> list[TrialRecord]:
+        """New trials, all or none, in state `running` at attempt 1, or `duplicate`; in the same transaction, of a
+        trained one its layers, and what the sampler remembers of the study then.
+
+        Raises `StoreError` if the study has a trial of such a number, so two controllers cannot mix.
+        """
+        with self._database.writing() as connection:
+            return writing.insert_trials(connection, study_id, new)
+
     def start_trial(
         self,
         study_id: int,
@@ -209,16 +229,9 @@ class Store:
         descent: Descent | None = None,
         study_sampler_attrs: Mapping[str, Any] | None = None,
     ) -> TrialRecord:
-        """A new trial in state `running`, at attempt 1; in the same transaction, of a trained one its layers, and what
-        the sampler remembers of the study now, unless that is None.
-
-        Raises `StoreError` if the study has a trial of that number, so two controllers cannot mix.
-        """
-        with self._database.writing() as connection:
-            return writing.insert_trial(
-                connection, study_id, number, assignment, "running", origin, baseline, sampler_attrs,
-                descent=descent, study_sampler_attrs=study_sampler_attrs,
-            )  # fmt: skip
+        """`start_trials` of one that runs."""
+        new = NewTrial(number, assignment, origin, baseline, sampler_attrs or {}, study_sampler_attrs, None, descent)
+        return self.start_trials(study_id, [new])[0]
 
     def record_duplicate(
         self,
@@ -230,12 +243,9 @@ class Store:
         origin: Origin = "sampler",
         study_sampler_attrs: Mapping[str, Any] | None = None,
     ) -> TrialRecord:
-        """A trial that ended before it began: trial `duplicate_of` of the study has the same assignment."""
-        with self._database.writing() as connection:
-            return writing.insert_trial(
-                connection, study_id, number, assignment, "duplicate", origin, None, sampler_attrs, duplicate_of,
-                study_sampler_attrs=study_sampler_attrs,
-            )  # fmt: skip
+        """`start_trials` of one that ended before it began: trial `duplicate_of` has the same assignment."""
+        new = NewTrial(number, assignment, origin, None, sampler_attrs or {}, study_sampler_attrs, duplicate_of)
+        return self.start_trials(study_id, [new])[0]
 
     def retry_trial(self, trial_id: int) -> int:
         """Send a running or failed trial out again: state `running`, and the new attempt's number.
@@ -244,6 +254,23 @@ class Store:
         """
         with self._database.writing() as connection:
             return writing.retry(connection, trial_id)
+
+    def end_trials(self, endings: Sequence[Ending]) -> list[TrialRecord | None]:
+        """Store the ends of trials of one study and what they do to its frontier, all or none, in one transaction;
+        each trial as it is once that is on disk, without its assignment.
+
+        None, and nothing of it changed, for a trial that is not running or is at another attempt, or that an earlier
+        one of `endings` has ended. A trial is feasible if every violation (excess over a constraint) is <= 0; only
+        then, and if it was not stopped, it can be on the frontier. The measurements of what did not fail must hold a
+        search value of every objective of the study. A long traceback keeps its end. Raises `NotFinite` for a NaN or
+        infinite number, and then nothing is stored.
+        """
+        if not endings:
+            return []
+        for ending in endings:
+            results.check_finite(ending.measurements, ending.violations)
+        with self._database.writing() as connection:
+            return results.end(connection, endings)
 
     def finish_trial(
         self,
@@ -254,22 +281,10 @@ class Store:
         seconds: float,
         worker: str,
         sampler_attrs: Mapping[str, Any] | None = None,
-        study_sampler_attrs: Mapping[str, Any] | None = None,
     ) -> bool:
-        """Store a trial's result and update the frontier, in one transaction; True once it is on disk.
-
-        False, and nothing changed, if the trial is not running or is at another attempt. The trial is
-        feasible if every violation (excess over a constraint) is <= 0; only then it can be on the
-        frontier. `measurements` must hold a search value of every objective of the study. Attributes
-        that are None stay as they are. Raises `NotFinite` for a NaN or infinite number, and then
-        nothing is stored.
-        """
-        writing.check_finite(measurements, violations)
-        with self._database.writing() as connection:
-            return writing.finish(
-                connection, trial_id, attempt, measurements, violations, seconds, worker,
-                sampler_attrs, study_sampler_attrs,
-            )  # fmt: skip
+        """`end_trials` of one that succeeded; whether it was stored."""
+        told = Ending(trial_id, attempt, seconds, worker, measurements, violations, sampler_attrs=sampler_attrs)
+        return self.end_trials([told])[0] is not None
 
     def stop_trial(
         self,
@@ -280,12 +295,9 @@ class Store:
         seconds: float,
         worker: str,
     ) -> bool:
-        """Store what was measured of a trial before it was stopped; as `finish_trial`, but never on the frontier."""
-        writing.check_finite(measurements, violations)
-        with self._database.writing() as connection:
-            return writing.finish(
-                connection, trial_id, attempt, measurements, violations, seconds, worker, None, None, stopped=True
-            )
+        """`end_trials` of one that was stopped: what was measured of it until then; whether it was stored."""
+        told = Ending(trial_id, attempt, seconds, worker, measurements, violations, stopped=True)
+        return self.end_trials([told])[0] is not None
 
     def fail_trial(
         self,
@@ -297,21 +309,18 @@ class Store:
         seconds: float,
         worker: str,
         sampler_attrs: Mapping[str, Any] | None = None,
-        study_sampler_attrs: Mapping[str, Any] | None = None,
     ) -> bool:
-        """Store why a trial failed; guarded as `finish_trial` is. A long traceback keeps its end."""
-        with self._database.writing() as connection:
-            return writing.fail(
-                connection, trial_id, attempt, error_type, message, traceback, seconds, worker,
-                sampler_attrs, study_sampler_attrs,
-            )  # fmt: skip
+        """`end_trials` of one that failed; whether it was stored."""
+        error = TrialError(error_type, message, traceback)
+        told = Ending(trial_id, attempt, seconds, worker, error=error, sampler_attrs=sampler_attrs)
+        return self.end_trials([told])[0] is not None
 
     def add_measurements(self, trial_id: int, measurements: Sequence[Measurement]) -> None:
         """Store or replace report measurements of a complete trial. The frontier stays: it is made of
         search values. Raises `NotFinite`."""
-        writing.check_finite(measurements, {})
+        results.check_finite(measurements, {})
         with self._database.writing() as connection:
-            writing.report(connection, trial_id, measurements)
+            results.report(connection, trial_id, measurements)
 
     # Trials: read by everyone
 
@@ -393,7 +402,8 @@ class Store:
     def token_values(self, study_id: int, number: int, objective: str, part: Part) -> NDArray[np.float32] | None:
         """The values (windows, tokens) whose mean is a trial's measurement, None where none are stored.
 
-        NaN marks tokens that do not count and, of a stopped trial, those that were not evaluated.
+        NaN marks tokens that do not count and, of a stopped trial, those that were not evaluated. Others are kept to
+        twelve significant bits.
         """
         with self._database.reading() as connection:
             return load_values(connection, study_id, number, objective, part)

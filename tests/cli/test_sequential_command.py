@@ -9,7 +9,7 @@ from autoq.cli import app
 from autoq.search.controller import create_study, run_study
 from autoq.search.sequencing import is_better, sequence_trial
 from autoq.spec import build_spec
-from autoq.store import Store, writing
+from autoq.store import Store, results
 
 KL, SIZE = "kl_nats_per_token", "size_bytes"
 
@@ -125,7 +125,7 @@ def test_a_worse_one_is_stored_and_said_to_be(autoq, folder, parent):
                 f"update measurements set value = 99 where trial_id = {found.id} and part = 'search' "
                 f"and objective = '{KL}'"
             )
-            writing.seal(connection, found.id)
+            results.seal(connection, found.id)
         assert is_better(store, store.trial(study.id, found.number)) is False
     told = autoq("sequential", "tiny", str(parent)).stdout
     assert f"it is no better than trial {parent} on the search part: export that one" in told

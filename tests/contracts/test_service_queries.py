@@ -23,7 +23,7 @@ from autoq.service.settings import Limits, Settings
 from autoq.spec import build_spec
 from autoq.store import Prepared
 from autoq.store import models as m
-from autoq.store.loading import pack, pack_values
+from autoq.store.packing import pack, pack_values
 from autoq.store.queue_submissions import Submission
 
 OBJECTIVES = [("kl_nats_per_token", "nats/token", "minimize"), ("size_bytes", "bytes", "minimize")]

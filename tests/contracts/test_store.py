@@ -235,16 +235,16 @@ def test_a_late_result_changes_nothing(store):
     before = contents(store)
 
     def late(attempt):
-        assert not store.finish_trial(trial.id, attempt, good, {}, 1.0, "a", {"x": 1}, {"y": 1})
-        assert not store.fail_trial(trial.id, attempt, "E", "m", "t", 1.0, "a", {"x": 1}, {"y": 1})
+        assert not store.finish_trial(trial.id, attempt, good, {}, 1.0, "a", {"x": 1})
+        assert not store.fail_trial(trial.id, attempt, "E", "m", "t", 1.0, "a", {"x": 1})
         assert contents(store) == before
 
     late(1)
     late(3)
-    assert store.finish_trial(trial.id, 2, good, {}, 1.0, "b", {"x": 2}, {"y": 2})
+    assert store.finish_trial(trial.id, 2, good, {}, 1.0, "b", {"x": 2})
     before = contents(store)
     late(2)
-    assert store.study(study.id).sampler_attrs == {"y": 2}
+    assert store.study(study.id).sampler_attrs == {}
     assert store.trial(study.id, 1).worker == "b"
     assert numbers(store.frontier(study.id)) == [1]
     with pytest.raises(StoreError, match=r"^trial 1 of study 'demo' is complete and cannot run again$"):
@@ -273,14 +273,14 @@ def test_of_many_results_at_once_one_is_stored(url, store):
 def test_a_failure_is_kept_whatever_its_text(store):
     study = study_with(store)
     trial = store.start_trial(study.id, 0, assignment(0), "seed")
-    assert store.fail_trial(trial.id, 1, "ValueError", "a\0b \ud800", "x" * 70_000 + "end", 0.5, "w\0", None, {"k": 1})
+    assert store.fail_trial(trial.id, 1, "ValueError", "a\0b \ud800", "x" * 70_000 + "end", 0.5, "w\0", {"k": 1})
     failed = store.trial(study.id, 0)
     assert (failed.state, failed.feasible, failed.on_frontier, failed.seconds) == ("failed", None, False, 0.5)
     assert (failed.error.type, failed.error.message, failed.worker) == ("ValueError", r"a\x00b \ud800", r"w\x00")
     assert failed.error.traceback.endswith("xend")
     assert len(failed.error.traceback) == 65536
     assert failed.to_json()["error"]["type"] == "ValueError"
-    assert store.study(study.id).sampler_attrs == {"k": 1}
+    assert failed.sampler_attrs == {"k": 1}
 
     assert store.retry_trial(trial.id) == 2
     again = store.trial(study.id, 0)

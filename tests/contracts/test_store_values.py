@@ -62,7 +62,7 @@ def test_values_per_token_come_and_go_with_their_measurement(store):
     assert store.finish_trial(trial.id, 1, [dataclasses.replace(loss, per_token=values), size], {}, 1.0, "w")
     found = store.token_values(study.id, 0, "kl_nats_per_token", "search")
     assert found.dtype == np.float32
-    assert np.array_equal(found, values, equal_nan=True)
+    assert np.allclose(found, values, rtol=2.0**-12, atol=0, equal_nan=True)
     for absent in (("size_bytes", "search"), ("kl_nats_per_token", "report")):
         assert store.token_values(study.id, 0, *absent) is None
     assert store.token_values(study.id, 1, "kl_nats_per_token", "search") is None
@@ -71,7 +71,7 @@ def test_values_per_token_come_and_go_with_their_measurement(store):
     store.add_measurements(trial.id, [dataclasses.replace(report, per_token=values[:1])])
     store.add_measurements(trial.id, [dataclasses.replace(report, per_token=values[1:])])
     found = store.token_values(study.id, 0, "kl_nats_per_token", "report")
-    assert np.array_equal(found, values[1:], equal_nan=True)
+    assert np.allclose(found, values[1:], rtol=2.0**-12, atol=0, equal_nan=True)
     store.add_measurements(trial.id, [report])
     assert store.token_values(study.id, 0, "kl_nats_per_token", "report") is None, "of an older measurement"
     with store._database.writing() as connection:

@@ -51,6 +51,10 @@ class Mail(Executor):
             return None
         return self.hand(self.held.pop(self.dice.randrange(len(self.held))))
 
+    def ready(self):
+        # Half of the time what comes is stored with what came before it.
+        return self.next(0) if self.dice.random() < 0.5 else None
+
     def hand(self, result):
         first = next(key for key in self.order if key[0] == result.job.key)
         self.counts["out of order"] += first != self.order[0]

@@ -1,9 +1,12 @@
 """One claim of each sampler that is another project's idea: budgets are kept, and what is known is used."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from autoq.search.optuna_study import AskTell
 from autoq.search.prior import Additive, Prior
@@ -244,3 +247,14 @@ def test_nothing_is_proposed_twice_while_much_is_left(sampler):
 def test_nondominated_keeps_equals_and_drops_the_beaten():
     values = np.array([[1.0, 3.0], [2.0, 2.0], [2.0, 2.0], [2.0, 3.0], [3.0, 1.0], [1.0, 4.0]])
     assert nondominated(values).tolist() == [True, True, True, False, True, False]
+
+
+@given(
+    st.integers(1, 3).flatmap(
+        lambda n: st.lists(st.lists(st.sampled_from([-1.0, 0.0, 1.0, 2.0, math.inf]), min_size=n, max_size=n))
+    )
+)
+def test_nondominated_is_what_no_row_beats(rows):
+    values = np.array(rows, dtype=np.float64).reshape(len(rows), len(rows[0]) if rows else 2)
+    beaten = [any((b <= a).all() and (b < a).any() for b in values) for a in values]
+    assert nondominated(values).tolist() == [not each for each in beaten]

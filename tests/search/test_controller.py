@@ -265,6 +265,25 @@ def test_what_a_stage_refuses_is_bad_input_and_what_breaks_it_is_not(store, spec
     assert (type(caught.value), str(caught.value)) == (kind, line)
 
 
+def test_what_has_come_is_stored_whatever_the_executor_says_next(store, spec):
+    class Gone(LocalExecutor):
+        came = 0
+
+        def next(self, timeout=None):
+            result = super().next(timeout)
+            self.came += result.job.key.startswith("trial")
+            return result
+
+        def ready(self):
+            if self.came == 5:
+                raise AutoQError("the cluster is gone")
+
+    with pytest.raises(AutoQError, match=r"^the cluster is gone$"):
+        search(store, spec(), make=lambda spec: Gone(spec, Evaluator))
+    (study,) = store.studies()
+    assert (study.state, study.complete + study.failed, study.running) == ("failed", 5, 0)
+
+
 class Crashing(Executor):
     """Reports a dead worker for some trials, as often as told."""
 

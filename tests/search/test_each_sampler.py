@@ -4,9 +4,12 @@ import itertools
 
 import numpy as np
 import pytest
+from optuna.distributions import IntDistribution
+from optuna.samplers import RandomSampler
 
 from autoq.errors import BadInput
 from autoq.search.optuna_study import AskTell, Row
+from autoq.search.samplers import trial_seed
 
 
 def asked(sampler, parameters, n, value=None, **changes):
@@ -94,3 +97,13 @@ def test_those_that_learn_beat_random_draws(sampler, n):
     late = [distance(p) for p in asked(sampler, parameters, n, distance)[-n // 5 :]]
     drawn = [distance(p) for p in asked("random", parameters, n, distance)]
     assert np.mean(late) < 0.6 * np.mean(drawn)
+
+
+def test_random_draws_what_optuna_draws():
+    draw = np.random.default_rng(0)
+    sizes = [int(n) for n in draw.integers(2, 9, 40)]
+    asking = AskTell([(f"p{i}", n) for i, n in enumerate(sizes)], ["minimize"], "random", 7)
+    for number in range(5):
+        own = RandomSampler(seed=trial_seed(7, number))
+        drawn = [own.sample_independent(None, None, f"p{i}", IntDistribution(0, n - 1)) for i, n in enumerate(sizes)]
+        assert asking.ask(number) == drawn

@@ -1,5 +1,6 @@
 """The default sampler: as any Optuna study may use it, and in a study of ours."""
 
+import dataclasses
 import itertools
 import math
 
@@ -10,9 +11,10 @@ import pytest
 from autoq.errors import BadInput
 from autoq.search.optuna_study import AskTell, Row
 from autoq.search.prior import Additive, Prior
+from autoq.search.samplers import frontier
 from autoq.search.samplers._known import nondominated
-from autoq.search.samplers._trials import positive
-from autoq.search.samplers.frontier import PREDICTED, FrontierSampler
+from autoq.search.samplers._trials import fitted, positive
+from autoq.search.samplers.frontier import PREDICTED, FrontierSampler, _step
 
 
 @pytest.fixture(autouse=True)
@@ -340,3 +342,28 @@ def test_losses_become_positive_and_come_back():
         assert 0 < losses[0] < 0.2 * losses[1]
     assert positive(np.full(3, np.inf))[0].tolist() == [1, 1, 1]
     assert positive(np.zeros(3))[0].tolist() == pytest.approx([0.05] * 3)
+
+
+def test_with_many_out_proposals_share_a_model_and_are_the_same_after_a_break(monkeypatch):
+    """130 out: the model hears of two at once. A study that is brought back in between goes on as this one does."""
+    assert [_step(pending) for pending in (0, 15, 127, 128, 255, 256, 4321)] == [1, 1, 1, 2, 2, 4, 64]
+    toy, fits, asked, rows = Toy(layers=12, seed=5), [], [], []
+    monkeypatch.setattr(frontier, "fitted", lambda *told: fits.append(len(told[0])) or fitted(*told))
+    study = toy.study()
+    for number in range(160):
+        asked.append(study.ask(number))
+        if number >= 129:
+            told = number - 129
+            study.tell(told, [toy.loss(asked[told]), toy.total(toy.size, asked[told])])
+        if number == 148:
+            rows = [Row(n, asked[n], "running" if n > 19 else "complete", attrs=study.attrs(n)) for n in range(149)]
+    assert len({tuple(choices) for choices in asked}) == 160
+    # None until one was told with 128 others out; then every other one.
+    assert fits == [0, *range(2, 31, 2)]
+    values = [[toy.loss(asked[n]), toy.total(toy.size, asked[n])] for n in range(20)]
+    again = toy.study()
+    again.restore([dataclasses.replace(row, values=values[n] if n < 20 else None) for n, row in enumerate(rows)], {})
+    for number in range(149, 160):
+        assert again.ask(number) == asked[number]
+        told = number - 129
+        again.tell(told, [toy.loss(asked[told]), toy.total(toy.size, asked[told])])

@@ -32,11 +32,13 @@ def test_dominance_is_nowhere_worse_and_somewhere_better():
 def test_a_new_point_joins_is_refused_or_replaces():
     both = ("minimize", "minimize")
     frontier = {"a": (1.0, 3.0), "b": (2.0, 2.0), "c": (3.0, 1.0)}
-    assert update(frontier, (2.5, 2.5), both) == (False, [])
-    assert update(frontier, (2.0, 2.0), both) == (True, [])
-    assert update(frontier, (0.0, 4.0), both) == (True, [])
-    assert update(frontier, (1.5, 1.0), both) == (True, ["b", "c"])
-    assert update({}, (9.0, 9.0), both) == (True, [])
+    assert update(frontier, {"d": (2.5, 2.5)}, both) == ([], [])
+    assert update(frontier, {"d": (2.0, 2.0)}, both) == (["d"], [])
+    assert update(frontier, {"d": (0.0, 4.0)}, both) == (["d"], [])
+    assert update(frontier, {"d": (1.5, 1.0)}, both) == (["d"], ["b", "c"])
+    assert update({}, {"d": (9.0, 9.0)}, both) == (["d"], [])
+    # What joins and leaves again in the same step was never there.
+    assert update(frontier, {"d": (2.0, 1.5), "e": (1.5, 1.0)}, both) == (["e"], ["b", "c"])
 
 
 def test_a_wrong_length_or_direction_is_a_mistake_of_ours():
@@ -52,17 +54,16 @@ def test_all_at_once_equals_brute_force(stream):
     assert non_dominated(points, directions) == brute_force(points, directions)
 
 
-@given(STREAMS)
-def test_one_by_one_equals_all_at_once(stream):
+@given(STREAMS, st.integers(1, 7))
+def test_step_by_step_equals_all_at_once(stream, size):
     directions, points = stream
-    frontier = {}
-    for key, point in enumerate(points):
-        added, removed = update(frontier, point, directions)
-        assert added or not removed
-        for gone in removed:
-            del frontier[gone]
-        if added:
-            frontier[key] = point
+    frontier, keys = {}, range(len(points))
+    for start in keys[::size]:
+        new = {key: points[key] for key in keys[start : start + size]}
+        added, removed = update(frontier, new, directions)
+        assert set(added) <= set(new)
+        assert set(removed) <= set(frontier)
+        frontier = {k: p for k, p in {**frontier, **{k: new[k] for k in added}}.items() if k not in removed}
     assert sorted(frontier) == non_dominated(points, directions)
 
 

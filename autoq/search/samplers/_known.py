@@ -227,6 +227,13 @@ def nondominated(values: Floats) -> NDArray[np.bool_]:
     """Which rows (rows, objectives) no other row beats: none as good everywhere and better somewhere."""
     # In this order nothing is beaten by what comes later.
     left, place = np.lexsort(values.T[::-1]), 0
+    if values.shape[1] == 2 and len(left):
+        ordered = values[left]
+        beaten = np.append(False, ordered[1:, 1] >= np.minimum.accumulate(ordered[:, 1])[:-1])
+        first = np.flatnonzero(np.append(True, (ordered[1:] != ordered[:-1]).any(axis=1)))
+        # Of equals the first decides for all.
+        beaten = np.repeat(beaten[first], np.diff(np.append(first, len(left))))
+        left, place = left[~beaten], len(left)
     while place < len(left):
         row, later = values[left[place]], values[left[place + 1 :]]
         # What a row leaves standing is better somewhere, or its equal.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -55,16 +54,30 @@ class Used:
         return key in self.ended or key in self.pending
 
 
+@dataclass(frozen=True, eq=False)
+class Pending:
+    """A trial that has not ended: choices (n,) with their key, totals (tables,), and whether a model proposed it."""
+
+    choices: Indices
+    key: bytes
+    totals: Floats
+    modelled: bool
+
+
 @dataclass(frozen=True)
 class Snapshot:
-    """The trials of a study at one time: those told, by number; choices that are pending (k, n); all that were used.
+    """The trials of a study at one time: those told, and those pending, by number; all assignments that were used.
 
-    `turn` counts the sampler's own proposals, `interactions` are those of the slopes of all that were told.
+    `values` (k, qualities), `totals` (k, tables) and `feasible` (k,) are those of the k that were told. `turn` counts
+    the sampler's own proposals, `interactions` are those of the slopes of all that were told.
     """
 
     told: Sequence[Told]
+    values: Floats
+    totals: Floats
+    feasible: NDArray[np.bool_]
     interactions: Interactions | None
-    pending: Indices
+    pending: Sequence[Pending]
     used: Used
     turn: int
 
@@ -87,8 +100,9 @@ class Trials:
         self._signs = [1.0 if d == optuna.study.StudyDirection.MINIMIZE else -1.0 for d in study.directions]
         self._ended: set[int] = set()
         self._first_open = 0  # all trials before it have ended
-        self._rows: dict[int, list[int]] = {}  # choices of trials that had not ended when they were seen
+        self._pending: dict[int, Pending] = {}  # as they were when they were seen
         self._told: list[Told] = []
+        self._columns = self._columns_of(())
         self._used: set[bytes] = set()
         self._turn = 0
         self._interactions: Interactions | None = None
@@ -105,9 +119,8 @@ class Trials:
     def snapshot(self, study: optuna.Study, number: int) -> Snapshot:
         """All trials but the one with that number."""
         with self._lock:
-            ended: list[tuple[FrozenTrial, list[int]]] = []
-            pending: list[list[int]] = []
-            turn = 0
+            ended: list[tuple[FrozenTrial, Pending]] = []
+            pending: list[Pending] = []
             trials = study.get_trials(deepcopy=False)
             while self._first_open in self._ended:
                 self._ended.remove(self._first_open)
@@ -115,31 +128,30 @@ class Trials:
             for trial in trials[self._first_open :]:
                 if trial.number in self._ended or trial.number == number:
                     continue
-                row = self._row(trial)
+                row = self._pending.get(trial.number)
                 if finished := trial.state.is_finished():
                     self._ended.add(trial.number)
-                    self._rows.pop(trial.number, None)
-                if row is None:
+                    self._pending.pop(trial.number, None)
+                if row is None and (row := self._row(trial)) is None:
                     continue
                 if finished:
                     ended.append((trial, row))
-                    self._turn += PREDICTED in trial.system_attrs
+                    self._turn += row.modelled
                 else:
+                    self._pending[trial.number] = row
                     pending.append(row)
-                    turn += PREDICTED in trial.system_attrs
             self._add(ended)
-            running = np.array(pending, dtype=np.int64).reshape(-1, len(self.known.names))
-            used = Used(self._used, frozenset(keys(running)))
-            return Snapshot(list(self._told), self._interactions, running, used, self._turn + turn)
+            used = Used(self._used, {row.key for row in pending})
+            turn = self._turn + sum(row.modelled for row in pending)
+            return Snapshot(list(self._told), *self._columns, self._interactions, pending, used, turn)
 
-    def _row(self, trial: FrozenTrial) -> list[int] | None:
-        """A trial's choices, None where it lies outside of the space or lacks some yet."""
-        if (known := self._rows.get(trial.number)) is not None:
-            return known
-        row = self._read(trial)
-        if row is not None:  # one that runs is asked for with every proposal
-            self._rows[trial.number] = row
-        return row
+    def _row(self, trial: FrozenTrial) -> Pending | None:
+        """A trial as it is pending, None where it lies outside of the space or lacks choices yet."""
+        if (read := self._read(trial)) is None:
+            return None
+        row = np.array(read, dtype=np.int64)
+        totals = np.array([table.of(row) for table in self.known.budgets], dtype=np.float64)
+        return Pending(row, keys(row[None])[0], totals, PREDICTED in trial.system_attrs)
 
     def _read(self, trial: FrozenTrial) -> list[int] | None:
         try:
@@ -149,23 +161,40 @@ class Trials:
         row = [places.get(value, -1) for places, value in zip(self._places, picked, strict=True)]
         return None if -1 in row else row
 
-    def _add(self, ended: Sequence[tuple[FrozenTrial, list[int]]]) -> None:
-        if not ended:
-            return
-        rows = np.array([row for _, row in ended], dtype=np.int64)
-        self._used.update(keys(rows))
-        totals = np.stack([table.of(rows) for table in self.known.budgets], 1)
-        for (trial, _), row, sums in zip(ended, rows, totals, strict=True):
+    def _add(self, ended: Sequence[tuple[FrozenTrial, Pending]]) -> None:
+        new = []
+        for trial, row in ended:
+            self._used.add(row.key)
             if trial.state != TrialState.COMPLETE or trial.values is None:
                 continue
-            values = [self._signs[q] * trial.values[q] for q in self.known.qualities]
+            signed = [self._signs[q] * trial.values[q] for q in self.known.qualities]
             feasible = all(value <= 0 for value in trial.constraints.values())
-            slopes = self._slopes(row, trial.system_attrs.get(SLOPES))
-            # Trials end in any order, and proposals are to depend on their numbers alone.
-            told = Told(trial.number, row.astype(np.int32), sums, values, feasible, slopes)
-            bisect.insort(self._told, told, key=attrgetter("number"))
-        if any(SLOPES in trial.system_attrs for trial, _ in ended):
+            slopes = self._slopes(row.choices, trial.system_attrs.get(SLOPES))
+            choices = row.choices.astype(np.int32)
+            new.append(Told(trial.number, choices, row.totals, signed, feasible, slopes))
+        if not new:
+            return
+        # Trials end in any order, and proposals are to depend on their numbers alone.
+        in_order = not self._told or self._told[-1].number < new[0].number
+        self._told = sorted([*self._told, *new], key=attrgetter("number"))
+        if in_order:
+            before, after = self._columns, self._columns_of(new)
+            values, totals = (np.concatenate([before[i], after[i]]) for i in (0, 1))
+            self._columns = values, totals, np.concatenate([before[2], after[2]])
+        else:
+            self._columns = self._columns_of(self._told)
+        if any(told.slopes is not None for told in new):
             self._interactions = interactions_of(self.layers, [told.slopes for told in self._told])
+
+    def _columns_of(self, told: Sequence[Told]) -> tuple[Floats, Floats, NDArray[np.bool_]]:
+        """Values, totals and feasibility of trials, as in a `Snapshot`."""
+        values = np.array([each.values for each in told], dtype=np.float64)
+        totals = np.array([each.totals for each in told], dtype=np.float64)
+        return (
+            values.reshape(-1, len(self.known.qualities)),
+            totals.reshape(-1, len(self.known.budgets)),
+            np.array([each.feasible for each in told], dtype=np.bool_),
+        )
 
     def _slopes(self, row: Indices, found: Mapping[str, Any] | None) -> Slopes | None:
         return None if found is None else slopes_of(row, found, self.known)

@@ -2,7 +2,8 @@
 
 Each proposal is made in four steps.
 
-1. The model of quality (`autoq.search.quality_model`) is fitted to all told trials and their slopes.
+1. The model of quality (`autoq.search.quality_model`) is fitted to all told trials and their slopes. Where very many
+   are out it is fitted anew for every so many told ones (`_step`), and the proposals between share it.
 2. Candidates: solutions of the knapsack at budgets along the range of every table (size, latency, energy,
    and random mixtures of them), under the model's mean and under draws from its posterior (Thompson 1933);
    moves of a few layers around what is on the frontier; in a space small enough, every assignment.
@@ -27,6 +28,7 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import optuna
@@ -40,7 +42,7 @@ from autoq.search.prior import Prior
 from autoq.search.quality_model import QualityModel
 from autoq.search.samplers import Option, Sampler, Value, trial_seed
 from autoq.search.samplers._known import Floats, Indices, Table, nondominated
-from autoq.search.samplers._trials import PREDICTED, Trials, fitted, keys, positive
+from autoq.search.samplers._trials import PREDICTED, Pending, Snapshot, Trials, fitted, keys, positive
 
 ENUMERATED = 20_000  # assignments up to which every one is a candidate
 _BUDGETS = 5  # at which candidates are solved for, per proposal
@@ -128,6 +130,65 @@ def _values(trials: Trials, choices: Indices) -> dict[str, Any]:
     return {name: menu[int(i)] for (name, menu), i in zip(trials.menus.items(), choices, strict=True)}
 
 
+def _step(pending: int) -> int:
+    """Of how many results in a row the model hears at once: a 64th of those that are not there yet, as a power of two.
+
+    Fitting it costs most of a proposal. With fewer than 128 trials out it hears of each.
+    """
+    return 1 << max(0, (pending // 64).bit_length() - 1)
+
+
+class _Fit:
+    """The model of the first `count` of the trials told. Depends on them alone, so proposals may share it."""
+
+    def __init__(self, trials: Trials, found: Snapshot, losses: Floats, count: int) -> None:
+        self.assumed, self.interactions = trials.known.assumed, found.interactions
+        self.numbers, self.losses = [t.number for t in found.told[:count]], losses[:count]
+        choices = [t.choices for t in found.told[:count]]
+        self.model = fitted(choices, self.losses, found.totals[:count, 0], trials.layers, found.interactions)
+        self._front = self._best(found, losses, np.arange(count))
+        self._known: dict[bytes, float] = {}
+
+    @classmethod
+    def of(cls, trials: Trials, found: Snapshot, losses: Floats, count: int) -> _Fit:
+        """The last one, if nothing is new to it."""
+        fit = _FITS.get(trials)
+        if (
+            fit is None
+            or fit.interactions is not found.interactions
+            or fit.numbers != [t.number for t in found.told[:count]]
+            or not np.array_equal(fit.losses, losses[:count])
+        ):
+            fit = _FITS[trials] = cls(trials, found, losses, count)
+        return fit
+
+    def front(self, found: Snapshot, losses: Floats) -> Indices:
+        """The places, among all that were told, of the feasible ones that no other one beats."""
+        return self._best(found, losses, np.append(self._front, np.arange(len(self.losses), len(losses))))
+
+    def _best(self, found: Snapshot, losses: Floats, places: Indices) -> Indices:
+        places = places[found.feasible[places]]
+        logs = np.log(losses[places])
+        columns = logs[:, None] if self.assumed else np.column_stack([logs, found.totals[places]])
+        kept: Indices = places[nondominated(columns)]
+        return kept
+
+    def predicted(self, pending: Sequence[Pending], known: bool) -> Floats:
+        """Log losses (k,) that trials are expected to have; with `known` each is asked for once."""
+        if not known:
+            return self._predict(pending)
+        new = [trial for trial in pending if trial.key not in self._known]
+        # Numbers that come out of products of other shapes differ in their last digits, and proposals must not.
+        self._known |= {t.key: float(f"{mean:.9g}") for t, mean in zip(new, self._predict(new), strict=True)}
+        return np.array([self._known[trial.key] for trial in pending], dtype=np.float64)
+
+    def _predict(self, pending: Sequence[Pending]) -> Floats:
+        return self.model.predict(np.stack([t.choices for t in pending]))[0] if pending else np.zeros(0)
+
+
+_FITS: WeakKeyDictionary[Trials, _Fit] = WeakKeyDictionary()
+
+
 class _Proposal:
     """One proposal: the model of all that was told, candidates and their expected improvement."""
 
@@ -143,25 +204,30 @@ class _Proposal:
         self.rng, self.budgets, self.layers = rng, budgets, trials.layers
         self.rows, self.counts = np.arange(len(known.names)), np.array(known.sizes)
         found = trials.snapshot(study, number)
-        told, self.used, self.turn = found.told, found.used, found.turn
-        n, tables = len(known.names), len(known.budgets)
+        self.used, self.turn = found.used, found.turn
+        n, pending = len(known.names), found.pending
         self.sign = 1.0 if study.directions[known.qualities[0]] == optuna.study.StudyDirection.MINIMIZE else -1.0
         self.shift = 0.0
-        losses = self._scalar(np.array([t.values for t in told], dtype=np.float64).reshape(-1, len(known.qualities)))
-        totals = np.array([t.totals for t in told], dtype=np.float64).reshape(-1, tables)
-        choices = [t.choices for t in told]
-        self.model = fitted(choices, losses, totals[:, 0], self.layers, found.interactions)
+        losses = self._scalar(found.values)
+        step = _step(len(pending)) if len(known.qualities) == 1 else 1
+        fit = _Fit.of(trials, found, losses, len(losses) - len(losses) % step)
+        self.model = fit.model
         self.bounds = self._log_bounds(trials.prior.learned.get(known.qualities[0], (-math.inf, math.inf)))
         # What a candidate must beat: feasible trials, and those that still run as they are predicted.
-        feasible = np.flatnonzero([t.feasible for t in told])
-        running = self.model.predict(found.pending)[0] if len(found.pending) else np.zeros(0)
+        feasible = fit.front(found, losses)
+        running = fit.predicted(pending, known=step > 1)
         logs = np.concatenate([np.log(losses[feasible]), running])
-        weights = np.concatenate([totals[feasible], np.stack([t.of(found.pending) for t in known.budgets], 1)])
+        weights = np.concatenate(
+            [found.totals[feasible], np.array([p.totals for p in pending]).reshape(-1, len(known.budgets))]
+        )
         columns = logs[:, None] if known.assumed else np.column_stack([logs, weights])
         front = np.flatnonzero(nondominated(columns))
         self.logs, self.weights = logs[front], weights[front]
-        rows = [choices[i] for i in feasible] + list(found.pending)
-        self.incumbents = np.array([rows[i] for i in front], dtype=np.int64).reshape(-1, n)
+        rows = [
+            (found.told[feasible[i]] if i < len(feasible) else pending[i - len(feasible)]).choices
+            for i in front.tolist()
+        ]
+        self.incumbents = np.array(rows, dtype=np.int64).reshape(-1, n)
 
     def _scalar(self, values: Floats) -> Floats:
         """Losses (k,) of the learned objectives (k, q)."""
