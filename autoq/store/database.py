@@ -53,7 +53,9 @@ _POSTGRESQL_REASONS = {
 }
 # What passes by itself: connections and locks, a server that stops or starts, transactions that met each other.
 _AWAY = ("08", "53300", "55P03", "57P", "40001", "40P01", "25P03")
-# A cable that was pulled is noticed after so long and not after the hours that TCP takes by itself.
+# A cable that was pulled is noticed after so long and not after the hours that TCP takes by itself. On either side: a
+# client that vanishes between the messages of one statement leaves a server with its locks, which is not idle before
+# their Sync (https://www.postgresql.org/docs/current/protocol-flow.html), so that none of its own timeouts counts.
 _KEEPALIVE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 30_000}
 
 
@@ -334,6 +336,7 @@ def _engine(url: sa.URL) -> sa.Engine:
             options["connect_timeout"] = CONNECT_SECONDS
         options |= {name: value for name, value in _KEEPALIVE.items() if name not in url.query}
         settings = f"-c lock_timeout={LOCK_SECONDS}s -c idle_in_transaction_session_timeout={STALLED_SECONDS}s"
+        settings += "".join(f" -c tcp_{name.removeprefix('tcp_')}={value}" for name, value in _KEEPALIVE.items())
         options["options"] = f"{settings} {url.query.get('options', '')}"
         url = url.difference_update_query(["options"])
     try:

@@ -18,6 +18,7 @@ from autoq.errors import LeaseLost, StoreAway, StoreError
 from autoq.search import holding as holdings
 from autoq.search.controller import create_study, run_study
 from autoq.store import Store
+from autoq.store import database as databases
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -242,6 +243,111 @@ def test_a_commit_that_nobody_answers_is_neither_lost_nor_repeated(
         before, after, refused = before + cutter.before, after + cutter.after, refused + cutter.refused
     assert before > 0 and after > 0
     record_testsuite_property("commits cut", f"{before} before, {after} after, {refused} connections refused")
+
+
+@pytest.fixture(scope="module")
+def elsewhere(postgresql, networks):
+    """A server in another network, and the cable to it."""
+    network = networks.network_or_skip(networks.try_network())
+    try:
+        server = postgresql.Server(postgresql.binaries(), network)
+        yield server, network
+        network.mend()
+        server.stop()
+    finally:
+        network.close()
+
+
+@pytest.fixture
+def soon(monkeypatch, rounds):
+    """Clocks by which a silent connection ends: short ones, but in the long form."""
+    short = {"keepalives_idle": 1, "keepalives_interval": 1, "keepalives_count": 2, "tcp_user_timeout": 2000}
+    monkeypatch.setattr(databases, "_KEEPALIVE", rounds(short, databases._KEEPALIVE))
+    monkeypatch.setattr(databases, "CONNECT_SECONDS", rounds(2, databases.CONNECT_SECONDS))
+    monkeypatch.setattr(databases, "STALLED_SECONDS", rounds(3, databases.STALLED_SECONDS))
+
+
+def reachable(store, study_id):
+    """Whether the database answers; the kernel remembers for a second that nobody did."""
+    try:
+        return store.study(study_id) is not None
+    except StoreAway:
+        return False
+
+
+def test_a_network_that_drops_everything_in_silence_pauses_the_study(
+    elsewhere, soon, spec, whole, made_up, beats, rounds, record_testsuite_property
+):
+    """No connection is refused or closed: all of them end by the clock, of which the short form has a fast one."""
+    (server, network), dice, silent = elsewhere, random.Random(7), []
+
+    class Watcher(made_up.Witness):
+        """Cuts the cable a random moment after a trial, and mends it once the study has said that it waits."""
+
+        def __init__(self):
+            super().__init__(self.cut_after)
+            self.moments = set(dice.sample(range(1, TRIALS - 3), 2))
+            self.cut_at, self.knife = None, None
+
+        def cut_after(self, trial):
+            if trial.number in self.moments:
+                self.knife = threading.Timer(dice.uniform(0, 0.02), self.cut)
+                self.knife.start()
+
+        def cut(self):
+            self.cut_at = time.monotonic()
+            network.cut()
+
+        def note(self, text):
+            super().note(text)
+            if "waiting for it" in text:
+                silent.append(time.monotonic() - self.cut_at)
+                network.mend()
+
+    for turn in range(rounds(1, 5)):
+        with Store.open(server.fresh()) as store:
+            study = create_study(store, spec(seed=turn % 4))
+            witness = Watcher()
+            run_study(store, study.id, witness, made_up.make)
+            witness.knife.join()
+            network.mend()  # where nothing was written after it
+            while not reachable(store, study.id):
+                time.sleep(0.1)
+            made_up.check(store, study, witness, whole(turn % 4))
+        for note in witness.notes:
+            assert re.match(r"the database ('[^']*' cannot be reached: [^\n]*; waiting for it|answers again)", note), (
+                note
+            )
+            assert "s3cret" not in note
+    assert silent
+    record_testsuite_property("cables cut", f"{len(silent)}, noticed after {max(silent):.0f} s at most")
+    print(f"seed 7: {len(silent)} cuts noticed after {min(silent):.1f} to {max(silent):.1f} s, 0 lost, 0 doubled")
+
+
+def test_who_is_cut_off_within_a_statement_holds_no_lock_for_hours(elsewhere, soon, spec):
+    """A server waits for the rest of a statement, with its locks, as long as its connection seems to live."""
+    server, network = elsewhere
+    address = server.fresh()
+    with Store.open(address) as store:
+        study = create_study(store, spec())
+        with store._database._engine.connect() as connection:
+            client = connection.connection.driver_connection.pgconn
+            client.enter_pipeline_mode()
+            client.send_query_params(b"SELECT id FROM studies WHERE id = $1 FOR UPDATE", [str(study.id).encode()])
+            client.send_flush_request()  # and no Sync
+            client.flush()
+            while client.is_busy():
+                client.consume_input()
+            assert client.get_result().ntuples == 1
+            network.cut()
+            try:
+                local = sa.make_url(address).set(host=str(server.folder))
+                with sa.create_engine(local, poolclass=sa.NullPool).begin() as beside:
+                    beside.exec_driver_sql("SET lock_timeout = '120s'")
+                    beside.exec_driver_sql("SELECT id FROM studies FOR UPDATE")
+            finally:
+                network.mend()
+                connection.invalidate()
 
 
 def test_a_study_gives_up_after_the_limit_and_goes_on_when_it_is_resumed(

@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -32,13 +33,19 @@ def binaries() -> Path:
 
 
 class Server:
-    """A PostgreSQL server of our own on a free loopback port, without fsync: no power fails in a test."""
+    """A PostgreSQL server of our own on a free loopback port, without fsync: no power fails in a test.
 
-    def __init__(self, binaries: Path) -> None:
+    With a `Network` it runs there, and is reached from here.
+    """
+
+    def __init__(self, binaries: Path, network: Any = None) -> None:
+        self.host = "127.0.0.1" if network is None else network.there
         self.folder = Path(tempfile.mkdtemp(prefix="autoq-pg-"))
         self.binaries = binaries
         self.user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
-        if self.user:
+        if network is not None:
+            self.user = [*network.inside, *self.user]
+        if os.geteuid() == 0:
             shutil.chown(self.folder, "postgres")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -46,10 +53,13 @@ class Server:
         (self.folder / "password").write_text(PASSWORD)
         (self.folder / "password").chmod(0o644)
         self.schemas = 0
-        self.options = f"-p {self.port} -k {self.folder} -c listen_addresses=127.0.0.1 -c fsync=off"
+        self.options = f"-p {self.port} -k {self.folder} -c listen_addresses={self.host} -c fsync=off"
         try:
             self.run("initdb", "-U", "autoq", "-A", "scram-sha-256", f"--pwfile={self.folder}/password",
                      "-E", "UTF8", "--locale=C", "--no-sync")  # fmt: skip
+            if network is not None:
+                with (self.folder / "data" / "pg_hba.conf").open("a") as rules:
+                    rules.write(f"host all all {network.here}/32 scram-sha-256\n")
             self.start()
         except BaseException:
             shutil.rmtree(self.folder)
@@ -108,7 +118,7 @@ class Server:
 
     def url(self, port: int | None = None) -> sa.URL:
         """The database itself, by another port where something stands in between."""
-        return sa.URL.create("postgresql+psycopg", "autoq", PASSWORD, "127.0.0.1", port or self.port, "postgres")
+        return sa.URL.create("postgresql+psycopg", "autoq", PASSWORD, self.host, port or self.port, "postgres")
 
     def fresh(self) -> str:
         """A new schema, which is what a new database is to those who only see it, and made in no time."""
