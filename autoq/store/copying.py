@@ -190,9 +190,9 @@ class _Copy:
             self._leave_out(f"what follows in table {table.name!r}", problem)
             return 0
 
-    def _leave_out(self, what: str, problem: Exception) -> None:
-        said = " ".join(str(problem).split())
-        self.done.left_out.append(f"{what}: {said}")
+    def _leave_out(self, what: str, problem: Exception, more: str = "") -> None:
+        said = " ".join(str(problem).split()).partition("; go back")[0].removeprefix(f"{what} is damaged: ")
+        self.done.left_out.append(f"{what}: {said}{more}")
 
     @contextlib.contextmanager
     def _kept(self, what: str) -> Iterator[None]:
@@ -258,10 +258,13 @@ class _Copy:
             with self._kept(f"trial {row['number']} of study {self.names[study_id]!r}"):
                 try:
                     self._hold(row, found, bodies)
-                except _UNREADABLE:
-                    if self.rescue and (again := self._again(row, bodies)) is not None:
-                        whole.append(again)
-                    raise
+                except _UNREADABLE as problem:
+                    if not self.rescue or (again := self._again(row, bodies)) is None:
+                        raise
+                    whole.append(again)
+                    what = f"trial {row['number']} of study {self.names[study_id]!r}"
+                    self._leave_out(what, problem, "; it waits to be measured again")
+                    continue
                 whole += self._fill(row)
                 whole.append(row)
                 self.digests |= set(unpack(bodies[row["assignment"]]).trained.values())
