@@ -172,6 +172,7 @@ class Machine(RuleBasedStateMachine):
             assert copy(self.store, None).left_out == []
 
 
+@pytest.mark.timeout(3600)
 def test_whatever_is_done_in_whatever_order(store):
     examples = 150 if os.environ.get("AUTOQ_FAULTS") == "long" else 4
     run_state_machine_as_test(
