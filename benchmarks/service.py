@@ -36,8 +36,9 @@ from autoq.scheme import parse_scheme
 from autoq.spec import build_spec
 from autoq.store import Prepared, Store
 from autoq.store import models as m
+from autoq.store.checksum import checksum_of_rows, members_checksum, own_of
 from autoq.store.dominance import non_dominated
-from autoq.store.loading import pack
+from autoq.store.loading import measurement_row, pack
 
 OBJECTIVES = [
     ("kl_nats_per_token", "nats/token", "minimize"),
@@ -108,7 +109,6 @@ def fill(store: Store, count: int) -> None:
             }
             for number in range(count)
         ]  # fmt: skip
-        connection.execute(sa.insert(m.trials), rows)
         measured = [
             {
                 "trial_id": first + number, "objective": name, "part": "search", "kind": "measured", "value": value,
@@ -117,12 +117,18 @@ def fill(store: Store, count: int) -> None:
             for number, point in enumerate(points)
             for (name, unit, _), value in zip(OBJECTIVES, point, strict=True)
         ]  # fmt: skip
+        for number, row in enumerate(rows):
+            own = [measurement_row(each) for each in measured[3 * number : 3 * number + 3]]
+            row["checksum"] = checksum_of_rows(own_of(row | {"hash": row["assignment"]}), own)
+        connection.execute(sa.insert(m.trials), rows)
         connection.execute(sa.insert(m.measurements), measured)
         best = non_dominated(points, ["minimize"] * 3)
         members = [{"study_id": study.id, "trial_id": first + i, "point": list(points[i])} for i in best]
         connection.execute(sa.insert(m.frontier), members)
+        texts = [(row["trial_id"], json.dumps(row["point"], separators=(",", ":"))) for row in members]
+        sealed = members_checksum(study.id, texts)
         changed = sa.update(m.studies).where(m.studies.c.id == study.id)
-        connection.execute(changed.values(changes=count + 2, state="running"))
+        connection.execute(changed.values(changes=count + 2, state="running", members=sealed))
     print(f"a study of {count} trials, {len(best)} on the frontier, {LAYERS} layers")
 
 

@@ -19,7 +19,9 @@ failed, since trials are numbered without gaps.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -39,6 +41,7 @@ from autoq.store.packing import unpack
 from autoq.store.store import Store
 
 _PAGE = 500
+_DIGEST = re.compile(rb"#([0-9a-f]{40})")  # of a trained layer, in an assignment's JSON
 _UNREADABLE = (AutoQError, exc.DatabaseError, ValueError, LookupError, TypeError, AttributeError, zlib.error)
 _NUMBERED = (m.studies, m.trials, m.tokens, m.exports)  # ids that the database gives
 _STOPS = {"running": "interrupted", "queued": "interrupted"}  # of a study that leaves its queue
@@ -77,6 +80,11 @@ def copy(source: Store, target: Store | None, names: Sequence[str] = (), rescue:
         return _Copy(source, old, new, rescue, wanted).run()
 
 
+def _is(body: bytes, assignment: str) -> bool:
+    """Whether a stored assignment is the one of that hash, without making its layers. Raises `zlib.error`."""
+    return hashlib.sha256(zlib.decompress(body)).hexdigest() == assignment
+
+
 def _lost(message: str) -> dict[str, Any]:
     return {"state": "failed", "error_type": "Lost", "error_message": message, "traceback": "", "checksum": None}
 
@@ -94,7 +102,7 @@ class _Copy:
         self.ids: dict[int, int] = {}  # of the studies at the target
         self.points: dict[int, dict[int, tuple[int, list[float]]]] = {}  # trial -> its id at the target, its values
         self.there: set[str] = set()  # the assignments that are at the target, by hash
-        self.digests: set[str] = set()  # of the trained layers that they name
+        self.digests: set[bytes] = set()  # of the trained layers that they name
         self.scanned: dict[str, bytes] | None = None
         self.next: dict[int, int] = {}  # the number of a study's next trial, in a rescue
         self.lost: dict[int, set[int]] = {}  # trials without a result now
@@ -112,7 +120,7 @@ class _Copy:
             self._trials([{column.key: row._mapping[column] for column in m.trials.c} for row in own])
         for page in self._pages(m.trained_layers):
             for row in page:
-                if not self.wanted or row.digest in self.digests:
+                if not self.wanted or row.digest.encode() in self.digests:
                     self._insert(m.trained_layers, [row._asdict()], missing="digest")
         of_study = (m.tables, m.remarks) if self.wanted else (m.tables, m.remarks, m.submissions, m.exports)
         for table in of_study:
@@ -191,9 +199,9 @@ class _Copy:
             self._leave_out(f"what follows in table {table.name!r}", problem)
             return 0
 
-    def _leave_out(self, what: str, problem: Exception) -> None:
-        said = " ".join(str(problem).split())
-        self.done.left_out.append(f"{what}: {said}")
+    def _leave_out(self, what: str, problem: Exception, more: str = "") -> None:
+        said = " ".join(str(problem).split()).partition("; go back")[0].removeprefix(f"{what} is damaged: ")
+        self.done.left_out.append(f"{what}: {said}{more}")
 
     @contextlib.contextmanager
     def _kept(self, what: str) -> Iterator[None]:
@@ -259,13 +267,16 @@ class _Copy:
             with self._kept(f"trial {row['number']} of study {self.names[study_id]!r}"):
                 try:
                     self._hold(row, found, bodies)
-                except _UNREADABLE:
-                    if self.rescue and (again := self._again(row, bodies)) is not None:
-                        whole.append(again)
-                    raise
+                except _UNREADABLE as problem:
+                    if not self.rescue or (again := self._again(row, bodies)) is None:
+                        raise
+                    whole.append(again)
+                    what = f"trial {row['number']} of study {self.names[study_id]!r}"
+                    self._leave_out(what, problem, "; it waits to be measured again")
+                    continue
                 whole += self._fill(row)
                 whole.append(row)
-                self.digests |= set(unpack(bodies[row["assignment"]]).trained.values())
+                self.digests |= set(_DIGEST.findall(zlib.decompress(bodies[row["assignment"]])))
         self.done.trials += len(whole)
         if self.new is None or not whole:
             return
@@ -295,7 +306,7 @@ class _Copy:
         name = self.names[row["study_id"]]
         if measured is None or (body := bodies.get(row["assignment"])) is None:
             raise StoreError("its assignment or its measurements cannot be read")
-        if unpack(body).hash != row["assignment"]:
+        if not _is(body, row["assignment"]):
             raise StoreError("its assignment is another one")
         if row["checksum"] is not None:
             own = own_of(row | {"hash": row["assignment"]})
@@ -308,7 +319,7 @@ class _Copy:
         if row["number"] != self.next[study_id] or row["origin"] not in _PROPOSED or body is None:
             return None
         with contextlib.suppress(*_UNREADABLE):
-            if unpack(body).hash == row["assignment"]:
+            if _is(body, row["assignment"]):
                 self.lost[study_id].add(row["number"])
                 self.waiting.add(study_id)
                 self.next[study_id] += 1

@@ -84,18 +84,13 @@ class Server:
     def halt(self, mode: str) -> None:
         """Stop it: `fast` ends what runs, `immediate` is a crash that it has to recover from."""
         try:
-            self.run("pg_ctl", "-w", "-m", mode, "stop")
-        except AssertionError as problem:
-            raise AssertionError(f"{problem}\n{self.processes()}\n{self.log(40)}") from None
-
-    def processes(self) -> str:
-        """What its processes say that they do."""
-        table = subprocess.run(["ps", "-eo", "pid,ppid,stat,wchan:20,args"], capture_output=True, text=True, check=True)
-        return "\n".join(line for line in table.stdout.splitlines() if "postgres" in line)
-
-    def log(self, lines: int) -> str:
-        """The end of its log."""
-        return "\n".join((self.folder / "log").read_text(errors="replace").splitlines()[-lines:])
+            self.run("pg_ctl", "-w", "-t", "20", "-m", mode, "stop")
+        except AssertionError:
+            # A fast stop while it has just recovered from a crash may never end: all backends are gone, and its
+            # checkpointer sleeps because nobody tells it (seen with 15.18).
+            if mode != "fast":
+                raise
+            self.run("pg_ctl", "-w", "-m", "immediate", "stop")
 
     def kill(self) -> None:
         """SIGKILL to the postmaster; its children end when they notice."""
