@@ -34,6 +34,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script:DeprecationWarning")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # What takes milliseconds comes last: processes that deal the rest of the tests among them then end together.
+    items.sort(key=lambda item: item.path.name == "test_architecture.py")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     """Properties, and what else is marked `untraced`, run without coverage's tracing.
