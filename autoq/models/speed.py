@@ -1,4 +1,7 @@
-"""How fast this machine is at what a model is made of, tried in a moment: matrix products and distributions."""
+"""How fast this machine is at what a model is made of, tried in a moment: matrix products and distributions.
+
+Seconds are of the processor, over the threads: what others do on the machine at that moment is not in them.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ def products(out_features: int, in_features: int, dtype: str, threads: int) -> f
     out, inputs = min(out_features, _MOST), min(in_features, _MOST)
     x, weight = (torch.ones(rows, inputs, dtype=getattr(torch, dtype)) for rows in (_TOKENS, out))
     with _threads(threads):
-        return 2.0 * _TOKENS * out * inputs / fastest(lambda: torch.nn.functional.linear(x, weight))
+        return 2.0 * _TOKENS * out * inputs / fastest(lambda: torch.nn.functional.linear(x, weight), threads)
 
 
 def answers(vocabulary: int, threads: int) -> float:
@@ -29,7 +32,7 @@ def answers(vocabulary: int, threads: int) -> float:
         return (other.exp() * (other - own)).sum(-1)
 
     with _threads(threads):
-        return fastest(judge) / logits.numel()
+        return fastest(judge, threads) / logits.numel()
 
 
 def random_weight(out_features: int, in_features: int) -> Tensor:
@@ -37,14 +40,14 @@ def random_weight(out_features: int, in_features: int) -> Tensor:
     return torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(0))
 
 
-def fastest(work: Callable[[], object], clock: Callable[[], float] = time.perf_counter, times: int = 5) -> float:
-    """Seconds of the fastest of a few runs after one more: others on the machine only ever add to them."""
+def fastest(work: Callable[[], object], threads: int = 1, times: int = 5) -> float:
+    """Seconds of the fastest of a few runs on so many threads, after one more run: caches are warm then."""
     work()
     found = []
     for _ in range(times):
-        start = clock()
+        start = time.process_time()
         work()
-        found.append(clock() - start)
+        found.append((time.process_time() - start) / threads)
     return max(min(found), 1e-9)
 
 

@@ -19,8 +19,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -34,7 +33,7 @@ from autoq.models import speed
 from autoq.scheme import Keep, Scheme
 from autoq.search import cost_model as cost
 from autoq.search.samplers import SLOPES, Sampler
-from autoq.search.setup import Problem, baselines, pose
+from autoq.search.setup import Problem, Proposal, baselines, pose
 from autoq.spec import StudySpec
 from autoq.store import Store, StudyRecord
 
@@ -45,6 +44,9 @@ LAYER_SECONDS = 8e-5  # of a layer and window beside its product: Python, norms,
 TIMING_SECONDS = 30.0  # a table of latencies, where the target times any
 POINT_SECONDS = 1.5  # timing one frontier point end to end
 FREE_BYTES = 700e6  # of a worker's process before it has a model: torch and transformers
+ENTRY_BYTES = 700.0  # of a bank's file beside what ships
+EMPTY_BYTES = 5e5  # of a database with a study and no trials
+ANSWERS = 4  # tensors of a pass's logits, float32, at once
 SLOPE_TOKENS = 1024  # at most, of a trial's backward pass
 SLOPE_PASSES = 7.0  # what that takes, in forward passes of the same tokens
 FEW_TRIALS = 4  # fewer say nothing of a trial's seconds
@@ -159,7 +161,8 @@ def _pace_of(problem: Problem, store: Store, record: StudyRecord) -> Pace | None
     for trial in store.trials(record.id, states=["complete", "stopped"]):
         details = [m.detail for (_, part), m in trial.measurements.items() if part == "search"]
         passes = next((float(d["forward_passes"]) for d in details if d.get("forward_passes")), 0.0)
-        if trial.seconds and passes and trial.origin in ("baseline", "seed", "sampler"):
+        # Baselines make what the space does not hold, and the first of them the reference's answers too.
+        if trial.seconds and passes and trial.origin in ("seed", "sampler"):
             rows.append((passes, SLOPES in trial.sampler_attrs, trial.seconds))
     plain = [seconds / passes for passes, slopes, seconds in rows if not slopes]
     if len(plain) < FEW_TRIALS:
@@ -225,11 +228,21 @@ def _choices(problem: Problem) -> Iterator[tuple[Layer, Scheme]]:
                 yield layer, scheme
 
 
-def _quantizing(problem: Problem) -> tuple[float, bool]:
-    """CPU seconds of quantizing every choice once and of judging it, and whether a rate had to be assumed."""
+def _made(problem: Problem, planned: Iterable[Proposal]) -> dict[tuple[Layer, Scheme], bool]:
+    """What comes into the bank, and whether its loss is predicted: all choices, and what else baselines consist of."""
+    found = dict.fromkeys(_choices(problem), bool(problem.qualities))
+    for proposal, layer in itertools.product(planned, problem.info.layers):
+        scheme = proposal.assignment[layer.name]
+        if not isinstance(scheme, Keep):
+            found.setdefault((layer, scheme), False)
+    return found
+
+
+def _quantizing(problem: Problem, made: Mapping[tuple[Layer, Scheme], bool]) -> tuple[float, bool]:
+    """CPU seconds of quantizing all of it once and of judging it, and whether a rate had to be assumed."""
     software, rates, guessed, found = cost.Software(), dict[Scheme, float](), False, 0.0
     product = _products(problem, "float32")
-    for layer, scheme in _choices(problem):
+    for (layer, scheme), judged in made.items():
         out, inputs = layer.out_features, layer.in_features
         method = plugins.load("methods", scheme.method, Method)
         if method.uses_statistics(scheme):
@@ -239,7 +252,7 @@ def _quantizing(problem: Problem) -> tuple[float, bool]:
             if scheme not in rates:
                 rates[scheme] = _weight_seconds(method, scheme, layer)
             found += rates[scheme] * layer.parameters
-        if layer.kind != "embedding" and problem.qualities:
+        if judged and layer.kind != "embedding":
             found += 2.0 * out * inputs**2 / product  # its predicted loss: ΔW H
     return found, guessed
 
@@ -251,10 +264,10 @@ def _weight_seconds(method: Method, scheme: Scheme, layer: Layer) -> float:
         inputs = _SLICE[1]
     weight = speed.random_weight(rows, inputs)
     try:
-        seconds = speed.fastest(lambda: method.quantize(weight, scheme).dequantize(), time.process_time, 2)
+        seconds = speed.fastest(lambda: method.quantize(weight, scheme).dequantize(), times=2)
     except BadInput:  # a scheme that fits whole layers only
         weight = speed.random_weight(layer.out_features, layer.in_features)
-        seconds = speed.fastest(lambda: method.quantize(weight, scheme).dequantize(), time.process_time, 1)
+        seconds = speed.fastest(lambda: method.quantize(weight, scheme).dequantize(), times=1)
     return seconds / weight.numel()
 
 
@@ -263,16 +276,17 @@ def _figures(problem: Problem, pace: Pace) -> tuple[tuple[Figure, ...], tuple[st
     model, workers, data = _model(problem), spec.workers.count, spec.data
     sampler = plugins.load("search.samplers", spec.sampler.name, Sampler)
     count, qualities = spec.budget.trials, bool(problem.qualities)
-    fixed = len(baselines(problem)) + len(spec.recipes)
+    planned = baselines(problem)
+    fixed = len(planned) + len(spec.recipes)
     slopes = min(sampler.slopes, max(0, count - fixed)) if qualities else 0
     points = count if spec.budget.report_points is None else spec.budget.report_points
     points = min(count, points + fixed)
     study = cost.Study(
         model, (), count, data.search_tokens, data.calibration_tokens, data.report_tokens, points, 1 - pace.evaluated
     )  # fmt: skip
-    bank = float(sum(layer.nbytes(scheme) for layer, scheme in _choices(problem)))
-    made = sum(1 for _ in _choices(problem))
-    quantizing, guessed = _quantizing(problem)
+    made = _made(problem, planned)
+    bank = float(sum(layer.nbytes(scheme) + ENTRY_BYTES for layer, scheme in made))
+    quantizing, guessed = _quantizing(problem, made)
     each = pace.token_seconds * data.search_tokens if qualities else 0.0
     whole = each * (count * pace.evaluated + 1) + slopes * pace.slope_seconds  # one more for the reference
     deciding = count * cost.controller_seconds(study, software, spec.sampler.name)
@@ -284,9 +298,12 @@ def _figures(problem: Problem, pace: Pace) -> tuple[tuple[Figure, ...], tuple[st
     loading = STARTING_SECONDS + model.stored / cost.TWO_CORES.read
     steps = (loading, calibrating, quantizing / workers, timing, search, reporting / workers)
     share = psutil.virtual_memory().available // (4 * workers) if spec.bank.memory is None else spec.bank.memory
-    dequantized = float(sum(layer.dtype_bytes * layer.parameters for layer, _ in _choices(problem)))
+    dequantized = float(sum(layer.dtype_bytes * layer.parameters for layer, _ in made))
     answers = 2.0 * max(data.search_tokens, data.report_tokens) * problem.info.vocab_size if qualities else 0.0
-    memory = FREE_BYTES + model.stored + min(share, dequantized) + answers
+    tokens = min(data.search_tokens, SLOPE_TOKENS if slopes else data.window_tokens)
+    passing = ANSWERS * 4.0 * tokens * problem.info.vocab_size if qualities else 0.0
+    memory = FREE_BYTES + model.stored * (2 if slopes else 1) + min(share, dequantized) + answers + passing
+    database = EMPTY_BYTES + cost.database_bytes(study, software)
     limit, backward = spec.budget.wall_time, f"the first {slopes}, with a backward pass each"
     weakest: Basis = "assumed"
     figures = [
@@ -294,9 +311,9 @@ def _figures(problem: Problem, pace: Pace) -> tuple[tuple[Figure, ...], tuple[st
         Figure("calibration", calibrating, "s", pace.basis, f"{software.calibration_passes} passes of its tokens"),
         Figure(
             "quantizing the bank, CPU", quantizing, "s", weakest if guessed else "probed",
-            f"{made:,} layers and schemes, and a predicted loss of each",
+            f"{len(made):,} layers and schemes, baselines' too",
         ),
-        Figure("the bank on disk", bank, "bytes", "computed", "every searched layer under every scheme"),
+        Figure("the bank on disk", bank, "bytes", "computed", "every layer and scheme, as it ships"),
         Figure("timing layers", timing, "s", weakest, "the target's table of latencies" if timing else "none is timed"),
         Figure("a trial", each * pace.evaluated, "s", pace.basis, f"{pace.evaluated:.0%} of its tokens"),
         *([Figure("a trial with slopes", each + pace.slope_seconds, "s", pace.basis, backward)] if slopes else []),
@@ -304,14 +321,15 @@ def _figures(problem: Problem, pace: Pace) -> tuple[tuple[Figure, ...], tuple[st
         Figure("all trials, worker time", whole, "s", pace.basis, f"{count:,} trials, and the reference's answers"),
         Figure("search", search, "s", pace.basis, f"by {workers} worker{'s' * (workers > 1)}"),
         Figure("report", reporting / workers, "s", pace.basis, f"{points:,} points at most"),
-        Figure("database", cost.database_bytes(study, software), "bytes", weakest, "rows, values of tokens"),
-        Figure("memory of a worker", memory, "bytes", weakest, "process, model, its answers, layers as numbers"),
+        Figure("database", database, "bytes", weakest, "rows, values of tokens"),
+        Figure("memory of a worker", memory, "bytes", weakest, "process, model, answers, layers as numbers"),
         Figure("all of it", sum(steps), "s", weakest, "from the command to the report's end"),
     ]  # fmt: skip
     assumptions = [
         f"a pass takes {1e3 * pace.token_seconds:.3g} ms a token: {pace.basis}, {pace.origin}",
         f"imports take {STARTING_SECONDS:g} s, weights are read at {cost.TWO_CORES.read / 1e9:g} GB/s",
         f"all statistics take {software.calibration_passes} forward passes",
+        "the machine is otherwise idle",
         "nothing is in the bank or the database yet: another study of the model has it sooner",
     ]
     if pace.basis != "measured":

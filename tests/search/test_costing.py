@@ -71,7 +71,12 @@ def store(folder, tmp_path):
 def test_counts_are_those_of_the_model(plain, folder):
     info = inspect(spec_of(folder).model)
     problem = costing.pose(spec_of(folder))
-    by_hand = sum(layer.nbytes(parse_scheme(text)) for layer in problem.space.layers.values() for text in SCHEMES)
+    planned = costing.baselines(problem)
+    made = {(name, parse_scheme(text)) for name in problem.space.layers for text in SCHEMES}
+    made |= {(layer.name, proposal.assignment[layer.name]) for proposal in planned for layer in info.layers}
+    made = {(name, scheme) for name, scheme in made if str(scheme) != "keep"}
+    assert len(made) > len(SCHEMES) * len(problem.space.layers)  # baselines have schemes of their own
+    by_hand = sum(info.layer(name).nbytes(scheme) + costing.ENTRY_BYTES for name, scheme in made)
     assert (plain["the bank on disk"].value, plain["the bank on disk"].basis) == (by_hand, "computed")
     model = costing._model(problem)
     run = sum(layer.parameters for layer in info.layers if layer.kind != "embedding")
@@ -93,7 +98,8 @@ def test_what_grows_with_what(folder, plain, monkeypatch):
     assert base["all trials, worker time"].value == pytest.approx(41 * 0.128 + 16)
     more = costing.predict(spec_of(folder, budget={"trials": 80}))
     assert more["all trials, worker time"].value == pytest.approx(81 * 0.128 + 16)
-    assert more["database"].value == pytest.approx(2 * base["database"].value)
+    grown, before = (each["database"].value - costing.EMPTY_BYTES for each in (more, base))
+    assert grown == pytest.approx(2 * before)
     several = costing.predict(spec_of(folder, workers={"executor": "ray", "count": 4}))
     assert several["search"].value == pytest.approx(base["all trials, worker time"].value / 4)
     random = costing.predict(spec_of(folder, sampler={"name": "random"}))
