@@ -27,10 +27,11 @@ _WIDTH, _HEIGHT = 128, 40
 
 
 def overview(view: View) -> dict[str, Any]:
-    """`{"study", "changes", "budget", "headline", "trial", "spark"}` of a view that is up to date.
+    """`{"study", "changes", "budget", "workers", "headline", "trial", "spark"}` of a view that is up to date.
 
     `headline` is a sentence, None where there is nothing to say yet; `trial` the number it is about. `budget` is how
-    many trials the study may have, `spark` the hypervolume as an SVG path in a box of 128 by 40.
+    many trials the study may have, `workers` how many it is to have at a time, `spark` the hypervolume as an SVG path
+    in a box of 128 by 40.
     """
     study, trials = view.study, view.trials
     first = sorted(trials.baselines)
@@ -41,6 +42,7 @@ def overview(view: View) -> dict[str, Any]:
         "study": study.name,
         "changes": study.changes,
         "budget": study.spec.get("budget", {}).get("trials"),
+        "workers": int(study.spec.get("workers", {}).get("count", 1)),
         "headline": told[0],
         "trial": told[1],
         "spark": sparkline(view.volume().share.tolist(), width=_WIDTH, height=_HEIGHT)["path"],

@@ -28,7 +28,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from autoq.cache import cache_dir
 from autoq.errors import AutoQError, StoreAway
 from autoq.service.exporting import Exporter
 from autoq.service.processes import cause, tail
-from autoq.service.shares import QUANTUM_SECONDS, Running, Start, Waiting, account, decide
+from autoq.service.shares import QUANTUM_SECONDS, Running, Standing, Start, Waiting, account, decide, standings
 from autoq.store import LeaseRecord, Store, StudyRecord, holders
 from autoq.store.queue_records import CRASHES, JOB, LOADING, LOG, RUN
 
@@ -104,6 +104,7 @@ class Scheduler:
         self._usage: dict[str, dict[str, float]] = {}
         self._accounted = time.monotonic()
         self._grace = 0.0  # until when nobody is held for dead because of a lease that has ended
+        self._standings: Mapping[int, tuple[str, Standing]] = {}
         self._counts = dict.fromkeys(("started", "yielded", "crashed", "busy"), 0)
         self._wake, self._ended = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
@@ -154,6 +155,14 @@ class Scheduler:
         """For metrics: what is queued and running, and how many runners were started, gave way, crashed."""
         return {**self._store.queue.lengths(), **self._counts, "slots": self._slots, "places": self._places}
 
+    def standings(self) -> Mapping[int, tuple[str, Standing]]:
+        """Study id -> its pool and why it waits, of what waited at the last look, in the order of their turns."""
+        return self._standings
+
+    def widths(self) -> dict[int, tuple[str, int]]:
+        """Study id -> its pool and how many places of it the study holds, of what runs."""
+        return {study_id: (slot.pool, slot.width) for study_id, slot in list(self._running.items())}
+
     def log(self, study_id: int) -> str:
         """The end of what the study's runner said last, empty where nothing is known."""
         text = tail(self._log_file(study_id))
@@ -189,13 +198,16 @@ class Scheduler:
             held = Running(study_id, s.owner, s.priority, s.since, s.width, s.leaving, self._loading(study_id, s))
             running.setdefault(s.pool, []).append(held)
         now = time.monotonic()
+        found: dict[int, tuple[str, Standing]] = {}
         for pool in {*self._usage, *waiting, *running}:
-            self._share(pool, waiting.get(pool, []), running.get(pool, []), now)
+            told = self._share(pool, waiting.get(pool, []), running.get(pool, []), now)
+            found |= {standing.study_id: (pool, standing) for standing in told}
+        self._standings = found
         self._accounted = now
         self.exporter.look()
 
-    def _share(self, pool: str, waiting: Sequence[Waiting], running: Sequence[Running], now: float) -> None:
-        """Deal the slots of one pool out."""
+    def _share(self, pool: str, waiting: Sequence[Waiting], running: Sequence[Running], now: float) -> list[Standing]:
+        """Deal the slots of one pool out; why the others wait."""
         usage = self._usage.get(pool, {})
         usage = self._usage[pool] = account(usage, waiting, running, now - self._accounted)
         for action in decide(waiting, running, usage, self._size(pool), now, self._quantum, self._limit):
@@ -203,6 +215,7 @@ class Scheduler:
                 self._start(next(each for each in waiting if each.study_id == action.study_id))
             else:
                 self._store.queue.ask(action.study_id, "yield")
+        return standings(waiting, running, usage, self._size(pool), self._quantum, self._limit)
 
     def _size(self, pool: str) -> int:
         return self._slots if pool == HERE else self._places

@@ -484,6 +484,7 @@ class OverviewAnswer(Shape):
     study: str
     changes: int
     budget: int | None
+    workers: int
     headline: str | None
     trial: int | None
     spark: str

@@ -26,6 +26,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 QUANTUM_SECONDS = 60.0
 MOST = 3  # doublings of a weight, either way
@@ -75,6 +76,25 @@ class Yield:
     study_id: int
 
 
+@dataclass(frozen=True)
+class Standing:
+    """Why a study waits for `width` of a pool's `slots`, of which `free` are free.
+
+    `next`: it starts now. `room`: it is the next one, and too few are free; `running` hold them, `leaving` of those end
+    their trials for it. `line`: others are before it, it is at `position` (from 1). `limit`: its owner has as many as
+    one may have, and it has no position.
+    """
+
+    study_id: int
+    why: Literal["next", "room", "line", "limit"]
+    position: int | None
+    width: int
+    free: int
+    slots: int
+    running: tuple[int, ...] = ()
+    leaving: tuple[int, ...] = ()
+
+
 def weight(priority: int) -> float:
     """What a priority is worth: twice the share for each step."""
     return float(2.0 ** max(-MOST, min(MOST, priority)))
@@ -115,12 +135,10 @@ def decide(
     used = Counter[str]()
     for each in running:
         used[each.owner] += each.width
-    lines: dict[str, list[Waiting]] = {}
-    for one in sorted(waiting, key=lambda one: (-one.priority, one.since, one.study_id)):
-        lines.setdefault(one.owner, []).append(one)
+    lines = _lines(waiting)
     actions: list[Start | Yield] = []
     while lines:
-        owner = min(lines, key=lambda owner: (passes.get(owner, floor), lines[owner][0].since, owner))
+        owner = _first(lines, passes, floor)
         head = lines[owner][0]
         width = min(head.width, slots)
         if limit is not None and used[owner] and used[owner] + width > limit:
@@ -139,6 +157,66 @@ def decide(
         if not lines[owner]:
             del lines[owner]
     return actions
+
+
+def standings(
+    waiting: Sequence[Waiting],
+    running: Sequence[Running],
+    usage: Mapping[str, float],
+    slots: int,
+    quantum: float = QUANTUM_SECONDS,
+    limit: int | None = None,
+) -> list[Standing]:
+    """Where everything that waits stands, in the order in which `decide` would start it if nobody else came.
+
+    Nobody knows when what runs will end, so a position is no time.
+    """
+    passes = dict(usage)
+    floor = min(passes.values(), default=0.0)
+    free = max(0, slots - sum(each.width for each in running))
+    used = Counter[str]()
+    for each in running:
+        used[each.owner] += each.width
+    holding, leaving = tuple(r.study_id for r in running), tuple(r.study_id for r in running if r.leaving)
+    lines = _lines(waiting)
+    found: list[Standing] = []
+    held: list[Standing] = []
+    full = False  # somebody waits for room, and nobody slips by
+    while lines:
+        owner = _first(lines, passes, floor)
+        head = lines[owner][0]
+        width = min(head.width, slots)
+        if limit is not None and used[owner] and used[owner] + width > limit:
+            held += [Standing(w.study_id, "limit", None, min(w.width, slots), free, slots) for w in lines.pop(owner)]
+            continue
+        position = len(found) + 1
+        if full:
+            found.append(Standing(head.study_id, "line", position, width, free, slots))
+        elif width > free:
+            full = True
+            found.append(Standing(head.study_id, "room", position, width, free, slots, holding, leaving))
+        else:
+            found.append(Standing(head.study_id, "next", position, width, free, slots))
+            free -= width
+            used[owner] += width
+        passes[owner] = passes.get(owner, floor) + quantum * width / weight(head.priority)
+        lines[owner].pop(0)
+        if not lines[owner]:
+            del lines[owner]
+    return found + held
+
+
+def _lines(waiting: Sequence[Waiting]) -> dict[str, list[Waiting]]:
+    """Owner -> what waits of its studies, the first one first."""
+    lines: dict[str, list[Waiting]] = {}
+    for one in sorted(waiting, key=lambda one: (-one.priority, one.since, one.study_id)):
+        lines.setdefault(one.owner, []).append(one)
+    return lines
+
+
+def _first(lines: Mapping[str, Sequence[Waiting]], passes: Mapping[str, float], floor: float) -> str:
+    """Whose turn it is."""
+    return min(lines, key=lambda owner: (passes.get(owner, floor), lines[owner][0].since, owner))
 
 
 def _giving_way(

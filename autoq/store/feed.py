@@ -167,6 +167,13 @@ class Feed:
         with self._database.reading() as connection:
             return {(row.study_id, row.name): row.body for row in connection.execute(query)}
 
+    def named(self, ids: Sequence[int]) -> dict[int, tuple[str, str | None]]:
+        """Study id -> its name and its owner, of those of `ids` that are there."""
+        s = m.studies.c
+        with self._database.reading() as connection:
+            rows = connection.execute(sa.select(s.id, s.name, s.owner).where(s.id.in_(ids)))
+            return {row.id: (row.name, row.owner) for row in rows}
+
     def derived(self, study_id: int, number: int) -> list[int]:
         """The numbers of the trials that were trained from one."""
         t = m.trials.c

@@ -3,6 +3,7 @@ import { ask, href, studyPage, studyPath } from "./api.js";
 import { at, complain, debounced, fill, h, say } from "./dom.js";
 import { ago, counted } from "./format.js";
 import { follow } from "./live.js";
+import { placed, standings, waits } from "./queue.js";
 import { setView, view } from "./view.js";
 
 const STATES = ["running", "queued", "finished", "interrupted", "cancelled", "failed", "created"];
@@ -12,6 +13,7 @@ let studies = [];
 let total = 0;
 const overviews = new Map(); // name -> what the server said of it, with the count of changes that it said it at
 const rows = new Map();
+let line = new Map(); // name -> where it stands in the queue
 
 const ended = ({ trials }) => trials.complete + trials.stopped + trials.failed;
 const share = (study) => {
@@ -47,6 +49,13 @@ function spark(path) {
   return picture;
 }
 
+/** Workers that are up, and of how many where a cluster has no room for the others. */
+function at_work(study, known) {
+  if (study.state !== "running") return "";
+  if (known?.workers > study.workers && known.workers > 1) return ` · ${study.workers} of ${counted(known.workers, "worker")}, no room for more yet`;
+  return study.workers ? ` · ${counted(study.workers, "worker")}` : "";
+}
+
 function row(study) {
   const { trials } = study;
   const known = overviews.get(study.study);
@@ -54,15 +63,16 @@ function row(study) {
   const done = h("i", { class: study.state === "finished" ? "done" : "" });
   done.style.width = `${100 * (study.state === "finished" ? 1 : share(study))}%`;
   const objectives = study.objectives.map((objective) => objective.name);
-  const said = known?.headline ?? (study.state === "failed" ? study.message : study.state === "queued" ? "Waits for a free worker." : trials.complete ? "" : "No trial is complete yet.");
+  // A study that waits may have a headline of its first trials; that it waits, and for what, is the news.
+  const said = study.state === "queued" ? waits(line.get(study.study)) : known?.headline ?? (study.state === "failed" ? study.message : trials.complete ? "" : "No trial is complete yet.");
   return h("article", { class: "study", dataset: { study: study.study } },
     h("div", {},
-      h("h2", {}, h("a", { href: studyPage(study.study) }, study.study), h("span", { class: `state ${study.state}` }, study.state)),
+      h("h2", {}, h("a", { href: studyPage(study.study) }, study.study), h("span", { class: `state ${study.state}` }, study.state), study.state === "queued" && placed(line.get(study.study)) ? h("span", { class: "tag" }, placed(line.get(study.study))) : null),
       h("p", { class: "note" }, h("span", {}, study.model), h("span", {}, study.target), study.owner ? h("span", {}, study.owner) : null, h("span", {}, ago(study.finished_at ?? study.started_at ?? study.created_at)))),
     h("div", { class: "progress" },
       h("span", {}, budget && ended(study) < budget && study.state !== "finished" ? `${ended(study)} of ${counted(budget, "trial")}` : counted(ended(study), "trial"), trials.failed ? `, ${trials.failed} failed` : "", trials.running ? `, ${trials.running} at work` : ""),
       h("div", { class: "meter" }, done),
-      h("span", {}, study.frontier ? `${study.frontier} on the frontier` : "", `${study.workers ? ` · ${counted(study.workers, "worker")}` : ""}`)),
+      h("span", {}, study.frontier ? `${study.frontier} on the frontier` : "", at_work(study, known))),
     h("p", { class: "said", title: objectives.join(", ") }, said ?? ""),
     spark(known?.spark));
 }
@@ -139,6 +149,7 @@ async function look() {
   try {
     const before = new Map(studies.map((study) => [study.study, study.state]));
     await everything();
+    line = studies.some((study) => study.state === "queued") ? await standings() : new Map();
     complain(null);
     show();
     const ends = studies.filter((study) => before.has(study.study) && before.get(study.study) !== study.state);
@@ -158,3 +169,10 @@ at("sort").addEventListener("change", () => { setView({ sort: at("sort").value =
 at("filter").addEventListener("submit", (event) => event.preventDefault());
 look();
 follow("/api/v1/events", ["studies"], look);
+// What others do moves a line, and is no event of those that wait.
+setInterval(async () => {
+  if (document.hidden || !studies.some((study) => study.state === "queued")) return;
+  const before = JSON.stringify([...line]);
+  line = await standings();
+  if (JSON.stringify([...line]) !== before) show();
+}, 3000);

@@ -5,6 +5,7 @@ import { counted, duration, objectiveName, withError } from "./format.js";
 import { Frontier } from "./frontier.js";
 import { Limits } from "./limits.js";
 import { follow } from "./live.js";
+import { holders, placed, standings, waits } from "./queue.js";
 import { Points, trialName } from "./points.js";
 import { typing } from "./shell.js";
 import { studyActions } from "./study_actions.js";
@@ -123,8 +124,27 @@ class Page {
       counts.failed ? h("span", {}, `${counts.failed} failed`) : null,
       began && until - began >= 1000 && points.state !== "queued" ? h("span", { title: OVER.has(points.state) ? "from its start to its end" : "since it started" }, duration((until - began) / 1000)) : null,
       study.owner ? h("span", {}, study.owner) : null);
+    this.showWaiting();
     if (study.message && points.state === "failed") complain(study.message);
     fill(at("actions"), studyActions(name, points.state, { refresh: () => this.refresh(), state: () => this.points.state }));
+  }
+
+  /** Why it waits, as long as it does; asked again by itself, for what moves a line is no event of this study. */
+  async showWaiting() {
+    clearTimeout(this.waiting);
+    const queued = this.points.state === "queued";
+    if (queued) {
+      const standing = (await standings()).get(name);
+      const known = holders(standing);
+      if (this.points.state !== "queued") return;
+      const text = waits(standing);
+      if (at("queue").dataset.text !== text) {
+        at("queue").dataset.text = text;
+        fill(at("queue"), h("strong", {}, placed(standing) ? `Queued, ${placed(standing)}. ` : "Queued. "), text, known.length ? [" ", h("span", { class: "holders" }, "Now running: ", known, ".")] : null);
+      }
+      this.waiting = setTimeout(() => this.showWaiting(), 3000);
+    }
+    at("queue").hidden = !queued;
   }
 
   /** Fetch what has changed, and show it; whether there was anything. */

@@ -3,6 +3,7 @@ import { ask, studyPage } from "./api.js";
 import { figureCard } from "./cards.js";
 import { debounced, fill, h, table } from "./dom.js";
 import { counted, duration, number, objectiveName, withError } from "./format.js";
+import { short } from "./queue.js";
 import { Parallel } from "./parallel.js";
 import { fits, trialName } from "./points.js";
 import { setView, view } from "./view.js";
@@ -65,7 +66,7 @@ function health(page, study) {
     ];
     const look = () => {
       showStats(stats, page);
-      showWorkers(workers, name);
+      showWorkers(workers, study, page);
       for (const chart of charts) chart.load();
     };
     fill(panel, stats, charts.map((chart) => chart.card), h("section", { class: "card wide" }, h("h2", {}, "Workers"), workers));
@@ -91,12 +92,16 @@ function showStats(root, page) {
     stat("cost so far", busy ? duration(busy) : "–", "of evaluation"));
 }
 
-async function showWorkers(root, name) {
+async function showWorkers(root, study, page) {
+  const name = study.study;
   try {
     const found = await ask("/api/v1/workers");
     const own = (found.workers ?? []).filter((worker) => worker.study === name);
-    if (!own.length) fill(root, h("p", { class: "note" }, "No worker of this study is up."));
-    else fill(root, table("Workers", ["worker", "node", "device", "memory", "state", "trial"], own.map((worker) =>
+    fill(root, own.length ? null : h("p", { class: "note" }, page.points.state === "queued" ? "It has no workers while it waits." : "No worker of this study is up."));
+    const { executor, count } = study.spec.workers ?? {};
+    const missing = page.points.state === "running" && executor === "ray" ? short(count, own.length) : null;
+    if (missing) fill(root, h("p", { class: "queue" }, missing));
+    if (own.length) root.append(table("Workers", ["worker", "node", "device", "memory", "state", "trial"], own.map((worker) =>
       [worker.id, worker.node, worker.device, worker.memory_bytes ? number(worker.memory_bytes, "bytes") : "–", worker.state, worker.trial ?? "–"])));
   } catch (problem) {
     fill(root, h("p", { class: "note" }, problem.message));

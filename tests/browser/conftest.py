@@ -86,6 +86,11 @@ def serve(db: Path, log: Path) -> Iterator[str]:
             server.wait(timeout=20)
 
 
+@pytest.fixture(name="free_port", scope="session")
+def _free_port() -> Callable[[], int]:
+    return free_port
+
+
 @pytest.fixture(scope="session")
 def serving() -> Callable[[Path, Path], Iterator[str]]:
     """`serving(db, log)`: a server as above."""

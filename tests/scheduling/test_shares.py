@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoq.service.shares import Running, Start, Waiting, Yield, account, decide, weight
+from autoq.service.shares import Running, Standing, Start, Waiting, Yield, account, decide, standings, weight
 
 QUANTUM, TICK = 60.0, 5.0
 
@@ -214,3 +214,49 @@ def test_who_comes_to_a_full_pool_is_served_within_a_few_quanta(owners, slots, d
     # a heavy owner's quantum is 8 · 8 light ones at the utmost.
     pool.run(arrives + owners * (64 * QUANTUM + 20.0) + QUANTUM)
     assert newcomer.started is not None
+
+
+def test_a_wide_study_waits_for_room_and_the_rest_behind_it():
+    waiting = [Waiting(2, "ann", 0, 10.0, 3), Waiting(3, "bob", 0, 20.0, 1), Waiting(4, "ann", 0, 30.0, 9)]
+    running = [Running(1, "cid", 0, 0.0, 2, leaving=True)]
+    assert standings(waiting, running, {"cid": 60.0}, 4) == [
+        Standing(2, "room", 1, 3, 2, 4, running=(1,), leaving=(1,)),
+        Standing(3, "line", 2, 1, 2, 4),
+        Standing(4, "line", 3, 4, 2, 4),  # as wide as the pool, no wider
+    ]
+
+
+def test_who_has_all_that_one_may_have_waits_for_oneself_alone():
+    waiting = [Waiting(2, "ann", 0, 10.0), Waiting(3, "ann", 0, 11.0), Waiting(4, "bob", 0, 20.0)]
+    running = [Running(1, "ann", 0, 0.0)]
+    assert standings(waiting, running, {}, 2, limit=1) == [
+        Standing(4, "next", 1, 1, 1, 2),
+        Standing(2, "limit", None, 1, 1, 2),
+        Standing(3, "limit", None, 1, 1, 2),
+    ]
+
+
+ONE = st.tuples(st.sampled_from("abc"), st.integers(-3, 3), st.integers(0, 9), st.integers(1, 5))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(ONE, max_size=8),
+    st.lists(ONE, max_size=3),
+    st.dictionaries(st.sampled_from("abc"), st.floats(0, 500)),
+    st.integers(1, 6),
+    st.one_of(st.none(), st.integers(1, 4)),
+)
+def test_what_is_said_of_those_that_wait_is_what_is_done(waits, runs, usage, slots, limit):
+    waiting = [Waiting(i, *one) for i, one in enumerate(waits)]
+    running = [Running(100 + i, owner, p, float(s), min(w, slots)) for i, (owner, p, s, w) in enumerate(runs)]
+    told = standings(waiting, running, usage, slots, QUANTUM, limit)
+    started = [
+        each.study_id for each in decide(waiting, running, usage, slots, 0.0, QUANTUM, limit) if isinstance(each, Start)
+    ]
+    assert [each.study_id for each in told if each.why == "next"] == started
+    assert sorted(each.study_id for each in told) == [each.study_id for each in waiting]
+    assert [each.position for each in told if each.position] == list(range(1, 1 + sum(e.why != "limit" for e in told)))
+    assert sum(each.why == "room" for each in told) <= 1
+    for each in told:
+        assert each.why != "room" or each.width > each.free

@@ -91,9 +91,7 @@ def template(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("served") / "autoq.db"
     with Store.open(str(path)) as store:
         for name, owner in (("mine", "ada"), ("theirs", "bob"), ("nobodys", None)):
-            study_id = fill(store, name, owner)
-            worker = WorkerRecord(f"host:{study_id}", "host", "cpu", "busy", study_id, name, 3, 1000)
-            store.queue.beat([worker])
+            fill(store, name, owner)
     return path
 
 
@@ -139,6 +137,12 @@ class Runs:
     def wake(self):
         self.woken += 1
 
+    def standings(self):
+        return {}
+
+    def widths(self):
+        return {}
+
     def counts(self):
         return {"slots": 2, "started": self.woken}
 
@@ -161,6 +165,9 @@ class Served:
 def store(template, tmp_path):
     path = shutil.copy(template, tmp_path / "autoq.db")
     with Store.open(str(path)) as opened:
+        # Now, and not with the template: a worker that was not seen for a minute is gone.
+        studies = [opened.study(name) for name in ("mine", "theirs", "nobodys")]
+        opened.queue.beat([WorkerRecord(f"host:{s.id}", "host", "cpu", "busy", s.id, s.name, 3, 1000) for s in studies])
         yield opened
 
 

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from autoq.cli import app as cli
 from autoq.service import schemas
+from autoq.service.routes.queue import QueueAnswer
 
 STUDY = "/api/v1/studies/mine"
 SHAPES = {
@@ -38,6 +39,7 @@ SHAPES = {
     "/api/v1/exports": schemas.ExportsAnswer,
     "/api/v1/exports/1": schemas.ExportShape,
     "/api/v1/workers": schemas.WorkersAnswer,
+    "/api/v1/queue": QueueAnswer,
     "/api/v1/tokens": schemas.TokensAnswer,
     "/api/v1/session": schemas.SessionAnswer,
     "/api/v1/methods": schemas.MethodsAnswer,
