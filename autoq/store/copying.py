@@ -37,7 +37,6 @@ from autoq.store.checksum import members_checksum, own_of
 from autoq.store.loading import hold, measurement_row
 from autoq.store.members import damaged, members_of
 from autoq.store.new_studies import NewStudy, insert_studies
-from autoq.store.packing import unpack
 from autoq.store.store import Store
 
 _PAGE = 500
