@@ -63,6 +63,7 @@ SLOW = {
 }
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("what", SLOW)
 def test_no_spec_takes_long(what):
     """The time is one that grows with the size: at the limit seconds of one core, where the square would be minutes."""

@@ -102,6 +102,7 @@ def test_the_export_computes_what_was_searched(case):
 
 
 @pytest.mark.slow
+@pytest.mark.untraced  # torch.export is a third faster for it; other tests run our lines
 @pytest.mark.parametrize("family", ["bert", "roberta", "albert", "gpt2", "llama-tied", "qwen3"])
 def test_families(family, tiny_model_dir, tmp_path):
     check_export(Case(tiny_model_dir(family), tmp_path))
@@ -130,6 +131,7 @@ def test_bytes_are_those_that_are_counted(case):
 
 
 @pytest.mark.slow
+@pytest.mark.untraced
 def test_the_file_depends_on_nothing_but_the_model(case, tiny_model_dir, tmp_path):
     again = load(ModelSpec(id=str(tiny_model_dir("bert-mlm")), dtype="float32"))
     TARGET.export(again, dealt(again), tmp_path, case.statistics)
@@ -282,6 +284,7 @@ def test_runtime_names_its_version():
 
 
 @pytest.mark.slow
+@pytest.mark.untraced
 def test_a_study_of_a_sentence_encoder(brief_timings, tmp_path):
     spec = build_spec(
         {
