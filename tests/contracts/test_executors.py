@@ -228,6 +228,20 @@ def test_nothing_to_do_is_none_at_once(open_executor: Open) -> None:
         assert time.monotonic() - start < 9
 
 
+def test_what_is_ready_comes_without_waiting(open_executor: Open) -> None:
+    with open_executor() as executor:
+        assert executor.ready() is None
+        for i in range(3):
+            executor.submit(Job(str(i), "echo", {"value": i}))
+        found = []
+        while len(found) < 3:
+            result = executor.next() if not found else executor.ready() or executor.next()
+            assert result is not None
+            found.append(result.value)
+        assert sorted(found) == [0, 1, 2]
+        assert executor.ready() is None
+
+
 def test_close_drops_what_is_queued_and_can_be_repeated(open_executor: Open) -> None:
     with open_executor() as executor:
         for i in range(3):
