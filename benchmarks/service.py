@@ -38,7 +38,8 @@ from autoq.store import Prepared, Store
 from autoq.store import models as m
 from autoq.store.checksum import checksum_of_rows, members_checksum, own_of
 from autoq.store.dominance import non_dominated
-from autoq.store.loading import measurement_row, pack
+from autoq.store.loading import measurement_row
+from autoq.store.packing import pack
 
 OBJECTIVES = [
     ("kl_nats_per_token", "nats/token", "minimize"),

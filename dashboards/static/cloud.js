@@ -4,9 +4,21 @@
  */
 import { h } from "./dom.js";
 
-/** Plotly's arrays as numbers: lists as they are, packed ones unpacked. */
+const unpacked = new Map(); // the last ones: while a limit is dragged, the same picture is made anew for each frame
+const KEPT = 32;
+
+/** Plotly's arrays as numbers: lists as they are, packed ones unpacked. Not to be changed by who gets them. */
 export function numbers(values) {
   if (!values?.bdata) return values ?? [];
+  const known = unpacked.get(values.bdata);
+  if (known?.dtype === values.dtype) return known.array;
+  const array = unpack(values);
+  if (unpacked.size >= KEPT) unpacked.delete(unpacked.keys().next().value);
+  unpacked.set(values.bdata, { dtype: values.dtype, array });
+  return array;
+}
+
+function unpack(values) {
   const bytes = Uint8Array.from(atob(values.bdata), (character) => character.charCodeAt(0));
   const kinds = { f8: Float64Array, f4: Float32Array, i4: Int32Array, i2: Int16Array, i1: Int8Array, u1: Uint8Array, u2: Uint16Array, u4: Uint32Array };
   return new kinds[values.dtype](bytes.buffer);

@@ -47,7 +47,8 @@ export class Frontier {
     this.limits = {};
     this.chosen = [];
     this.best = null;
-    this.positions = new Map();
+    this.positions = new Map(); // of all that is drawn
+    this.along = []; // the frontier as it is drawn, which may be older or newer than the points, from left to right
     this.figure = new Figure(root, {
       name: `${points.study}-frontier`,
       label: "Frontier. Left and right arrow keys go from point to point; the same numbers are in the table below.",
@@ -116,6 +117,7 @@ export class Frontier {
 
   #prepare({ data, layout }) {
     this.positions.clear();
+    const front = new Set();
     this.tools.hidden = data.length === 0;
     this.legend.hidden = data.length === 0;
     if (!data.length) return { data, layout };
@@ -129,6 +131,8 @@ export class Frontier {
       if (points) {
         const [x, y] = [numbers(trace.x), numbers(trace.y)];
         own.forEach((number, i) => this.positions.set(number, [x[i], y[i]]));
+        if (trace.meta?.status === "frontier") own.forEach((number) => front.add(number));
+        if (trace.meta?.status === "baseline") own.filter((number) => this.points.trials.get(number)?.on_frontier).forEach((number) => front.add(number));
         if (trace.type === "scattergl") {
           cloud = { x, y, number: own };
           continue;
@@ -147,6 +151,7 @@ export class Frontier {
       if (trace.mode === "lines") Object.assign(trace, { line: { ...trace.line, color: colour("accent") }, opacity: 0.7 });
       drawn.push(trace);
     }
+    this.along = [...front].sort((a, b) => this.positions.get(a)[0] - this.positions.get(b)[0] || this.positions.get(b)[1] - this.positions.get(a)[1]);
     this.cloudPoints = cloud;
     this.cloud.kept = kept;
     this.#showLegend(drawn);
@@ -223,14 +228,22 @@ export class Frontier {
 
   #key(event) {
     if (event.key !== "ArrowLeft" && event.key !== "ArrowRight") return;
-    const along = this.points.frontier.filter((trial) => this.positions.has(trial.number))
-      .sort((a, b) => this.positions.get(a.number)[0] - this.positions.get(b.number)[0]);
+    const { along } = this;
     if (!along.length) return;
     event.preventDefault();
-    const place = along.findIndex((trial) => trial.number === this.chosen.at(-1));
     const step = event.key === "ArrowRight" ? 1 : -1;
-    const next = along[place < 0 ? (step > 0 ? 0 : along.length - 1) : Math.min(along.length - 1, Math.max(0, place + step))];
-    this.select(next.number, event.shiftKey);
-    say(this.describe(next.number).join(", "));
+    const chosen = this.chosen.at(-1);
+    const place = along.indexOf(chosen);
+    let next = place + step;
+    if (place < 0) {
+      // From a point that is not on it (any more) to its neighbour; with none chosen from an end.
+      const from = this.positions.get(chosen)?.[0];
+      const right = from === undefined ? (step > 0 ? 0 : along.length) : along.filter((number) => this.positions.get(number)[0] <= from).length;
+      next = step > 0 ? right : right - 1;
+    }
+    const number = along[Math.min(along.length - 1, Math.max(0, next))];
+    if (number === chosen) return; // the end: pressing on does not let go of it
+    this.select(number, event.shiftKey);
+    say(this.describe(number).join(", "));
   }
 }

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 
 from autoq.display import numbers
 from autoq.errors import AutoQError
@@ -277,6 +277,41 @@ def test_the_keyboard_is_enough(opened: Opened) -> None:
     expect(page.get_by_role("tab", name="Trials")).to_be_focused()
     page.keyboard.press("o")
     page.wait_for_url("**/trials/*")
+
+
+def test_arrow_keys_go_along_what_is_drawn(opened: Opened, site: Any) -> None:
+    """Also where the points are newer than the picture, and none that is on it is on their frontier any more."""
+    page = opened("/", url=site.url)
+
+    def newer(route: Route) -> None:
+        answer = route.fetch()
+        document = answer.json()
+        columns = document["columns"]
+        columns["on_frontier"] = [False] * len(columns["number"])
+        route.fulfill(response=answer, json=document)
+
+    page.route("**/studies/*/points*", newer)
+    page.goto(f"{site.url}/studies/laptop")
+    drawn(page)
+    along = page.evaluate(
+        """() => {
+          const traces = document.querySelector('#frontier .plot')._fullData;
+          const front = traces.filter((t) => t.meta?.status === 'frontier');
+          const points = front.flatMap((t) => Array.from(t.customdata, (number, i) => [t.x[i], -t.y[i], number]));
+          return points.sort((a, b) => a[0] - b[0] || a[1] - b[1]).map((each) => each[2]);
+        }"""
+    )
+    assert len(along) > 5
+    page.locator("#frontier .plot").focus()
+    selected = page.locator("#selected h3")
+    for key, number in (("Right", along[0]), ("Right", along[1]), ("Left", along[0]), ("Left", along[0])):
+        page.keyboard.press(f"Arrow{key}")
+        expect(selected).to_contain_text(f"Selected: trial {number}")
+    page.keyboard.press("Escape")
+    expect(selected).to_have_count(0)
+    page.keyboard.press("ArrowLeft")
+    expect(selected).to_contain_text(f"Selected: trial {along[-1]}")
+    page.goto("about:blank")
 
 
 def test_every_picture_has_its_table(opened: Opened) -> None:

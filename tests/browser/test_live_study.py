@@ -53,7 +53,7 @@ def test_a_running_study_is_watched_to_its_end(
         shown = page.locator("#selected h3 span").first
         deadline = time.monotonic() + 120
         while not shown.is_visible() and time.monotonic() < deadline:
-            page.keyboard.press("ArrowRight")  # goes nowhere while the picture is a frontier behind
+            page.keyboard.press("ArrowRight")
             page.wait_for_timeout(250)
         chosen = shown.inner_text()
         expect(page.locator("#state")).to_have_text("finished", timeout=120_000)
