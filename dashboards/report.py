@@ -105,7 +105,7 @@ def _readable(value: object) -> object:
     out takes a browser minutes, and marks that turn the order of letters around are shown."""
     if not isinstance(value, str) or hasattr(value, "__html__"):
         return value
-    from markupsafe import Markup  # comes with jinja2
+    from markupsafe import Markup
 
     text = drawing.visible(value)
     if len(text) <= _WORD:
