@@ -327,6 +327,7 @@ class RayExecutor(Executor):
         reference, member.pending = member.pending, None
         job, member.job = member.job, None
         seconds = time.monotonic() - member.since
+        self._session.check_own()
         try:
             answer = unpack(ray.get(reference))
         except RayTaskError as problem:
@@ -355,6 +356,10 @@ class RayExecutor(Executor):
             if isinstance(answer, Loaded):
                 self.loading_seconds, member.device = answer.seconds, answer.device
                 self._introduce(member)
+                if all(each.ready for each in self._members if each.placed):
+                    # Nobody asks for them now, and Ray ends, without a word, a process that has lost its own node and
+                    # has something there.
+                    self._chunks.clear()
             else:
                 self._broken = answer
                 self._remove(member)

@@ -124,10 +124,14 @@ def _parts(address: str) -> tuple[str, int]:
 
 @dataclass
 class _Peer:
-    """A process of the cluster that a session cannot do without, and since when it has not answered."""
+    """A process of the cluster that a session cannot do without, and since when it has not answered.
+
+    One on its `own` machine whose port is closed is gone for ever.
+    """
 
     what: str
     address: tuple[str, int]
+    own: bool = False
     silent_since: float | None = None
 
     def look(self) -> OSError | None:
@@ -139,12 +143,14 @@ class _Peer:
         return None
 
     def check(self, now: float) -> None:
-        """Raises `AutoQError` once it has not answered for `SILENT_SECONDS`."""
+        """Raises `AutoQError` once it has not answered for `SILENT_SECONDS`, or is gone."""
         if (problem := self.look()) is None:
             self.silent_since = None
             return
         self.silent_since = self.silent_since or now
-        if (silent := now - self.silent_since) > SILENT_SECONDS:
+        silent = now - self.silent_since
+        gone = self.own and isinstance(problem, ConnectionRefusedError)
+        if gone or silent > SILENT_SECONDS:
             host, port = self.address
             raise AutoQError(
                 f"the {self.what} at {host}:{port} has not answered for {silent:.0f} s ({problem}); "
@@ -157,7 +163,7 @@ def _peers(head: tuple[str, int]) -> list[_Peer]:
     nothing to it. A client (`ray://`) has none of its own."""
     peers = [_Peer("head of the Ray cluster", head)]
     if (node := ray_worker._global_node) is not None:
-        peers.append(_Peer("Ray node of this process", (node.node_ip_address, node.node_manager_port)))
+        peers.append(_Peer("Ray node of this process", (node.node_ip_address, node.node_manager_port), own=True))
     return peers
 
 
@@ -215,14 +221,21 @@ class Session:
         return None if node is None else Path(node.get_logs_dir_path())
 
     def check(self) -> None:
-        """Raises `AutoQError` once the cluster's head, or this process's own node, has not answered for
-        `SILENT_SECONDS`. Looks now and then."""
+        """Raises `AutoQError` once the cluster's head has not answered for `SILENT_SECONDS`, or this process's own node
+        is gone. Looks now and then."""
         now = time.monotonic()
         if now - self._looked < LOOK_SECONDS:
             return
         self._looked = now
         for peer in self._peers:
             peer.check(now)
+
+    def check_own(self) -> None:
+        """Raises `AutoQError` if this process's own node is gone. Ray ends a process, without a word, that reads or
+        writes an object there then."""
+        for peer in self._peers:
+            if peer.own:
+                peer.check(time.monotonic())
 
     def answers(self) -> bool:
         """Whether the cluster's head and this process's own node answer now. Where they do not, Ray ends workers that

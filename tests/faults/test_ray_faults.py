@@ -335,20 +335,29 @@ def test_a_node_is_cut_off_and_comes_back(cluster, network, networks, new_study,
     print(f"back, it had {took_part} trials; 0 lost, 0 doubled")
 
 
-def test_what_a_study_leans_on_dies_and_it_goes_on(cluster, new_study, calm, rounds, controllers_module) -> None:
+def test_what_a_study_leans_on_dies_and_it_goes_on(
+    cluster, new_study, calm, rounds, controllers_module, tmp_path
+) -> None:
     """Its own node's raylet, without which Ray ends all of its workers and starts none; then the head."""
     store, new = new_study
-    study, silent = new(), rounds(3, 20)
+    study, silent, hold = new(), rounds(3, 20), tmp_path / "hold"
+
+    def at_work() -> int:
+        workers = [w for w in store.queue.workers() if w.study_id == study and w.trial is not None]
+        return sum(psutil.pid_exists(int(worker.id.rpartition(":")[2])) for worker in workers)
+
     for what, called in (("raylet", "Ray node of this process"), ("head", "head of the Ray cluster")):
         done = len(store.trials(study, states=["complete"]))
-        controller = cluster.study(store, study, 1.0, silent)
-        wait(lambda done=done: len(store.trials(study, states=["complete"])) > done + 2, controller)
+        controller = cluster.study(store, study, silent=silent)
+        wait(lambda done=done: len(store.trials(study, states=["complete"])) > done + 2 and at_work() == 2, controller)
+        hold.touch()  # or it might end before it notices
         struck_at = time.monotonic()
         cluster.do(what)
         _, said = controller.communicate(timeout=PATIENCE)
+        hold.unlink()
         assert controller.returncode == 1, said
         print(f"{what} killed: the study ended after {time.monotonic() - struck_at:.1f} s")
-        (line,) = [line for line in said.splitlines() if line.startswith("autoq: ")]
+        line = next((line for line in said.splitlines() if line.startswith("autoq: ")), said)
         assert re.match(
             rf"autoq: the {called} at {cluster.address.rpartition(':')[0]}:\d+ has not answered for \d+ s ", line
         )
