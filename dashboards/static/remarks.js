@@ -33,8 +33,12 @@ export async function remarksForm(form, study, number) {
       save.disabled = false;
     }
   });
+  // What is typed before the answer comes is not taken away by it.
+  let typed = false;
+  form.addEventListener("input", () => { typed = true; });
   try {
-    show(await ask(path));
+    const found = await ask(path);
+    if (!typed) show(found);
   } catch (refused) {
     if (refused.status !== 404) {
       problem.hidden = false;
