@@ -12,6 +12,7 @@ export async function remarksForm(form, study, number) {
   const state = h("span", { class: "note" });
   const save = h("button", {}, "Save");
   form.classList.add("stack");
+  fill(form, h("label", {}, "Note", note), h("label", {}, "Tags, with commas between", tags), problem, h("div", { class: "actions" }, save, state));
   const show = (found) => {
     note.value = found?.note ?? "";
     tags.value = (found?.tags ?? []).join(", ");
@@ -45,6 +46,4 @@ export async function remarksForm(form, study, number) {
       fill(problem, refused.message);
     }
   }
-  // Not before: what somebody types meanwhile would be lost.
-  fill(form, h("label", {}, "Note", note), h("label", {}, "Tags, with commas between", tags), problem, h("div", { class: "actions" }, save, state));
 }
