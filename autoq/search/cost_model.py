@@ -87,16 +87,16 @@ ONE_H100 = Rates(
 class Software:
     """What AutoQ itself takes; measured on SQLite and SmolLM2's 210 layers, see benchmarks/LOG.md."""
 
-    calibration_passes: float = 5.4  # forward passes' worth for all statistics
+    calibration_passes: float = 5.2  # forward passes' worth for all statistics
     quantize_flops: float = 5.4e9  # gptq, one thread: 32 s for 2 Σ out in² = 1.7e11 operations
     slopes_passes: float = 3.5  # forward passes' worth of a trial with slopes, beyond its own
     slopes_trials: int = 16
     row_bytes: float = 1050.0  # a trial without what follows: rows, hashes, indexes
-    value_bytes: float = 4.0  # a token's value: float32 hardly compresses, and pages round up
+    value_bytes: float = 2.25  # a token's value: 14.5 bits, and pages round up
     layer_bytes: float = 3.6  # a layer's choice in a stored assignment, compressed
     wire_bytes: float = 60.0  # a layer's choice as it is sent to a worker
-    controller_seconds: float = 2.5e-3  # a result, without what grows with layers
-    controller_layer_seconds: float = 2.0e-5  # a result and layer
+    controller_seconds: float = 0.8e-3  # a result in a group, as many workers have them, without what grows with layers
+    controller_layer_seconds: float = 0.5e-5  # a result and layer
     frontier_seconds: float = 3.0e-4  # a proposal of `frontier` and layer, after 10,000 trials
     trial_memory: float = 3500.0  # of the controller, without choices
     controller_memory: float = 500e6  # before the first trial

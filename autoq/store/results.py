@@ -82,7 +82,8 @@ def end(connection: sa.Connection, endings: Sequence[Ending]) -> list[TrialRecor
         connection.rollback()
         return [None] * len(endings)
     rows = [{"key": row["id"], "at": row["attempt"], **{f"new_{name}": row[name] for name in _SET}} for _, row in ended]
-    assert connection.execute(_END, rows).rowcount == len(rows), "a trial changed under the study's lock"
+    done = connection.execute(_END, rows).rowcount
+    assert done == len(rows), "a trial changed under the study's lock"
     # They were running, and what runs has no measurements to replace.
     _insert_measurements(connection, [(ending.trial_id, each) for ending, _ in ended for each in ending.measurements])
     joined = {row["id"]: _point_of(study, ending) for ending, row in ended if row["feasible"]}
