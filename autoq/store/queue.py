@@ -108,8 +108,7 @@ class Queue(SubmissionQueue, ExportQueue, StudyRemoval):
             # The request stands in any case: a runner may be about to take up what is queued.
             writing.set_study(connection, study_id, request="cancel")
             if study.state == "queued" or lease is None or not lease.live:
-                job = _table(connection, study_id, JOB) or RUN
-                ended: StudyState = "cancelled" if job["kind"] == "run" else "finished"
+                ended = _state_once_cancelled(connection, study_id)
                 writing.set_study(
                     connection, study_id, state=ended, message=None, finished_at=database_time(connection)
                 )
@@ -135,8 +134,12 @@ class Queue(SubmissionQueue, ExportQueue, StudyRemoval):
 
     def settle(self, study_id: int, state: StudyState, message: str | None = None) -> None:
         """Record where a study stands after a run; what was asked for is done. A study that is queued again keeps its
-        place in the order of submission."""
+        place in the order of submission, unless it was cancelled since whoever settles it looked: then it has ended."""
         with self._database.writing() as connection:
+            _hold_row(connection, study_id)
+            asked = connection.execute(sa.select(m.studies.c.request).where(m.studies.c.id == study_id)).scalar()
+            if state == "queued" and asked == "cancel":
+                state, message = _state_once_cancelled(connection, study_id), None
             writing.set_state(connection, study_id, state, message)
             writing.set_study(connection, study_id, request=None)
 
@@ -301,6 +304,12 @@ def _study(connection: sa.Connection, study_id: int) -> StudyRecord:
 def _table(connection: sa.Connection, study_id: int, name: str) -> Any:
     t = m.tables.c
     return connection.execute(sa.select(t.body).where(t.study_id == study_id, t.name == name)).scalar()
+
+
+def _state_once_cancelled(connection: sa.Connection, study_id: int) -> StudyState:
+    """What a study is that was cancelled: one that was added to is finished, as before."""
+    job = _table(connection, study_id, JOB) or RUN
+    return "cancelled" if job["kind"] == "run" else "finished"
 
 
 def _raise_budget(connection: sa.Connection, study: StudyRecord, trials: int) -> None:

@@ -285,6 +285,7 @@ READERS = {
 }
 WRITERS = {"submit", "cancel", "remove", "resume", "export", "token create", "token revoke"}
 HERE = {
+    "plan",  # of this machine
     "search",  # measures on this machine; `submit` has a server do it
     "sensitivity",  # as well
     "recover",

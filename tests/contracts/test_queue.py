@@ -355,6 +355,21 @@ def test_workers_are_seen_until_they_end_or_are_silent(store, monkeypatch):
     assert [worker.id for worker in store.queue.workers()] == ["here:2"]
 
 
+@pytest.mark.parametrize(("job", "ended"), [(None, "cancelled"), ({"kind": "refine"}, "finished")])
+def test_who_queues_a_study_again_does_not_undo_its_cancellation(store, job, ended):
+    """Its process crashed or gave way, and the cancellation comes before that is recorded."""
+    study, _ = submit(store)
+    if job:
+        store.set_state(study.id, "finished")
+        store.queue.enqueue(study.id, job=job)
+    epoch = store.queue.acquire(study.id, holders.holder(), 60)
+    store.under(study.id, epoch).queue.settle(study.id, "running")
+    assert store.queue.cancel(study.id).state == "running"
+    store.under(study.id, epoch).queue.settle(study.id, "queued", "killed by signal 11; going on, 1 of 3")
+    found = store.study(study.id)
+    assert (found.state, found.message, found.request) == (ended, None, None)
+
+
 # Exports
 
 
