@@ -27,7 +27,7 @@ from autoq.measurement import Measurement
 from autoq.spec import build_spec
 from autoq.store import Store, dominance
 from autoq.store import models as m
-from autoq.store.loading import pack
+from autoq.store.packing import pack
 
 OBJECTIVES = [
     ("kl_nats_per_token", "nats/token", "minimize"),

@@ -38,7 +38,7 @@ from autoq.search.setup import pose
 from autoq.spec import build_spec
 from autoq.store import Store
 from autoq.store import models as m
-from autoq.store.loading import pack
+from autoq.store.packing import pack
 
 FIRST = 24  # trials of the real controller, on a made-up evaluator
 KL, SIZE = "kl_nats_per_token", "size_bytes"
