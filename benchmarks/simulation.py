@@ -198,7 +198,7 @@ def figures(
     stays = [stay for stay in tally.stays if stay.key.startswith("trial-")]
     first, last = min(s.start for s in stays), watch.ends[-1][0]
     # While all have work: neither the first round, nor the last trials, for which there are fewer than workers.
-    begin = first + 0.05 * (last - first)
+    begin = min((at for at, done in watch.ends if done >= options.workers), default=first)
     end = max((at for at, done in watch.ends if done <= options.trials - options.workers), default=last)
     waits = [1e3 * stay.waited for stay in stays[options.workers :]]
     late = asks[-max(1, len(asks) // 10) :]
