@@ -116,12 +116,6 @@ def _require_token(address: str) -> None:
         raise SpecError(f"{where} and others can read its token; run: chmod 600 {path}")
 
 
-def _parts(address: str) -> tuple[str, int]:
-    """Host and port of an address that Ray has given."""
-    host, _, port = address.rpartition(":")
-    return host.removeprefix("[").removesuffix("]"), int(port)
-
-
 @dataclass
 class _Peer:
     """A process of the cluster that a session cannot do without, and since when it has not answered.
@@ -208,7 +202,7 @@ class Session:
         where = None if address is None else check_address(address)
         try:
             self._open(workers, address, where)
-            self._peers = _peers(where or _parts(str(ray.get_runtime_context().gcs_address)))
+            self._peers = _peers(where or parse_address(str(ray.get_runtime_context().gcs_address)))
             self.cpus = self._share(workers)
         except BaseException:
             self.close()

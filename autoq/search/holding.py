@@ -36,9 +36,8 @@ LOOK_SECONDS = 0.5  # between two looks at what is asked
 # search begins with, what is reported already.
 _NEW = {"quantize", "time"}
 _TRIAL = re.compile(r"trial-(\d+)")
-_over: dict[
-    tuple[str, int], set[int]
-] = {}  # leases of this process that ended and could not be let go, by their epochs
+# Leases of this process that ended and could not be let go: (database, study) -> their epochs.
+_over: dict[tuple[str, int], set[int]] = {}
 
 
 class StopRequested(BaseException):

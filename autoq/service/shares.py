@@ -24,11 +24,12 @@ last: of the time of any slot at most 1/(1 + LOADS) goes into loading, however l
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 QUANTUM_SECONDS = 60.0
+Why = Literal["next", "room", "line", "limit"]
 MOST = 3  # doublings of a weight, either way
 LOADS = 19  # a turn is at least so many times as long as loading
 
@@ -86,7 +87,7 @@ class Standing:
     """
 
     study_id: int
-    why: Literal["next", "room", "line", "limit"]
+    why: Why
     position: int | None
     width: int
     free: int
@@ -129,33 +130,15 @@ def decide(
 
     `limit` is how many slots one owner may have at a time; a study that is wider runs alone of its owner's.
     """
-    passes = dict(usage)
-    floor = min(passes.values(), default=0.0)
-    free = slots - sum(each.width for each in running)
-    used = Counter[str]()
-    for each in running:
-        used[each.owner] += each.width
-    lines = _lines(waiting)
+    passes, floor = dict(usage), min(usage.values(), default=0.0)
     actions: list[Start | Yield] = []
-    while lines:
-        owner = _first(lines, passes, floor)
-        head = lines[owner][0]
-        width = min(head.width, slots)
-        if limit is not None and used[owner] and used[owner] + width > limit:
-            del lines[owner]
-            continue
-        if width > free:
-            missing = width - free - sum(each.width for each in running if each.leaving)
+    for turn in _turns(waiting, running, passes, floor, slots, quantum, limit):
+        if turn.why == "next":
+            actions.append(Start(turn.head.study_id))
+        elif turn.why == "room":
+            missing = turn.width - turn.free - sum(each.width for each in running if each.leaving)
             rested = [each for each in running if each.had_turn(now, quantum)]
-            return [*actions, *_giving_way(head, missing, rested, passes, floor)]
-        actions.append(Start(head.study_id))
-        free -= width
-        used[owner] += width
-        # As if it had run for a quantum already, so that one call deals many slots out as many calls would.
-        passes[owner] = passes.get(owner, floor) + quantum * width / weight(head.priority)
-        lines[owner].pop(0)
-        if not lines[owner]:
-            del lines[owner]
+            return [*actions, *_giving_way(turn.head, missing, rested, passes, floor)]
     return actions
 
 
@@ -171,39 +154,65 @@ def standings(
 
     Nobody knows when what runs will end, so a position is no time.
     """
-    passes = dict(usage)
-    floor = min(passes.values(), default=0.0)
-    free = max(0, slots - sum(each.width for each in running))
+    passes, floor = dict(usage), min(usage.values(), default=0.0)
+    found: list[Standing] = []
+    held: list[Standing] = []
+    for why, head, width, free in _turns(waiting, running, passes, floor, slots, quantum, limit):
+        free = max(0, free)  # slots may have become fewer
+        if why == "limit":
+            held.append(Standing(head.study_id, why, None, width, free, slots))
+            continue
+        one = Standing(head.study_id, why, len(found) + 1, width, free, slots)
+        if why == "room":
+            leaving = tuple(each.study_id for each in running if each.leaving)
+            one = replace(one, running=tuple(each.study_id for each in running), leaving=leaving)
+        found.append(one)
+    return found + held
+
+
+class _Turn(NamedTuple):
+    """What waits when its turn comes, as in a `Standing`; `free` may be less than none."""
+
+    why: Why
+    head: Waiting
+    width: int
+    free: int
+
+
+def _turns(
+    waiting: Sequence[Waiting],
+    running: Sequence[Running],
+    passes: dict[str, float],
+    floor: float,
+    slots: int,
+    quantum: float,
+    limit: int | None,
+) -> Iterator[_Turn]:
+    """All that waits in the order of turns; what is over its owner's limit comes when that shows. Moves `passes` on."""
+    free = slots - sum(each.width for each in running)
     used = Counter[str]()
     for each in running:
         used[each.owner] += each.width
-    holding, leaving = tuple(r.study_id for r in running), tuple(r.study_id for r in running if r.leaving)
     lines = _lines(waiting)
-    found: list[Standing] = []
-    held: list[Standing] = []
     full = False  # somebody waits for room, and nobody slips by
     while lines:
         owner = _first(lines, passes, floor)
         head = lines[owner][0]
         width = min(head.width, slots)
         if limit is not None and used[owner] and used[owner] + width > limit:
-            held += [Standing(w.study_id, "limit", None, min(w.width, slots), free, slots) for w in lines.pop(owner)]
+            yield from (_Turn("limit", one, min(one.width, slots), free) for one in lines.pop(owner))
             continue
-        position = len(found) + 1
-        if full:
-            found.append(Standing(head.study_id, "line", position, width, free, slots))
-        elif width > free:
-            full = True
-            found.append(Standing(head.study_id, "room", position, width, free, slots, holding, leaving))
-        else:
-            found.append(Standing(head.study_id, "next", position, width, free, slots))
+        fits = not full and width <= free
+        yield _Turn("next" if fits else "line" if full else "room", head, width, free)
+        full = not fits
+        if fits:
             free -= width
             used[owner] += width
+        # As if it had run for a quantum already, so that one call deals many slots out as many calls would.
         passes[owner] = passes.get(owner, floor) + quantum * width / weight(head.priority)
         lines[owner].pop(0)
         if not lines[owner]:
             del lines[owner]
-    return found + held
 
 
 def _lines(waiting: Sequence[Waiting]) -> dict[str, list[Waiting]]:

@@ -19,17 +19,17 @@ taken before a clock was set back, or the machine began anew, and has ended.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
 import sqlalchemy as sa
 
 from autoq.errors import BadInput, Conflict, NotFound
-from autoq.store import holders, writing
 from autoq.store import models as m
+from autoq.store import writing
 from autoq.store.clock import database_time, fresh
+from autoq.store.leases import lease_clock, lease_of
 from autoq.store.loading import load_study
 from autoq.store.patience import steady
 from autoq.store.queue_exports import ExportQueue
@@ -47,8 +47,6 @@ from autoq.store.queue_records import (
 from autoq.store.queue_removal import StudyRemoval
 from autoq.store.queue_submissions import SubmissionQueue, check_limit, hold_user, last_in_line
 from autoq.store.records import StudyRecord, StudyState
-
-_LONGEST_LEASE = timedelta(hours=1)
 
 
 @steady
@@ -104,7 +102,7 @@ class Queue(SubmissionQueue, ExportQueue, StudyRemoval):
             study = _study(connection, study_id)
             if study.state not in WAITS:
                 raise Conflict(f"study {study.name!r} is {study.state} and cannot be cancelled")
-            lease = self._lease(connection, study_id)
+            lease = lease_of(connection, study_id)
             # The request stands in any case: a runner may be about to take up what is queued.
             writing.set_study(connection, study_id, request="cancel")
             if study.state == "queued" or lease is None or not lease.live:
@@ -169,7 +167,7 @@ class Queue(SubmissionQueue, ExportQueue, StudyRemoval):
             ids = connection.execute(
                 sa.select(s.id).where(s.state == "running", s.queued_at.is_not(None)).order_by(s.id)
             ).scalars()
-            return [(_study(connection, i), self._lease(connection, i)) for i in list(ids)]
+            return [(_study(connection, i), lease_of(connection, i)) for i in list(ids)]
 
     def lengths(self) -> dict[str, int]:
         """How many studies and exports are queued, and how many run."""
@@ -192,11 +190,11 @@ class Queue(SubmissionQueue, ExportQueue, StudyRemoval):
         t = m.leases
         with self._database.writing() as connection:
             _hold_row(connection, study_id)
-            lease = self._lease(connection, study_id)
+            lease = lease_of(connection, study_id)
             mine = lease is not None and lease.holder == holder and lease.epoch in over
             if lease is not None and lease.live and not mine:
                 return None
-            until = _lease_clock(connection) + timedelta(seconds=seconds)
+            until = lease_clock(connection) + timedelta(seconds=seconds)
             if lease is None:
                 connection.execute(sa.insert(t).values(study_id=study_id, holder=holder, epoch=1, until=until))
                 return 1
@@ -210,7 +208,7 @@ class Queue(SubmissionQueue, ExportQueue, StudyRemoval):
         with self._database.writing() as connection:
             mine = sa.update(t).where(t.c.study_id == study_id, t.c.epoch == epoch, t.c.holder.is_not(None))
             return (
-                connection.execute(mine.values(until=_lease_clock(connection) + timedelta(seconds=seconds))).rowcount
+                connection.execute(mine.values(until=lease_clock(connection) + timedelta(seconds=seconds))).rowcount
                 == 1
             )
 
@@ -219,20 +217,12 @@ class Queue(SubmissionQueue, ExportQueue, StudyRemoval):
         t = m.leases
         with self._database.writing() as connection:
             mine = sa.update(t).where(t.c.study_id == study_id, t.c.epoch == epoch)
-            connection.execute(mine.values(holder=None, until=_lease_clock(connection)))
+            connection.execute(mine.values(holder=None, until=lease_clock(connection)))
 
     def lease(self, study_id: int) -> LeaseRecord | None:
         """The study's lease, None where it was never run under one."""
         with self._database.reading() as connection:
-            return self._lease(connection, study_id)
-
-    def _lease(self, connection: sa.Connection, study_id: int) -> LeaseRecord | None:
-        row = connection.execute(sa.select(m.leases).where(m.leases.c.study_id == study_id)).one_or_none()
-        if row is None:
-            return None
-        lasts = timedelta(0) < row.until - _lease_clock(connection) <= _LONGEST_LEASE
-        live = row.holder is not None and lasts and not holders.is_dead(row.holder)
-        return LeaseRecord(row.study_id, row.holder, row.epoch, row.until, live)
+            return lease_of(connection, study_id)
 
     # Workers
 
@@ -278,13 +268,6 @@ def _beaten(worker: WorkerRecord) -> dict[str, Any]:
         "state": worker.state,
         "trial": worker.trial,
     }
-
-
-def _lease_clock(connection: sa.Connection) -> datetime:
-    """What leases are held against; on SQLite the monotonic clock, as if it had begun with the year 2000."""
-    if connection.dialect.name == "postgresql":
-        return database_time(connection)
-    return datetime(2000, 1, 1, tzinfo=UTC) + timedelta(seconds=time.monotonic())
 
 
 def _hold_row(connection: sa.Connection, study_id: int) -> None:

@@ -20,8 +20,9 @@ from autoq.errors import Conflict
 from autoq.store import models as m
 from autoq.store.clock import database_time
 from autoq.store.database import Database
+from autoq.store.leases import lease_of
 from autoq.store.loading import load_study
-from autoq.store.queue_records import WAITS, LeaseRecord, RemovalRecord
+from autoq.store.queue_records import WAITS, RemovalRecord
 from autoq.store.writing import lock
 
 _ROWS = 5000  # of stored assignments, read at a time
@@ -32,9 +33,6 @@ class StudyRemoval:
 
     _database: Database
 
-    def _lease(self, connection: sa.Connection, study_id: int) -> LeaseRecord | None:
-        raise NotImplementedError
-
     def remove(self, study_id: int, user: str | None = None) -> RemovalRecord:
         """Remove a study with its trials, measurements, remarks and exports, for good. `user` is who does it.
 
@@ -43,8 +41,8 @@ class StudyRemoval:
         """
         with self._database.writing() as connection:
             lock(connection, study_id)
-            self._refuse_busy(connection, study_id)
-            removed = self._note(connection, study_id, user)
+            _refuse_busy(connection, study_id)
+            removed = _note(connection, study_id, user)
             _delete(connection, study_id)
         with self._database.writing() as connection:
             _clear_out(connection)
@@ -57,28 +55,30 @@ class StudyRemoval:
         with self._database.reading() as connection:
             return [RemovalRecord(*row) for row in connection.execute(sa.select(*columns).order_by(t.removed_at, t.id))]
 
-    def _refuse_busy(self, connection: sa.Connection, study_id: int) -> None:
-        study = load_study(connection, m.studies.c.id == study_id)
-        assert study is not None, "its row is locked"
-        lease = self._lease(connection, study_id)
-        if lease is not None and lease.live:
-            raise Conflict(f"study {study.name!r} is at work; cancel it, and remove it once it has ended")
-        if study.state == "queued":
-            raise Conflict(f"study {study.name!r} is queued; cancel it first")
-        e = m.exports.c
-        being = sa.select(sa.func.count()).select_from(m.exports).where(e.study_id == study_id, e.state.in_(WAITS))
-        if connection.execute(being).scalar_one():
-            raise Conflict(f"an export of study {study.name!r} is being written; remove the study once it has ended")
 
-    def _note(self, connection: sa.Connection, study_id: int, user: str | None) -> RemovalRecord:
-        s, t = m.studies.c, m.trials.c
-        own = sa.select(s.name, s.owner, s.changes).where(s.id == study_id)
-        name, owner, changes = connection.execute(own).one()
-        count = sa.select(sa.func.count()).select_from(m.trials).where(t.study_id == study_id)
-        trials = connection.execute(count).scalar_one()
-        removed = RemovalRecord(study_id, name, owner, trials, user, database_time(connection))
-        connection.execute(sa.insert(m.removals).values(**removed._asdict(), changes=changes))
-        return removed
+def _refuse_busy(connection: sa.Connection, study_id: int) -> None:
+    study = load_study(connection, m.studies.c.id == study_id)
+    assert study is not None, "its row is locked"
+    lease = lease_of(connection, study_id)
+    if lease is not None and lease.live:
+        raise Conflict(f"study {study.name!r} is at work; cancel it, and remove it once it has ended")
+    if study.state == "queued":
+        raise Conflict(f"study {study.name!r} is queued; cancel it first")
+    e = m.exports.c
+    being = sa.select(sa.func.count()).select_from(m.exports).where(e.study_id == study_id, e.state.in_(WAITS))
+    if connection.execute(being).scalar_one():
+        raise Conflict(f"an export of study {study.name!r} is being written; remove the study once it has ended")
+
+
+def _note(connection: sa.Connection, study_id: int, user: str | None) -> RemovalRecord:
+    s, t = m.studies.c, m.trials.c
+    own = sa.select(s.name, s.owner, s.changes).where(s.id == study_id)
+    name, owner, changes = connection.execute(own).one()
+    count = sa.select(sa.func.count()).select_from(m.trials).where(t.study_id == study_id)
+    trials = connection.execute(count).scalar_one()
+    removed = RemovalRecord(study_id, name, owner, trials, user, database_time(connection))
+    connection.execute(sa.insert(m.removals).values(**removed._asdict(), changes=changes))
+    return removed
 
 
 def _delete(connection: sa.Connection, study_id: int) -> None:

@@ -127,6 +127,7 @@ def insert_trials(connection: sa.Connection, study_id: int, new: Sequence[NewTri
     for trial in new:
         assert trial.repeats is None or hashes.get(trial.repeats) == trial.assignment.hash, trial
     bodies = {trial.assignment.hash: trial.assignment for trial in new if trial.repeats is None}
+    # Before the layers that they name: a removal holds the table of assignments while it looks for unnamed layers.
     _insert_missing(connection, m.assignments.c.hash, {key: pack(assignment) for key, assignment in bodies.items()})
     for trial in new:
         if trial.descent is not None:

@@ -132,7 +132,7 @@ def test_a_controller_whose_clock_jumps_keeps_its_study(
 
 def test_a_lease_ends_by_a_clock_that_nobody_sets(tmp_path, monkeypatch):
     """On SQLite: hours ahead or back, it lasts as long as it was taken for, and not for hours."""
-    from autoq.store import queue
+    from autoq.store import leases
 
     with Store.open(str(tmp_path / "autoq.db")) as store:
         study = store.create_study(build_spec({"model": {"id": "m"}, "name": "s"}), [("a", "u", "minimize")])
@@ -148,13 +148,13 @@ def test_a_lease_ends_by_a_clock_that_nobody_sets(tmp_path, monkeypatch):
             assert store.queue.lease(study.id).live
             later = time.monotonic() + 31
             with monkeypatch.context() as patch:
-                patch.setattr(queue.time, "monotonic", lambda later=later: later)
+                patch.setattr(leases.time, "monotonic", lambda later=later: later)
                 assert not store.queue.lease(study.id).live
             store.queue.release(study.id, epoch)
         # The machine began anew, and its monotonic clock with it.
         assert store.queue.acquire(study.id, "elsewhere:1:0:0", 30)
         with monkeypatch.context() as patch:
-            patch.setattr(queue.time, "monotonic", lambda: time.monotonic_ns() / 1e9 - 2 * HOUR)
+            patch.setattr(leases.time, "monotonic", lambda: time.monotonic_ns() / 1e9 - 2 * HOUR)
             assert not store.queue.lease(study.id).live
 
 
