@@ -115,7 +115,7 @@ def _database(db: str) -> Finding:
     try:
         with Store.open(db, create=False) as store:
             read = copy(store, None)  # to nowhere: everything is read and held against its checksums
-            return Finding("database", store.url, f"whole: {len(read.studies)} studies, {read.trials} trials")
+            return Finding("database", store.url, f"whole; studies: {len(read.studies)}, trials: {read.trials}")
     except NotFound:
         return Finding("database", db, "not there yet; the first search makes it", None)
     except (AutoQError, ImportError) as problem:

@@ -25,10 +25,12 @@ def remove(
     One that is queued or at work is refused. The bank and what studies share stay, and so does what was exported to
     a folder of yours. A report (`autoq report`) is a way to keep the numbers.
     """
+    from autoq.display.numbers import counted
+
     with reading(db, server) as reader:
         there = reader.summary(study)
     count = there.running + there.complete + there.stopped + there.failed + there.duplicate
-    what = f"study {there.name!r} with {count} {'trial' if count == 1 else 'trials'}"
+    what = f"study {there.name!r} with {counted(count, 'trial')}"
     if not yes:
         if not sys.stdin.isatty():
             raise BadInput(f"this removes {what} for good; say so with --yes")

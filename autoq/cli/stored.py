@@ -279,11 +279,11 @@ def copy(
     As a backup, also while studies run; from SQLite to PostgreSQL and back; to rescue what is whole.
     Everything is held against its checksums on the way. Without studies the target must have none.
     """
-    from autoq.store import Store
-    from autoq.store.copying import copy as copied
+    from autoq.display.numbers import counted
+    from autoq.store import copying
 
-    with open_store(db) as source, Store.open(target) as opened:
-        done = copied(source, opened, studies or (), rescue)
+    with open_store(db) as source, copying.opened_target(target) as opened:
+        done = copying.copy(source, opened, studies or (), rescue)
         where = opened.url
     for line in done.left_out:
         sys.stderr.write(f"left out: {line}\n")
@@ -291,4 +291,4 @@ def copy(
         print_json({"studies": done.studies, "trials": done.trials, "left_out": done.left_out})
         return
     of = ", ".join(done.studies) if len(done.studies) <= 3 else f"{len(done.studies)} studies"
-    sys.stdout.write(f"copied {done.trials} trials of {of or 'no study'} to {where!r}\n")
+    sys.stdout.write(f"copied {counted(done.trials, 'trial')} of {of or 'no study'} to {where!r}\n")

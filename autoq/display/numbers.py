@@ -13,6 +13,11 @@ from autoq.measurement import Measurement
 _BYTE_UNITS = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "KB"))
 
 
+def counted(count: int, one: str) -> str:
+    """So many of something: `1 trial`, `2 trials`."""
+    return f"{count} {one if count == 1 else one + 's'}"
+
+
 def size(count: float) -> str:
     """Bytes with a decimal unit and four digits: `91.23 MB`."""
     for factor, unit in _BYTE_UNITS:

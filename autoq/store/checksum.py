@@ -31,6 +31,8 @@ FIELDS = (
     *("number", "state", "origin", "baseline", "hash", "duplicate_of", "attempt", "feasible", "violations"),
     *("error_type", "error_message", "seconds", "parent"),
 )
+# What can be done about what does not hold; the end of every refusal of it.
+WAY_OUT = "go back to a copy of the database, or copy what is whole with: autoq copy NEW --rescue"
 _WHITE = " \t\n\r"  # JSON's whitespace: two bits each
 _FOUR = ["".join(_WHITE[byte >> shift & 3] for shift in (0, 2, 4, 6)) for byte in range(256)]
 

@@ -25,6 +25,7 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -33,7 +34,8 @@ from sqlalchemy import exc
 from autoq.errors import AutoQError, BadInput, StoreError
 from autoq.store import dominance, writing
 from autoq.store import models as m
-from autoq.store.checksum import members_checksum, own_of
+from autoq.store.checksum import WAY_OUT, members_checksum, own_of
+from autoq.store.database import sqlite_file
 from autoq.store.loading import hold, measurement_row
 from autoq.store.members import damaged, members_of
 from autoq.store.new_studies import NewStudy, insert_studies
@@ -65,9 +67,7 @@ def copy(source: Store, target: Store | None, names: Sequence[str] = (), rescue:
     """
     wanted = {source.study(name).id for name in names}
     if not rescue and (found := source._database.damage()) is not None:
-        raise StoreError(
-            f"the database {source.url!r} is damaged: {found}; copy what is whole with: autoq copy NEW --rescue"
-        )
+        raise StoreError(f"the database {source.url!r} is damaged: {found}; {WAY_OUT}")
     if target is None:
         with source._database.reading() as old:
             return _Copy(source, old, None, rescue, wanted).run()
@@ -77,6 +77,20 @@ def copy(source: Store, target: Store | None, names: Sequence[str] = (), rescue:
         if not wanted and new.execute(sa.select(m.studies.c.id).limit(1)).first() is not None:
             raise BadInput(f"the database {target.url!r} has studies already; name those that shall join them")
         return _Copy(source, old, new, rescue, wanted).run()
+
+
+@contextlib.contextmanager
+def opened_target(url: str) -> Iterator[Store]:
+    """A database to copy into. The file of one that is made for that goes again if the copy fails."""
+    file = sqlite_file(url)
+    made = file is not None and not file.exists()
+    try:
+        with Store.open(url) as target:
+            yield target
+    except BaseException:
+        for suffix in ("", "-wal", "-shm") if made else ():
+            Path(f"{file}{suffix}").unlink(missing_ok=True)
+        raise
 
 
 def _is(body: bytes, assignment: str) -> bool:
@@ -211,9 +225,7 @@ class _Copy:
             if not self.rescue:
                 if isinstance(problem, AutoQError):
                     raise
-                raise StoreError(
-                    f"{what} is damaged: {problem}; copy what is whole with: autoq copy NEW --rescue"
-                ) from problem
+                raise StoreError(f"{what} is damaged: {problem}; {WAY_OUT}") from problem
             self._leave_out(what, problem)
 
     # Writing the target

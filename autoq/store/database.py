@@ -25,6 +25,7 @@ from sqlalchemy import exc
 
 from autoq.errors import BadInput, NotFound, StoreAway, StoreError
 from autoq.store import models as m
+from autoq.store.checksum import WAY_OUT
 from autoq.store.models import SCHEMA, VERSION_TABLE, metadata
 from autoq.store.patience import Patience
 
@@ -173,12 +174,13 @@ class Database:
             raise self._refusal(problem) from problem
         except (ValueError, zlib.error) as problem:  # JSON, text, dates and compressed values that cannot be read
             said = " ".join(str(problem).split())
-            raise StoreError(f"the database {self.name!r} is damaged: a value cannot be read: {said}") from problem
+            told = f"the database {self.name!r} is damaged: a value cannot be read: {said}; {WAY_OUT}"
+            raise StoreError(told) from problem
         except (LookupError, TypeError, AttributeError) as problem:
             # A mistake of ours, unless the file says things that no schema allows: NULL where there is none.
             if (found := self.damage()) is None:
                 raise
-            raise StoreError(f"the database {self.name!r} is damaged: {found}") from problem
+            raise StoreError(f"the database {self.name!r} is damaged: {found}; {WAY_OUT}") from problem
 
     def damage(self) -> str | None:
         """What is wrong with an SQLite file, its pages or its values' kinds; None: nothing, or it is no such file."""
@@ -282,6 +284,12 @@ def open_database(url: str, create: bool) -> Database:
         database.close()
         raise
     return database
+
+
+def sqlite_file(url: str) -> Path | None:
+    """The file of an SQLite database, given as `open_database` takes it; None for another one."""
+    parsed = _parse(url)
+    return Path(parsed.database) if parsed.get_backend_name() == "sqlite" and parsed.database else None
 
 
 def _name(url: sa.URL) -> str:

@@ -13,7 +13,7 @@ from autoq.assignment import Assignment
 from autoq.errors import StoreError
 from autoq.measurement import Measurement, Part
 from autoq.store import models as m
-from autoq.store.checksum import checksum_of_rows, own_of, row_of, spaced, unsealed
+from autoq.store.checksum import WAY_OUT, checksum_of_rows, own_of, row_of, spaced, unsealed
 from autoq.store.clock import worker_counts
 from autoq.store.members import damaged, members, members_of
 from autoq.store.packing import unpack, unpack_values
@@ -129,7 +129,9 @@ def run_trials(
     if rows and with_assignments:
         assignments = {row.hash: unpack(row.body) for row in connection.execute(query.assignments, parameters)}
     if with_assignments and (lost := next((row for row in rows if row.hash not in assignments), None)) is not None:
-        raise StoreError(f"trial {lost.number} of study {lost.study!r} is damaged: its assignment is not stored")
+        raise StoreError(
+            f"trial {lost.number} of study {lost.study!r} is damaged: its assignment is not stored; {WAY_OUT}"
+        )
     return [_trial(row, measured.get(row.id, {}), assignments.get(row.hash)) for row in rows]
 
 
@@ -189,8 +191,7 @@ def hold(stored: str, study: str, number: int, own: Sequence[Any], measured: Ite
         same = False
     if not same:
         raise StoreError(
-            f"trial {number} of study {study!r} is damaged: what is stored of it is not what was measured; go back to "
-            "a copy of the database, or copy what is whole with: autoq copy NEW --rescue"
+            f"trial {number} of study {study!r} is damaged: what is stored of it is not what was measured; {WAY_OUT}"
         )
 
 

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from autoq.errors import StoreError
 from autoq.store import models as m
-from autoq.store.checksum import members_checksum
+from autoq.store.checksum import WAY_OUT, members_checksum
 
 _KEPT = 256
 _known: OrderedDict[str, frozenset[int]] = OrderedDict()  # by their checksum, which holds for no others
@@ -30,8 +30,7 @@ def check(study_id: int, study: str, stored: str | None, rows: list[tuple[int, s
 def damaged(study: str) -> StoreError:
     """The refusal of a frontier that is not the stored one."""
     return StoreError(
-        f"the frontier of study {study!r} is damaged: its members are not those that were stored; go back to a copy of "
-        "the database, or copy what is whole with: autoq copy NEW --rescue"
+        f"the frontier of study {study!r} is damaged: its members are not those that were stored; {WAY_OUT}"
     )
 
 

@@ -1,10 +1,12 @@
 """The command line: what it prints, how it ends, and what it does not import."""
 
+import contextlib
 import csv
 import io
 import json
 import os
 import pty
+import sqlite3
 import subprocess
 import sys
 
@@ -225,7 +227,7 @@ def test_doctor_reports_and_survives_what_is_absent(autoq, monkeypatch):
     found = {finding["name"]: finding for finding in json.loads(result.stdout)["findings"]}
     assert (found["torch"]["ok"], found["ray"]["ok"], found["numpy"]["ok"]) == (False, None, True)
     assert "autoq[ray]" in found["ray"]["value"]
-    assert "1 studies" in next(f["value"] for f in found.values() if f["section"] == "database")
+    assert "whole; studies: 1, trials: 9" in next(f["value"] for f in found.values() if f["section"] == "database")
     assert result.exit_code == 1
     assert "!!  torch" in autoq("doctor").stdout
 
@@ -414,3 +416,23 @@ def test_on_a_terminal_one_is_asked_first(database, tmp_path, typed, code):
     assert ("is removed" in said) == (code == 0)
     with Store.open(database) as store:
         assert len(store.studies()) == code
+
+
+def test_a_database_is_copied_or_nothing_is_made(autoq, database, tmp_path):
+    done = autoq("copy", "copied.db")
+    assert (done.exit_code, done.stdout) == (0, "copied 9 trials of demo to 'copied.db'\n")
+    shown = [autoq("frontier", "demo", "--json", "--db", db).stdout for db in (database, "copied.db")]
+    assert json.loads(shown[0]) == json.loads(shown[1])
+    before = sorted(path.name for path in tmp_path.iterdir())
+    again = autoq("copy", "copied.db")
+    assert (again.exit_code, "has studies already" in again.stderr) == (2, True)
+    assert autoq("copy", "new.db", "dmeo").exit_code == 2
+    with contextlib.closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute("UPDATE trials SET seconds = 7 WHERE number = 3")
+    damaged = autoq("copy", "new.db")
+    assert damaged.exit_code == 1
+    assert damaged.stderr.endswith("copy what is whole with: autoq copy NEW --rescue\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before, "what was refused left nothing behind"
+    rescued = autoq("copy", "new.db", "--rescue")
+    assert (rescued.exit_code, rescued.stdout) == (0, "copied 9 trials of demo to 'new.db'\n")
+    assert "trial 3" in rescued.stderr
