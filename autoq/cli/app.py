@@ -40,6 +40,14 @@ class _Group(TyperGroup):
         """The names of the commands."""
         return sorted(super().list_commands(ctx), key=ORDER.index)
 
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command. One that says nothing by itself when it is interrupted ends with a word all the same."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            sys.stderr.write("autoq: interrupted\n")
+            raise typer.Exit(INTERRUPTED) from None
+
     def main(self, args: Sequence[str] | None = None, *other: Any, **extra: Any) -> NoReturn:
         """Run a command line (default: this process's own) and exit."""
         arguments, debug = _take_debug(list(sys.argv[1:] if args is None else args))

@@ -95,7 +95,14 @@ export class Figure {
     } else if (data.length) {
       if (layout.height) this.plot.style.height = `${layout.height}px`;
       const library = await plotly();
-      await library.react(this.plot, data, themed(layout), CONFIG);
+      const shown = themed(layout);
+      const lies = shown.coloraxis?.colorbar?.orientation;
+      if (this.lies !== undefined && this.lies !== (lies ?? null)) {
+        // Plotly would leave the labels of the scale that stood there before.
+        await library.react(this.plot, data, { ...shown, coloraxis: { ...shown.coloraxis, showscale: false } }, CONFIG);
+      }
+      this.lies = lies ?? null;
+      await library.react(this.plot, data, shown, CONFIG);
     }
     this.options.drawn?.(this.plot);
     if (this.twin.open) this.#showTable();

@@ -436,3 +436,12 @@ def test_a_database_is_copied_or_nothing_is_made(autoq, database, tmp_path):
     rescued = autoq("copy", "new.db", "--rescue")
     assert (rescued.exit_code, rescued.stdout) == (0, "copied 9 trials of demo to 'new.db'\n")
     assert "trial 3" in rescued.stderr
+
+
+def test_an_interrupt_is_a_word_and_130(autoq, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("autoq.cli.stored.reading", interrupted)
+    done = autoq("studies")
+    assert (done.exit_code, done.stdout, done.stderr) == (130, "", "autoq: interrupted\n")
