@@ -31,12 +31,19 @@ BUDGET, PAUSE = 24, 0.4
 
 CLUSTER = """
 import sys
+import psutil
 from ray.cluster_utils import Cluster
 at = {"node_ip_address": sys.argv[1]} if sys.argv[1] else {}
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **at})
 nodes = [cluster.add_node(num_cpus=1, **at) for _ in range(2)]
 print(cluster.address, flush=True)
+
+def below(node):
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    return [process.pid for process in raylet.children(recursive=True)]
+
 for line in sys.stdin:
+    hit = below(nodes[0]) if line in ("remove\\n", "lame\\n") else []
     if line == "add\\n":
         nodes.append(cluster.add_node(num_cpus=1, **at))
     elif line == "remove\\n":
@@ -48,7 +55,7 @@ for line in sys.stdin:
         raylet = node.all_processes["raylet"][0].process
         raylet.kill()
         raylet.wait()  # its workers see that it is gone, as they do not while it is a zombie
-    print("done", flush=True)
+    print("done", *hit, flush=True)
 cluster.shutdown()
 """
 
@@ -124,13 +131,18 @@ class Cluster:
             self.close()
         raise AssertionError("Ray does not start on this machine")
 
-    def do(self, what: str) -> None:
-        """`add` or `remove` a node, kill the `head`, or only the `raylet` of its machine or of a node (`lame`)."""
+    def do(self, what: str) -> set[int]:
+        """`add` or `remove` a node, kill the `head`, or only the `raylet` of its machine or of a node (`lame`).
+
+        The processes that a node had which is gone then.
+        """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(f"{what}\n")
         self.process.stdin.flush()
-        assert self.process.stdout.readline() == "done\n"
+        word, *hit = self.process.stdout.readline().split()
+        assert word == "done"
+        return set(map(int, hit))
 
     def join(self, turn: int) -> None:
         """A node of one worker in the other network, by `ray start` there, as whoever looks after it does."""
@@ -234,10 +246,20 @@ def wait(true: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
     return found
 
 
+def workers_of(store: Store, study_id: int) -> set[int]:
+    """The processes of a study's workers, as its controller knows them."""
+    return {int(worker.id.rpartition(":")[2]) for worker in store.queue.workers() if worker.study_id == study_id}
+
+
 def struck(
     store: Store, study_id: int, dice: random.Random, which: Callable[[int], bool] = lambda _: True
 ) -> tuple[int, TrialRecord] | None:
-    """A worker, one of `which`, that is evaluating a trial for the first time, and the trial."""
+    """A worker, one of `which`, that is evaluating a trial for the first time, and the trial.
+
+    None while a trial is tried again: struck twice it would fail, as it should.
+    """
+    if any(trial.attempt > 1 for trial in store.running_trials(study_id)):
+        return None
     workers = store.queue.workers()
     dice.shuffle(workers)
     for worker in workers:
@@ -273,8 +295,9 @@ def test_workers_and_nodes_come_and_go(cluster, new_study, calm, rounds) -> None
             what = left.pop()
             counts[what] += 1
             if what != "kill":
-                cluster.do(what)
+                hit = cluster.do(what)
                 cluster.do("add")
+                wait(lambda study=study, hit=hit: not hit & workers_of(store, study), controller)  # until it is noticed
                 continue
             os.kill(pid, signal.SIGKILL)
             one = lambda trial=trial, study=study: store.trial(study, trial.number)  # noqa: E731
