@@ -8,16 +8,27 @@ before, as far as its inputs show them. That is done here, once, to the assignme
 
     for each block, for each stage of layers that read one input, in order of use:
         run the block on its inputs over the calibration text, the layers before quantized, up to this stage
-        E[x xᵀ], E[x²], max|x|  →  the layers' own methods  →  in their place
+        E[x̂ x̂ᵀ], E[x̂²], max|x̂|, W*  →  the layers' own methods  →  in their place
     run the block once more: what it gives is what the next one reads
 
-Schemes and bytes stay what they are. All layers whose method asks for statistics of the inputs are made anew (gptq,
-awq, smooth, clip, wkmeans, wanda, GGUF types with an importance matrix): none of them knows where these come from.
-Those that were trained, and a head that is tied to an embedding, which is read first and last, stay as they were; and
-so do calibrated ranges of 8-bit inputs, which belong to the scheme's kernel and not to the weight. An expert that no
-token of the text came to stays, too.
+That W x̂ is met is not what is wanted, but that W x is, with x what the layer reads in the unquantized model. As Arai &
+Ichikawa ("Quantization Error Propagation: Revisiting Layer-Wise Post-Training Quantization", 2025, equation 9) and Li
+et al. ("GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration", 2025, equation 4) have it, a layer's
+method is given the weight that does so best, part of the way:
 
-Memory: one stage's statistics, one block's dequantized weights, and hidden states of the calibration text at one block.
+    W* = W + α W E[(x - x̂) x̂ᵀ] (E[x̂ x̂ᵀ] + λ I)⁻¹        α  SHARE        λ  DAMPING times the mean of E[x̂²]
+
+GPTAQ adds the term column by column; of one layer it is the same least squares, and so any method can have it, also
+one that asks for no statistics. Where experts read what routers give them, or a layer runs twice, x and x̂ are not of
+the same tokens; scales that are folded are found for several layers together; and of very many inputs second moments
+are not kept (`autoq.layer`): there W is taken.
+
+Schemes and bytes stay what they are. All quantized layers that read something are made anew. Not so those that were
+trained, and a head that is tied to an embedding, which is read first and last; and calibrated ranges of 8-bit inputs
+belong to the scheme's kernel and not to the weight. An expert that no token of the text came to stays, too.
+
+Memory: one stage's statistics and inputs, one block's dequantized weights, and hidden states of the calibration text at
+one block, of both models.
 Where a model is no chain of blocks (`autoq.models.prefix`), each stage runs it from its start, with all that is
 quantized so far. The text is that of the statistics that a search uses, so what reads nothing quantized comes out as it
 was. Deterministic.
@@ -39,13 +50,17 @@ from autoq import plugins
 from autoq.assignment import Assignment
 from autoq.bank import digest
 from autoq.calibration import curvature
+from autoq.calibration._gradients import product
 from autoq.errors import BadInput
 from autoq.folding import is_folded
+from autoq.layer import MOST_HESSIAN_INPUTS
 from autoq.methods import Method, QuantizedWeight, Statistics
 from autoq.models.prefix import Chain, cut, run
 from autoq.quantized_model import CURVATURE_TOKENS, QuantizedModel, naming
-from autoq.scheme import Keep, Scheme
+from autoq.scheme import Keep
 
+SHARE = 0.5  # of the way to the unquantized model's outputs: a few thousand tokens tell it with errors of their own
+DAMPING = 0.1
 _TRIED_TOKENS = 16
 Tell = Callable[[int, int], None]  # so many blocks are done, of so many
 
@@ -79,24 +94,22 @@ class Sequenced:
     facts: Mapping[str, Any]
 
 
-def by_inputs(scheme: Scheme) -> bool:
-    """Whether the scheme's method makes a layer from statistics of its inputs."""
-    return plugins.load("methods", scheme.method, Method).uses_statistics(scheme)
-
-
 def sequenced(model: QuantizedModel, assignment: Assignment, tell: Tell = lambda *_: None) -> Sequenced:
     """The layers of `assignment`, quantized in sequence.
 
-    Raises `BadInput` where no layer is made by its inputs, or none reads anything quantized.
+    Raises `BadInput` where no layer can be, or none reads anything quantized.
     """
     began = time.monotonic()
     names = [
         layer.name
         for layer in model.info.layers
-        if not layer.tied and layer.name not in assignment.trained and by_inputs(assignment.get(layer.name, Keep()))
+        if layer.kind != "embedding"
+        and not layer.tied
+        and layer.name not in assignment.trained
+        and not isinstance(assignment.get(layer.name, Keep()), Keep)
     ]
     if not names:
-        raise BadInput("no layer of the assignment is made by its inputs, trained ones and a tied head aside")
+        raise BadInput("no layer of the assignment is quantized, embeddings, trained ones and a tied head aside")
     with torch.inference_mode():
         sequence = _Sequence(model, assignment, names)
         try:
@@ -108,7 +121,7 @@ def sequenced(model: QuantizedModel, assignment: Assignment, tell: Tell = lambda
     )
     layers = {name: sequence.made[name] for name in before}
     if not layers:
-        raise BadInput("all layers that are made by their inputs read what they read in the unquantized model")
+        raise BadInput("all layers that are quantized read what they read in the unquantized model")
     facts = {"layers": len(layers), "tokens": sequence.data.numel(), "seconds": round(time.monotonic() - began, 1)}
     return Sequenced(layers, facts)
 
@@ -126,7 +139,8 @@ class _Sequence:
         self.data = data[: max(1, CURVATURE_TOKENS // data.shape[1])].to(self.model.device)
         found = cut(self.model, self.data[:1])
         self.chain: Chain | None = None if found is None else found[0]
-        self.states: list[Tensor | None] = [None] * len(self.data)
+        self.states: list[Tensor | None] = [None] * len(self.data)  # what the current part reads
+        self.originals = self.states  # the same in the unquantized model
         self.parts = self._parts(self._stages(names))
 
     def run(self, tell: Tell) -> None:
@@ -138,7 +152,9 @@ class _Sequence:
             for stage in part.stages:
                 self._make(part, stage)
             if done + 1 < len(self.parts):
-                self.states = [self._after(part, index) for index in range(len(self.data))]
+                self.states = self._after(part, self.states)
+                self.model.restore()
+                self.originals = self._after(part, self.originals)
         tell(len(self.parts), len(self.parts))
 
     def _take(self, part: _Part, names: Sequence[str]) -> None:
@@ -155,9 +171,20 @@ class _Sequence:
         def passes() -> None:
             for index in range(len(self.data)):
                 with self._until(part, stage):
-                    self._pass(part, index)
+                    self._pass(part, index, self.states)
 
-        found = curvature.of_inputs(self.model, stage.names, self.data.numel(), passes)
+        wanted, read = list[Tensor](), list[Tensor]()
+        with ExitStack() as stack:
+            if apart := self._apart(stage):
+                self.model.restore()
+                with self._kept(stage, wanted):
+                    for index in range(len(self.data)):
+                        with self._until(part, stage):
+                            self._pass(part, index, self.originals)
+                self.model.swap(self.weights, self.activations, self.caches)
+                stack.enter_context(self._kept(stage, read))
+            found = curvature.of_inputs(self.model, stage.names, self.data.numel(), passes)
+        aim = _aim(wanted, read) if apart else None
         for name in stage.names:
             scheme, original = self.assignment[name], self.model.weight(name)
             if name in found:
@@ -165,8 +192,11 @@ class _Sequence:
                 told: Statistics = found[name]
                 if is_folded(scheme):  # what shares its scales reads the same
                     told = self.quantized_model.together(name, told)
+                weight = original.cpu()
+                if aim is not None:
+                    weight = weight.float() + weight.float() @ aim
                 with naming(name, scheme):
-                    made = method.quantize(original.cpu(), scheme, told)
+                    made = method.quantize(weight, scheme, told)
                 self.made[name] = made
             else:
                 made = self.quantized_model.quantized(name, scheme)
@@ -175,26 +205,44 @@ class _Sequence:
                 self.activations[name] = function
         self.model.swap(self.weights, self.activations, self.caches)
 
-    def _pass(self, part: _Part, index: int) -> None:
+    def _apart(self, stage: _Stage) -> bool:
+        """Whether the stage's layers can be given other weights, one by one, by what they read in both models."""
+        few = self.model.info.layer(stage.names[0]).in_features <= MOST_HESSIAN_INPUTS
+        return few and not stage.whole and not any(is_folded(self.assignment[name]) for name in stage.names)
+
+    @contextmanager
+    def _kept(self, stage: _Stage, into: list[Tensor]) -> Iterator[None]:
+        """What the stage's layers read, (tokens, in) of each pass."""
+        module = self.model.modules_of(self.model.info.layer(stage.names[0]))[0]
+        handle = module.register_forward_pre_hook(
+            lambda _, inputs: into.append(inputs[0].flatten(0, -2).cpu()), prepend=True
+        )
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _pass(self, part: _Part, index: int, states: Sequence[Tensor | None]) -> None:
         """Run a window from the part's start on."""
         ids = self.data[index : index + 1]
         if self.chain is None:
             self.model.outputs(ids)
         else:
-            run(self.model, self.chain, ids, part.start, self.states[index])
+            run(self.model, self.chain, ids, part.start, states[index])
 
-    def _after(self, part: _Part, index: int) -> Tensor:
-        """The hidden states (1, tokens, width) that the block after the part reads."""
+    def _after(self, part: _Part, states: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The hidden states (1, tokens, width) of each window that the block after the part reads."""
         assert self.chain is not None
-        found: list[Tensor] = []
+        found: list[Tensor | None] = []
 
         def enough(_: Any, inputs: tuple[Any, ...]) -> None:
             found.append(inputs[0])
             raise _Enough
 
-        with _hooked([self.chain.blocks[part.start + 1]], enough):
-            self._pass(part, index)
-        return found[0]
+        for index in range(len(self.data)):
+            with _hooked([self.chain.blocks[part.start + 1]], enough):
+                self._pass(part, index, states)
+        return found
 
     @contextmanager
     def _until(self, part: _Part, stage: _Stage) -> Iterator[None]:
@@ -256,6 +304,25 @@ class _Sequence:
         return [
             _Part(k, own, [stage for stage in stages if stage.names[0] in set(own)]) for k, own in enumerate(blocks)
         ]
+
+
+def _aim(wanted: Sequence[Tensor], read: Sequence[Tensor]) -> Tensor | None:
+    """α E[(x - x̂) x̂ᵀ] (E[x̂ x̂ᵀ] + λ I)⁻¹ (in, in) of x `wanted` and x̂ `read`, (tokens, in) of each window; None where
+    they are the same."""
+    if all(map(torch.equal, wanted, read)):
+        return None
+    inputs = read[0].shape[1]
+    across, square = torch.zeros(inputs, inputs), torch.zeros(inputs, inputs)
+    for x, seen in zip(wanted, read, strict=True):
+        product(x.float(), seen.float(), seen.dtype, across)
+        product(seen.float(), seen.float(), seen.dtype, square)
+    mean = square.diagonal().mean()
+    across -= square
+    square.diagonal().add_(DAMPING * mean)
+    lower, failed = torch.linalg.cholesky_ex(square.double())
+    if failed or not mean > 0:
+        return None
+    return SHARE * torch.cholesky_solve(across.double().t(), lower).t().float()
 
 
 def _stop(*_: Any) -> None:

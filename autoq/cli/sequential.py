@@ -1,4 +1,4 @@
-"""The command that quantizes a trial's layers in sequence, by their true inputs: another trial of the same bytes."""
+"""The command that quantizes a trial's layers in sequence, for their true inputs: another trial of the same bytes."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def sequential(
 ) -> None:
     """Quantize a trial once more, block after block.
 
-    Each layer is made by what it reads in the model quantized so far, where its method looks at their inputs (gptq,
-    awq, smooth, clip, wkmeans, wanda); schemes, bytes and kernels stay the same. The result is a new trial with
-    measurements of its own, to be exported like any other.
+    Each layer is made for what it reads in the model quantized so far, and makes up for what the layers before it
+    changed; schemes, bytes and kernels stay the same. The result is a new trial with measurements of its own, to be
+    exported like any other.
     """
     gc.enable()
     from autoq.display.progress import default_observer

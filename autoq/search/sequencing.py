@@ -1,4 +1,4 @@
-"""Sequencing: a trial's layers are quantized once more, each by what it reads in the quantized model.
+"""Sequencing: a trial's layers are quantized once more, each for what it reads in the quantized model.
 
 What `autoq.sequential` makes of them becomes a trial of origin `sequential`, as `autoq.search.deriving` says: the
 weights are not those that were measured, so they are measured anew. Worse ones are stored, too, like all that was
@@ -29,7 +29,7 @@ def sequence_trial(
     """Quantize trial `number` in sequence and store the result as a new trial with both parts measured; the new trial.
 
     Where that was done before, that trial. Raises `NotFound` for a trial that is not there, and `BadInput` for one that
-    is not complete or none of whose layers is made by its inputs, and for a study that is not finished. The study is
+    is not complete or none of whose layers is quantized, and for a study that is not finished. The study is
     left as it was but for the trial, whatever happens.
     """
     observer = observer or Observer()

@@ -72,7 +72,7 @@ def test_a_trial_in_sequence_is_measured_listed_exported_and_verified(autoq, par
     assert found["measurements"][SIZE]["value"] == before["measurements"][SIZE]["value"]
     differ = json.loads(autoq("diff", "tiny", str(parent), str(found["number"]), "--json").stdout)["layers"]
     assert len(differ) == found["derivation"]["layers"]
-    assert all("#" in pair["b"] and pair["a"].startswith("gptq") for pair in differ.values())
+    assert all("#" in pair["b"] and pair["a"].startswith(("gptq", "rtn")) for pair in differ.values())
     # Once more it is the same trial, and words say which of the two is better.
     again = autoq("sequential", "tiny", str(parent))
     assert again.exit_code == 0, again.stderr
@@ -94,7 +94,7 @@ def test_a_trial_in_sequence_is_measured_listed_exported_and_verified(autoq, par
 @pytest.mark.parametrize(
     ("trial", "message"),
     [
-        ("unquantized", "no layer of the assignment is made by its inputs"),
+        ("unquantized", "no layer of the assignment is quantized"),
         ("99", "has no trial 99"),
         ("nothing", "has no trial 'nothing'"),
     ],
