@@ -273,10 +273,10 @@ class Study:
         return recover_trial(self._store, self.id, number, Training(steps, tokens, windows, rate, seed, how), observer)
 
     def sequential(self, number: int, *, observer: Observer | None = None) -> TrialRecord:
-        """Quantize a trial block after block, each layer whose method looks at its inputs by what it reads in the
-        quantized model, at the same schemes and bytes, as a new trial.
+        """Quantize a trial block after block, each layer for what it reads in the model quantized so far, at the same
+        schemes and bytes, as a new trial.
 
-        Raises `BadInput` where no layer is made by its inputs or the study is not finished.
+        Raises `BadInput` where no layer is quantized or the study is not finished.
         """
         from autoq.search.sequencing import sequence_trial
 

@@ -10,6 +10,7 @@ All runs in this process, whatever executor the study has: one copy of the weigh
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from autoq import trained
@@ -51,7 +52,7 @@ def derive(
     origin: Origin,
     make: Make,
     observer: Observer,
-    executor_of: Callable[[StudySpec], Executor] = here,
+    executor_of: Callable[[StudySpec], AbstractContextManager[Executor]] = here,
     hold: Hold | None = None,
 ) -> TrialRecord:
     """Store what `make` makes of the layers of `parent` as a new trial with both parts measured; the new trial.
@@ -89,7 +90,7 @@ class _Derivation:
         self.origin: Origin = origin
         self.observer = observer
 
-    def run(self, make: Make, executor_of: Callable[[StudySpec], Executor]) -> int:
+    def run(self, make: Make, executor_of: Callable[[StudySpec], AbstractContextManager[Executor]]) -> int:
         """Make, measure and report; the number of the trial that came of it."""
         parent, study_id = self.parent, self.study.id
         assert parent.assignment is not None

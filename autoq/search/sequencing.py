@@ -7,10 +7,12 @@ measured; whoever picks from the frontier never gets them, and the command says 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 from autoq.errors import BadInput
+from autoq.scheme import Keep
 from autoq.search.deriving import Layers, derivable, derive, here
 from autoq.search.executors import Executor, Job
 from autoq.search.observer import Observer
@@ -24,7 +26,7 @@ def sequence_trial(
     study_id: int,
     number: int,
     observer: Observer | None = None,
-    make: Callable[[StudySpec], Executor] = here,
+    make: Callable[[StudySpec], AbstractContextManager[Executor]] = here,
 ) -> TrialRecord:
     """Quantize trial `number` in sequence and store the result as a new trial with both parts measured; the new trial.
 
@@ -39,6 +41,54 @@ def sequence_trial(
             f"trial {number} of {parent.study!r} was quantized in sequence already, from trial {parent.parent}"
         )
     return derive(store, parent, "sequential", _make, observer, make)
+
+
+def sequence_trials(
+    store: Store,
+    study_id: int,
+    numbers: Sequence[int],
+    observer: Observer | None = None,
+    make: Callable[[StudySpec], Executor] = here,
+) -> Iterator[TrialRecord]:
+    """`sequence_trial` of several, one after the other, each given once it is stored; the model is loaded once.
+
+    One of several that cannot be done is told of and left out.
+    """
+    observer = observer or Observer()
+    with ExitStack() as stack:
+        made: list[Executor] = []
+
+        def shared(spec: StudySpec) -> AbstractContextManager[Executor]:
+            if not made:
+                made.append(stack.enter_context(make(spec)))
+            return nullcontext(made[0])
+
+        for number in numbers:
+            try:
+                yield sequence_trial(store, study_id, number, observer, shared)
+            except BadInput as refused:
+                if len(numbers) == 1:
+                    raise
+                observer.note(f"trial {number} is left out: {refused}")
+
+
+def improvable(store: Store, study_id: int) -> list[int]:
+    """The numbers of the frontier's trials that have quantized layers, and were not made of another trial or quantized
+    in sequence before. Raises `BadInput` where there is none."""
+    trials = store.trials(study_id, states=("complete",))
+    before = {trial.parent for trial in trials if trial.origin == "sequential"}
+    found = [
+        trial.number
+        for trial in store.frontier(study_id, with_assignments=True)
+        if trial.number not in before and trial.parent is None and trial.assignment is not None
+        if any(not isinstance(scheme, Keep) for scheme in trial.assignment.values())
+    ]
+    if not found:
+        name = store.study(study_id).name
+        raise BadInput(
+            f"no point of the frontier of {name!r} is left to be quantized in sequence; name trials to do it"
+        )
+    return found
 
 
 def _make(executor: Executor, parent: TrialRecord, observer: Observer) -> tuple[Layers, Mapping[str, Any]]:

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from autoq.cli import app
 from autoq.search.controller import create_study, run_study
-from autoq.search.sequencing import is_better, sequence_trial
+from autoq.search.sequencing import improvable, is_better, sequence_trial
 from autoq.spec import build_spec
 from autoq.store import Store, results
 
@@ -129,3 +129,31 @@ def test_a_worse_one_is_stored_and_said_to_be(autoq, folder, parent):
         assert is_better(store, store.trial(study.id, found.number)) is False
     told = autoq("sequential", "tiny", str(parent)).stdout
     assert f"it is no better than trial {parent} on the search part: export that one" in told
+
+
+def test_all_of_the_frontier_are_done_once_each(autoq, folder):
+    with Store.open(str(folder / "autoq.db")) as store:
+        study = store.study("tiny")
+        wanted = improvable(store, study.id)
+        assert wanted
+    done = autoq("sequential", "tiny", "--json")
+    assert done.exit_code == 0, done.stderr
+    made = json.loads(done.stdout)["trials"]
+    refused = [number for number in wanted if f"trial {number} is left out" in " ".join(done.stderr.split())]
+    assert [trial["parent"] for trial in made] == [number for number in wanted if number not in refused]
+    assert all(trial["origin"] == "sequential" and trial["measurements"][KL]["part"] == "report" for trial in made)
+    with Store.open(str(folder / "autoq.db")) as store:
+        for trial in store.frontier(study.id, with_assignments=True):
+            if any(trial.number == other["number"] for other in made):
+                assert trial.assignment.trained
+    again = autoq("sequential", "tiny", "--quiet")
+    if not refused:
+        assert again.exit_code == 2
+        assert "is left to be quantized in sequence" in again.stderr
+
+
+def test_several_go_on_past_one_that_cannot_be(autoq, parent):
+    done = autoq("sequential", "tiny", "unquantized", str(parent), str(parent), "--json")
+    assert done.exit_code == 0, done.stderr
+    assert [trial["parent"] for trial in json.loads(done.stdout)["trials"]] == [parent]
+    assert "is left out: no layer of the assignment is quantized" in " ".join(done.stderr.split())
