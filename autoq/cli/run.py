@@ -88,18 +88,21 @@ def _run(store: Store, study_id: int, db: str, quiet: bool, as_json: bool) -> No
     from autoq.search.observer import Observer
 
     study = store.study(study_id)
+    where = "" if db == DEFAULT_DB else f" --db {store.url}"
     try:
         with contextlib.ExitStack() as stack:
             observer = Observer() if quiet else stack.enter_context(default_observer(study.objectives))
             run_study(store, study_id, observer, _executor)
     except KeyboardInterrupt:
-        where = "" if db == DEFAULT_DB else f" --db {store.url}"
         sys.stderr.write(f"autoq: interrupted; go on with: autoq resume {study.name}{where}\n")
         raise typer.Exit(INTERRUPTED) from None
     left = store.study(study_id)
     if left.state != "finished":
         sys.stderr.write(f"study {left.name} was asked to stop and is {left.state}\n")
     print_frontier(StoreReader(store).frontier(left.name, {}, {}, with_assignments=as_json), as_json)
+    if left.state == "finished" and not quiet and not as_json:
+        name = f"{left.name} TRIAL{where}"
+        sys.stderr.write(f"better at the same bytes: autoq sequential {name}; ship it: autoq export {name} --out DIR\n")
 
 
 @app.command(

@@ -73,6 +73,7 @@ def test_progress_goes_to_stderr_and_the_frontier_to_stdout(autoq, controller):
         "study demo of m: 3 layers, 3 searched, 4 choices at most, 1 trials, nsga2 sampler",
         "searching",
         "1/1 trials; best so far: kl_nats_per_token 1.500 nats/token, size_bytes 2 B, latency_decode_ms 1.500 ms",
+        "better at the same bytes: autoq sequential fresh TRIAL; ship it: autoq export fresh TRIAL --out DIR",
     ]
     assert result.stdout.splitlines()[2].split()[:2] == ["0", "sampler"]
 
