@@ -352,7 +352,7 @@ def test_starts_lean(start: str, tmp_path: Path) -> None:
     probe = f"{LEAN_STARTS[start]}\nimport sys\nprint('loaded:', *sorted({{'torch', 'transformers', 'ray', 'optuna', "
     probe += "'pandas', 'plotly', 'scipy', 'datasets'} & set(sys.modules)))"
     done = subprocess.run(
-        [sys.executable, "-c", probe], cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False
+        [sys.executable, "-c", probe], cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].split() == ["loaded:"]

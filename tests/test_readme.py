@@ -39,7 +39,7 @@ def commands() -> list[str]:
 def autoq(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
     call = [sys.executable, "-c", "import sys; from autoq.cli import main; sys.exit(main())", *arguments]
-    return subprocess.run(call, cwd=cwd, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    return subprocess.run(call, cwd=cwd, env=environment, capture_output=True, text=True, timeout=200, check=False)
 
 
 def test_every_fence_says_its_language() -> None:

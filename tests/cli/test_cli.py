@@ -321,7 +321,7 @@ def start(arguments, folder, **environment):
     )
     done = subprocess.run(
         [sys.executable, "-c", probe, *arguments],
-        cwd=folder, capture_output=True, text=True, check=False, timeout=60, env={"PATH": "", **environment},
+        cwd=folder, capture_output=True, text=True, check=False, timeout=200, env={"PATH": "", **environment},
     )  # fmt: skip
     return done, done.stderr.rpartition("loaded: ")[2].split()
 
@@ -353,7 +353,7 @@ def test_the_database_comes_from_the_environment(database, tmp_path):
 def test_a_reader_that_has_enough_is_no_error(database, tmp_path):
     command = f"{sys.executable} -c 'from autoq.cli import main; main()' trials demo --json | head -c 1"
     done = subprocess.run(
-        ["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60
+        ["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=200
     )
     assert done.stdout == "{"
     assert done.stderr == ""
@@ -408,7 +408,7 @@ def test_on_a_terminal_one_is_asked_first(database, tmp_path, typed, code):
         command, stdin=following, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         os.write(leading, typed)
-        said, asked = process.communicate(timeout=120)
+        said, asked = process.communicate(timeout=200)
     os.close(leading)
     os.close(following)
     assert process.returncode == code, asked

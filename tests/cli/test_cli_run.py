@@ -133,7 +133,7 @@ def test_an_interrupt_that_python_drops_is_not_lost(autoq, controller):
 
     def interrupted(store, study_id, observer):
         Dropping()
-        until = time.monotonic() + 10
+        until = time.monotonic() + 100
         while time.monotonic() < until:
             time.sleep(0.01)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,14 @@ class Fake:
         while time.monotonic() < start + seconds:
             time.sleep(0.01)
         return start, time.monotonic()
+
+    def meet(self, folder: Path, name: str, awaited: Sequence[str]) -> bool:
+        """Be there until all are; whether they came within two minutes."""
+        (folder / name).touch()
+        until = time.monotonic() + 120
+        while not all((folder / each).exists() for each in awaited) and time.monotonic() < until:
+            time.sleep(0.01)
+        return all((folder / each).exists() for each in awaited)
 
     def fail(self, message: str) -> None:
         raise ValueError(message)
@@ -120,7 +129,7 @@ def test_every_job_comes_back_once_with_its_own_value(open_executor: Open, count
         assert result.job is jobs[int(result.job.key)]
         assert result.value == int(result.job.key)
         assert result.failure is None
-        assert 0 <= result.seconds < 5
+        assert 0 <= result.seconds < 60
         assert result.worker
     assert executor.next() is None
 
@@ -129,9 +138,13 @@ def test_jobs_start_in_the_order_of_submission(open_executor: Open) -> None:
     executor = open_executor(count=2)
     for i in range(8):
         executor.submit(Job(str(i), "nap", {"seconds": 0.05}))
-    starts = {int(result.job.key): result.value[0] for result in drain(executor)}
-    # With two workers, two may start within the time that a message takes; a third may not.
-    assert all(starts[i] < starts[i + 2] for i in range(6))
+    starts: dict[str, list[tuple[float, int]]] = {}
+    for result in drain(executor):
+        starts.setdefault(result.worker, []).append((result.value[0], int(result.job.key)))
+    # Of two workers one may be slow to begin what it has long been given; what a worker is given is in order.
+    assert sorted(key for each in starts.values() for _, key in each) == list(range(8))
+    for each in starts.values():
+        assert [key for _, key in sorted(each)] == sorted(key for _, key in each)
 
 
 def test_one_evaluator_serves_all_jobs_of_a_worker(open_executor: Open) -> None:
@@ -222,10 +235,10 @@ def test_a_result_is_the_callers_own(open_executor: Open) -> None:
 
 def test_nothing_to_do_is_none_at_once(open_executor: Open) -> None:
     executor = open_executor()
-    for timeout in (None, 0, 10):
+    for timeout in (None, 0, 100):
         start = time.monotonic()
         assert executor.next(timeout) is None
-        assert time.monotonic() - start < 9
+        assert time.monotonic() - start < 90
 
 
 def test_what_is_ready_comes_without_waiting(open_executor: Open) -> None:
@@ -245,30 +258,27 @@ def test_what_is_ready_comes_without_waiting(open_executor: Open) -> None:
 def test_close_drops_what_is_queued_and_can_be_repeated(open_executor: Open) -> None:
     with open_executor() as executor:
         for i in range(3):
-            executor.submit(Job(str(i), "nap", {"seconds": 30}))
+            executor.submit(Job(str(i), "nap", {"seconds": 100}))
         start = time.monotonic()
     assert executor.next() is None
     executor.close()
     executor.close()
-    assert time.monotonic() - start < 25  # one of them would take longer
+    assert time.monotonic() - start < 90  # one of them would take longer
     with pytest.raises(AssertionError):
         executor.submit(Job("late", "echo", {"value": 1}))
 
 
 @pytest.mark.slow
-def test_ray_workers_run_side_by_side_and_next_keeps_its_time(ray_session: Session) -> None:
+def test_ray_workers_run_side_by_side_and_next_keeps_its_time(ray_session: Session, tmp_path: Path) -> None:
     with RayExecutor(spec_for("ray", 2), Fake) as executor:
-        for i in range(2):
-            executor.submit(Job(f"warm {i}", "nap", {"seconds": 0.2}))
-        drain(executor)
-        for i in range(2):
-            executor.submit(Job(str(i), "nap", {"seconds": 1.0}))
+        for name in ("a", "b"):
+            executor.submit(Job(name, "meet", {"folder": tmp_path, "name": name, "awaited": ("a", "b", "test")}))
         start = time.monotonic()
         assert executor.next(timeout=0) is None
         assert executor.next(timeout=0.2) is None
         assert time.monotonic() - start >= 0.2
-        (start_a, end_a), (start_b, end_b) = (result.value for result in drain(executor))
-    assert min(end_a, end_b) > max(start_a, start_b)
+        (tmp_path / "test").touch()
+        assert [result.value for result in drain(executor)] == [True, True]
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 
@@ -16,7 +17,7 @@ from autoq.measurement import Measurement
 from autoq.scheme import parse_scheme
 from autoq.search.holding import holding
 from autoq.spec import build_spec
-from autoq.store import Prepared, Store, WorkerRecord, holders
+from autoq.store import Prepared, Store, WorkerRecord, holders, leases, queue
 from autoq.store.queue_submissions import Submission
 
 OBJECTIVES = [("kl_nats_per_token", "nats/token", "minimize"), ("size_bytes", "bytes", "minimize")]
@@ -244,29 +245,44 @@ def test_a_finished_study_is_queued_for_more_trials_or_for_a_job_only(store):
 # Leases
 
 
-def test_one_holder_at_a_time_and_a_renewed_lease_does_not_end(store):
+@pytest.fixture
+def later(monkeypatch):
+    """The clock that leases are held against goes on by as many seconds as it is told."""
+    clock, ahead = leases.lease_clock, [0.0]
+
+    def shifted(connection):
+        return clock(connection) + timedelta(seconds=sum(ahead))
+
+    monkeypatch.setattr(leases, "lease_clock", shifted)
+    monkeypatch.setattr(queue, "lease_clock", shifted)
+    return ahead.append
+
+
+def test_one_holder_at_a_time_and_a_renewed_lease_does_not_end(store, later):
     study, _ = submit(store)
     assert store.queue.lease(study.id) is None
-    epoch = store.queue.acquire(study.id, "elsewhere:1:0:0", 0.6)
+    epoch = store.queue.acquire(study.id, "elsewhere:1:0:0", 600)
     assert epoch == 1
-    assert store.queue.acquire(study.id, "elsewhere:2:0:0", 60) is None
+    assert store.queue.acquire(study.id, "elsewhere:2:0:0", 600) is None
     for _ in range(4):
-        time.sleep(0.3)
-        assert store.queue.renew(study.id, epoch, 0.6)
+        later(300)
+        assert store.queue.acquire(study.id, "elsewhere:2:0:0", 600) is None
+        assert store.queue.renew(study.id, epoch, 600)
     lease = store.queue.lease(study.id)
     assert (lease.holder, lease.live) == ("elsewhere:1:0:0", True)
-    time.sleep(0.7)
+    later(601)
     assert not store.queue.lease(study.id).live
-    assert store.queue.renew(study.id, epoch, 0.1)  # late, but nobody was waiting
-    time.sleep(0.2)
-    assert store.queue.acquire(study.id, "elsewhere:2:0:0", 60) == 2
-    assert not store.queue.renew(study.id, epoch, 60)
+    assert store.queue.renew(study.id, epoch, 600)  # late, but nobody was waiting
+    assert store.queue.lease(study.id).live
+    later(601)
+    assert store.queue.acquire(study.id, "elsewhere:2:0:0", 600) == 2
+    assert not store.queue.renew(study.id, epoch, 600)
     store.queue.release(study.id, epoch)  # of the former holder: nothing happens
     assert store.queue.lease(study.id).live
     store.queue.release(study.id, 2)
     assert not store.queue.lease(study.id).live
-    assert not store.queue.renew(study.id, 2, 60)
-    assert store.queue.acquire(study.id, "elsewhere:1:0:0", 60) == 3
+    assert not store.queue.renew(study.id, 2, 600)
+    assert store.queue.acquire(study.id, "elsewhere:1:0:0", 600) == 3
 
 
 def test_of_many_who_want_a_lease_one_gets_it(store):
@@ -284,7 +300,7 @@ def test_a_lease_that_could_not_be_let_go_does_not_keep_its_own_process_out(stor
     with monkeypatch.context() as patch, holding(store, study.id) as hold:
         patch.setattr(type(store.queue), "release", full)
     assert store.queue.lease(study.id).live
-    assert store.queue.acquire(study.id, "elsewhere:1:0:0", 10) is None
+    assert store.queue.acquire(study.id, "elsewhere:1:0:0", 600) is None
     with holding(store, study.id) as again:
         assert again.epoch == hold.epoch + 1
         with pytest.raises(StudyBusy), holding(store, study.id):
@@ -307,16 +323,16 @@ def test_a_dead_process_of_this_machine_holds_nothing(store):
     assert store.queue.acquire(study.id, holders.holder(), 60) == 2
 
 
-def test_what_a_former_holder_writes_is_refused(store, url):
+def test_what_a_former_holder_writes_is_refused(store, url, later):
     study, _ = submit(store)
-    epoch = store.queue.acquire(study.id, "elsewhere:1:0:0", 0.2)
+    epoch = store.queue.acquire(study.id, "elsewhere:1:0:0", 600)
     mine = store.under(study.id, epoch)
     mine.set_state(study.id, "running")
     add_trial(mine, study.id, 0)
     running = mine.start_trial(study.id, 1, Assignment({"a": parse_scheme("rtn-int2-g64")}), "sampler")
-    time.sleep(0.3)
+    later(601)
     with Store.open(url) as other:
-        taken = other.queue.acquire(study.id, "elsewhere:2:0:0", 60)
+        taken = other.queue.acquire(study.id, "elsewhere:2:0:0", 600)
         changes = other.study(study.id).changes
         found = [Measurement(name, 1.0, unit, "measured", "search") for name, unit, _ in OBJECTIVES]
         for write in (

@@ -438,7 +438,9 @@ STREAMS = st.integers(1, 4).flatmap(
 )
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(STREAMS)
 def test_the_frontier_kept_step_by_step_is_that_of_all_points(store, stream):
     directions, points = stream

@@ -48,7 +48,7 @@ def test_processes_that_open_a_new_database_at_once_all_succeed(url):
         opener.stdin.write("go\n")
         opener.stdin.flush()
     for opener in openers:
-        _, errors = opener.communicate(timeout=60)
+        _, errors = opener.communicate(timeout=200)
         assert (opener.returncode, errors) == (0, "")
 
 

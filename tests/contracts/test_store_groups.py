@@ -63,7 +63,9 @@ ENDS = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(ends=ENDS, cuts=st.lists(st.integers(1, 6), min_size=14, max_size=14))
 def test_groups_come_to_what_trials_come_to_one_by_one(store, ends, cuts):
     """Results twice, of another attempt, of what has ended: however grouped, the same are stored and refused."""

@@ -90,7 +90,9 @@ schemes = st.one_of(
 
 
 @given(st.fixed_dictionaries(dict.fromkeys(NAMES, schemes)), st.sampled_from(["json", "yaml", "plain"]))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 def test_what_is_printed_reads_back(tmp_path, monkeypatch, wanted, form):
     # Whether a method makes a scheme is another test's business.
     monkeypatch.setattr("autoq.recipes._refusal", lambda *_: None)

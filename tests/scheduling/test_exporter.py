@@ -64,7 +64,7 @@ def export(store, submit):
 
 
 def look_until(exporter, store, export_id, *states):
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while store.queue.export(export_id).state not in states:
         assert time.monotonic() < end
         exporter.look()

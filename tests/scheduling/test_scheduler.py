@@ -74,14 +74,13 @@ def test_two_owners_on_one_slot_take_turns_and_both_end_with_what_they_should_ha
 
 
 def test_a_runner_that_is_killed_is_followed_by_another(store, submit, schedule, until):
-    study = submit("ann", 8, 200)
+    study = submit("ann", 5, name="held")
     scheduler = schedule()
-    until(lambda: len(ended(store, study)) >= 2)
+    until(lambda: len(ended(store, study)) == 3)
     scheduler._running[study].process.send_signal(signal.SIGKILL)
     until(lambda: state(store, study) == "finished")
     assert scheduler.counts()["crashed"] == 1
-    assert [number for number, _ in ended(store, study)] == list(range(8))
-    assert {each for _, each in ended(store, study)} <= {"complete", "failed"}
+    assert ended(store, study) == [*complete(2), (2, "failed"), (3, "complete"), (4, "complete")]
     assert scheduler.log(study)
 
 
@@ -128,7 +127,7 @@ def test_a_trial_that_does_not_end_is_ended_by_force_when_it_is_cancelled(store,
     schedule(patience=0.3)
     until(lambda: ended(store, study))
     store.queue.cancel(study)
-    until(lambda: state(store, study) == "cancelled", 30)
+    until(lambda: state(store, study) == "cancelled")
 
 
 def test_stopping_leaves_everything_queued_and_no_process(store, submit, schedule, until):
@@ -136,7 +135,7 @@ def test_stopping_leaves_everything_queued_and_no_process(store, submit, schedul
     scheduler = schedule(slots=2)
     until(lambda: all(len(ended(store, i)) >= 1 for i in ids))
     pids = [slot.process.pid for slot in scheduler._running.values()]
-    scheduler.stop(10)
+    scheduler.stop(60)
     assert [state(store, i) for i in ids] == ["queued"] * 2
     assert [trial for i in ids for trial in ended(store, i) if trial[1] != "complete"] == []
     assert not any(psutil.pid_exists(pid) for pid in pids)
@@ -157,10 +156,10 @@ time.sleep(1000)
 def test_a_server_that_is_killed_leaves_its_runner_which_the_next_one_knows(
     store, submit, schedule, until, tmp_path, runner
 ):
-    study, other = submit("ann", 60, 100), submit("bob", 2)
+    study, other = submit("ann", 5, name="held"), submit("bob", 2)
     command = [sys.executable, "-c", textwrap.dedent(SERVER), store.address, str(tmp_path / "server"), runner[1]]
     with subprocess.Popen(command) as server:
-        until(lambda: len(ended(store, study)) >= 2)
+        until(lambda: len(ended(store, study)) == 3)
         server.kill()
     process = holders.process_of(store.queue.lease(study).holder)
     assert process is not None, "the runner went with its server"
@@ -168,24 +167,25 @@ def test_a_server_that_is_killed_leaves_its_runner_which_the_next_one_knows(
     until(lambda: study in scheduler._running)
     assert scheduler._running[study].process is None
     assert scheduler.counts()["started"] == 0
+    store.put_table(study, "go on", {})
     until(lambda: state(store, study) == "finished" and state(store, other) == "finished")
-    assert ended(store, study) == complete(60)
+    assert ended(store, study) == complete(5)
     assert {trial.worker for trial in store.trials(study)} == {str(process.pid)}, "it was started twice"
     assert scheduler.counts()["started"] == 1
 
 
 @pytest.mark.slow
 def test_what_dies_with_its_server_is_queued_again_by_the_next_one(store, submit, schedule, until, tmp_path, runner):
-    study = submit("ann", 30, 100)
+    study = submit("ann", 5, name="held")
     command = [sys.executable, "-c", textwrap.dedent(SERVER), store.address, str(tmp_path / "server"), runner[1]]
     with subprocess.Popen(command) as server:
-        until(lambda: len(ended(store, study)) >= 2)
+        until(lambda: len(ended(store, study)) == 3)
         server.kill()
         os.kill(holders.process_of(store.queue.lease(study).holder).pid, signal.SIGKILL)
     assert state(store, study) == "running"
     scheduler = schedule()
     until(lambda: state(store, study) == "finished")
-    assert len(ended(store, study)) == 30
+    assert len(ended(store, study)) == 5
     assert scheduler.counts()["crashed"] == 1
 
 
@@ -214,7 +214,7 @@ def test_a_server_loads_no_model():
         "import sys, autoq.service.scheduler, autoq.service.exporting, autoq.service.jobs\n"
         "print(sorted({'torch', 'transformers', 'optuna', 'ray', 'plotly', 'numpy'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True, timeout=200)
     assert done.stdout.strip() == "[]"
 
 

@@ -152,9 +152,9 @@ engine = Engine(Path({str(file)!r}), 1, 32)
 print(engine._process.pid, flush=True)
 os.kill(os.getpid(), 9)
 """
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200, check=False)
     child = int(ended.stdout)
-    for _ in range(100):
+    for _ in range(600):
         try:
             state = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0]
         except FileNotFoundError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 
 import pytest
 
@@ -14,9 +13,30 @@ from autoq.search.controller import create_study, run_study
 from autoq.spec import TargetSpec, build_spec
 from autoq.store import Store
 from autoq.targets import Target
+from autoq.targets._torch_cpu_timing import Session
 
-WATTS = 10.0
+WATTS, STEP = 10.0, 0.002
 ENERGY = "energy_joule_per_token"
+
+
+class Clock:
+    """Time that passes while a model runs, by `STEP` seconds each time, and while somebody waits."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+    def slowed(self, run):
+        def slow(*inputs):
+            self.now += STEP
+            return run(*inputs)
+
+        return slow
 
 
 class Steady(meters.Meter):
@@ -26,13 +46,17 @@ class Steady(meters.Meter):
     resolution_seconds = 0.001
 
     def read(self):
-        return WATTS * time.perf_counter()
+        return WATTS * meters.time.perf_counter()
 
 
 @pytest.fixture(autouse=True)
-def short(monkeypatch):
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(meters, "time", clock)
+    for name in ("prefill", "step"):
+        monkeypatch.setattr(Session, name, clock.slowed(getattr(Session, name)))
     monkeypatch.setattr(meters, "METERED_SECONDS", 0.05)
-    monkeypatch.setattr(meters, "IDLE_SECONDS", 0.01)
+    return clock
 
 
 @pytest.fixture
@@ -46,12 +70,12 @@ def test_power_times_time_divided_by_tokens(target, tiny, family, batch, tokens_
     (found,) = target.meter(tiny(family), {}, workload, [Steady()])
     assert (found.objective, found.unit, found.kind, found.part) == (ENERGY, "J", "measured", "report")
     assert found.n == meters.REPEATS
-    assert found.stderr >= 0
+    assert found.stderr == pytest.approx(0, abs=1e-9)
     assert found.device == fingerprint()
     assert found.detail["tokens"] % tokens_per_step == 0
-    assert found.value == pytest.approx(WATTS * found.detail["seconds"] / found.detail["tokens"], rel=0.3)
-    assert found.detail["watt"] == pytest.approx(WATTS, rel=0.1)
-    assert found.detail["idle_watt"] == pytest.approx(WATTS, rel=0.1)
+    assert found.value == pytest.approx(WATTS * STEP / tokens_per_step)
+    assert found.detail["seconds"] == pytest.approx(STEP * found.detail["tokens"] / tokens_per_step)
+    assert (found.detail["watt"], found.detail["idle_watt"]) == (pytest.approx(WATTS), pytest.approx(WATTS))
     assert found.detail["threads"] == 1
 
 
