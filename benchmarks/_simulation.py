@@ -225,13 +225,15 @@ class Stay:
 
 @dataclass
 class Tally:
-    """What the executor saw. `controller` are the real seconds that its caller took between calls."""
+    """What the executor saw. `controller` are the real seconds that its caller took between calls, by the executor's
+    clock, and `processor` the CPU time of its thread."""
 
     stays: list[Stay] = field(default_factory=list)
     results: int = 0
     crashes: int = 0
     hangs: int = 0
     controller: float = 0.0
+    processor: float = 0.0
 
     def busy(self, workers: int, start: float, end: float) -> float:
         """The share of `workers` that ran a job between two moments."""
@@ -261,13 +263,13 @@ class SimulatedExecutor(Executor):
         self._events: list[tuple[float, int, int, Result | None]] = []
         self._numbers = itertools.count()
         self._running: dict[int, str] = {}
-        self._left = self.real()
+        self._leave()
 
     def submit(self, job: Job) -> None:
         self._enter()
         self._queue.append(job)
         self._start()
-        self._left = self.real()
+        self._leave()
 
     def clock(self) -> float:
         """Virtual seconds."""
@@ -289,7 +291,7 @@ class SimulatedExecutor(Executor):
                 heapq.heappush(self._idle, (end, worker))  # of a worker that died, its successor when it has loaded
             self._start()
         self.tally.results += result is not None
-        self._left = self.real()
+        self._leave()
         return result
 
     def ready(self) -> Result | None:
@@ -308,7 +310,11 @@ class SimulatedExecutor(Executor):
     def _enter(self) -> None:
         spent = self.real() - self._left
         self.tally.controller += spent
+        self.tally.processor += time.thread_time() - self._left_processor
         self.now += spent * self.charge
+
+    def _leave(self) -> None:
+        self._left, self._left_processor = self.real(), time.thread_time()
 
     @staticmethod
     def _died(failure: Failure) -> bool:

@@ -63,11 +63,13 @@ class Watch(Observer):
     ends: list[tuple[float, int]] = field(default_factory=list)
     points: list[tuple[float, float, float]] = field(default_factory=list)
     stage_seconds: dict[str, float] = field(default_factory=dict)
+    stage_processor: dict[str, float] = field(default_factory=dict)
     tenths: list[tuple[int, float]] = field(default_factory=list)
 
     def stage(self, name: str, total: int | None) -> None:
         if self.executor is not None:
             self.stage_seconds[name] = self.executor.tally.controller
+            self.stage_processor[name] = self.executor.tally.processor
 
     def trial(self, trial: TrialRecord, done: int, budget: int) -> None:
         assert self.executor is not None
@@ -164,14 +166,42 @@ def reached(points: list[tuple[float, float, float]], share: float) -> float:
     return points[low - 1][0]
 
 
-def simulate(store: Store, spec: StudySpec, recording: Recording, options: argparse.Namespace) -> dict[str, Any]:
-    """Run the study; its figures."""
+@dataclass(frozen=True)
+class Run:
+    """A study that has run: what was seen of it, and by how many bytes its database and this process have grown."""
+
+    study: StudyRecord
+    watch: Watch
+    tally: Tally
+    asks: list[float]
+    database: int
+    growth: int
+    resident: int
+
+    @property
+    def results(self) -> int:
+        """How many trials have ended."""
+        return len(self.watch.ends)
+
+    @property
+    def searching(self) -> float:
+        """Seconds that the controller took while it searched, by the clock that was chosen."""
+        return self.watch.stage_seconds["report"] - self.watch.stage_seconds["search"]
+
+    @property
+    def processor(self) -> float:
+        """CPU seconds of its thread for the same."""
+        return self.watch.stage_processor["report"] - self.watch.stage_processor["search"]
+
+
+def simulate(store: Store, spec: StudySpec, recording: Recording, options: argparse.Namespace) -> Run:
+    """Run the study."""
     clock = time.thread_time if options.clock == "cpu" else time.perf_counter
     watch, process = Watch(), psutil.Process()
     study = create_study(store, spec)
     empty = database_bytes(store)
     gc.collect()
-    resident = process.memory_info().rss
+    before = process.memory_info().rss
 
     def make(spec: StudySpec) -> SimulatedExecutor:
         evaluator = SimulatedEvaluator(spec, recording, options.seed)
@@ -181,31 +211,26 @@ def simulate(store: Store, spec: StudySpec, recording: Recording, options: argpa
 
     with TimedAsks(clock) as asks:
         run_study(store, study.id, watch, make)
-    executor = watch.executor
-    assert executor is not None
-    rows = figures(store, study, executor.tally, watch, asks.seconds, options)
-    rows["controller memory, growth"] = f"{(process.memory_info().rss - resident) / 1e6:.0f} MB"
-    rows["controller memory, whole process"] = f"{process.memory_info().rss / 1e6:.0f} MB"
-    rows["database"] = f"{(database_bytes(store) - empty) / 1e6:.0f} MB"
-    return rows
+    assert watch.executor is not None
+    resident = process.memory_info().rss
+    grown = database_bytes(store) - empty
+    return Run(study, watch, watch.executor.tally, asks.seconds, grown, resident - before, resident)
 
 
-def figures(
-    store: Store, study: StudyRecord, tally: Tally, watch: Watch, asks: list[float], options: argparse.Namespace
-) -> dict[str, Any]:
+def figures(store: Store, run: Run, options: argparse.Namespace) -> dict[str, str]:
     """Figures by name."""
-    searching = watch.stage_seconds["report"] - watch.stage_seconds["search"]
+    watch, tally, searching = run.watch, run.tally, run.searching
     stays = [stay for stay in tally.stays if stay.key.startswith("trial-")]
     first, last = min(s.start for s in stays), watch.ends[-1][0]
     # While all have work: neither the first round, nor the last trials, for which there are fewer than workers.
     begin = min((at for at, done in watch.ends if done >= options.workers), default=first)
     end = max((at for at, done in watch.ends if done <= options.trials - options.workers), default=last)
     waits = [1e3 * stay.waited for stay in stays[options.workers :]]
-    late = asks[-max(1, len(asks) // 10) :]
-    states = {s: len(store.trials(study.id, [s])) for s in ("complete", "stopped", "failed", "duplicate")}
+    late = run.asks[-max(1, len(run.asks) // 10) :]
+    states = {s: len(store.trials(run.study.id, [s])) for s in ("complete", "stopped", "failed", "duplicate")}
     return {
-        "results a second that controller, sampler and store sustain": f"{len(watch.ends) / searching:.0f}",
-        "controller, a result": f"{1e3 * searching / len(watch.ends):.2f} ms",
+        "results a second that controller, sampler and store sustain": f"{run.results / searching:.0f}",
+        "controller, a result": f"{1e3 * searching / run.results:.2f} ms",
         "the same, last tenth": f"{1e3 * _last_tenth(watch, searching):.2f} ms",
         "results a second that the workers make": f"{len(watch.ends) / (last - first):.0f}",
         "controller busy": f"{searching / (last - first):.0%}",
@@ -217,7 +242,10 @@ def figures(
         f"virtual time to {NEAR:.0%} of the hypervolume": f"{reached(watch.points, NEAR) - first:.0f} s",
         "complete, stopped, failed, duplicate": ", ".join(str(count) for count in states.values()),
         "workers that died, hung": f"{tally.crashes}, {tally.hangs}",
-        "frontier": str(len(store.frontier(study.id))),
+        "frontier": str(len(store.frontier(run.study.id))),
+        "controller memory, growth": f"{run.growth / 1e6:.0f} MB",
+        "controller memory, whole process": f"{run.resident / 1e6:.0f} MB",
+        "database": f"{run.database / 1e6:.0f} MB",
     }
 
 
@@ -239,7 +267,8 @@ def print_lengths(recording: Recording, model: Path, options: argparse.Namespace
     header, rows = ["evaluated in full, s", *COMPARED], []
     for length in options.lengths:
         with tempfile.TemporaryDirectory() as folder, Store.open(f"{folder}/autoq.db") as store:
-            found = simulate(store, spec_of(model, options), recording.scaled(length / recording.per_pass), options)
+            run = simulate(store, spec_of(model, options), recording.scaled(length / recording.per_pass), options)
+            found = figures(store, run, options)
         rows.append([f"{length:g}", *(found[name] for name in COMPARED)])
     title = f"{options.trials} trials, {options.workers} workers, {options.sampler}, controller by {options.clock} time"
     print_table(title, header, rows)
@@ -267,13 +296,12 @@ def print_plan() -> None:
     print(f"Of AutoQ: {software}.")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What tells of the study and of its workers."""
     parser.add_argument("--workers", type=int, default=1000)
     parser.add_argument("--trials", type=int, default=100_000)
     parser.add_argument("--sampler", default="random")
     parser.add_argument("--work", type=float, default=5.0, help="times the demo's work a trial; 1 is a second")
-    parser.add_argument("--lengths", type=lambda text: [float(part) for part in text.split(",")], help="see above")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds that a trial may take")
     parser.add_argument("--crashes", type=float, default=0.002, help="share of dispatches")
     parser.add_argument("--hangs", type=float, default=0.0005, help="share of dispatches")
@@ -281,6 +309,12 @@ def main() -> None:
     parser.add_argument("--no-stopping", action="store_true", help="evaluate every candidate in full")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
+    parser.add_argument("--lengths", type=lambda text: [float(part) for part in text.split(",")], help="see above")
     parser.add_argument("--db", help="a SQLAlchemy URL; default: SQLite in a temporary folder")
     parser.add_argument("--study", help="record durations from this study")
     parser.add_argument("--of", help="of this database")
@@ -304,7 +338,7 @@ def main() -> None:
             return
         spec = spec_of(model, options)
         with Store.open(options.db or f"{folder}/autoq.db") as store:
-            rows = simulate(store, spec, recording.scaled(options.work), options)
+            rows = figures(store, simulate(store, spec, recording.scaled(options.work), options), options)
             kind = store._database._engine.dialect.name
     title = (
         f"{options.trials} trials on {options.workers} simulated workers, {options.sampler}, {kind}, 210 layers × "

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import select
 import sqlite3
 import threading
 import time
@@ -34,6 +35,7 @@ CONNECT_SECONDS = 10
 # Who is stopped, or cut off, in the middle of a transaction holds others up for no longer. SQLite's lock is a file's:
 # there it lasts until the process goes on or ends.
 STALLED_SECONDS = 8
+TRUSTED_SECONDS = 1.0  # for which a connection that was used and has heard nothing since is not asked whether it lives
 _MIGRATION_LOCK = 0x6175746F71  # "autoq", a key for PostgreSQL's advisory locks
 
 _SQLITE_REASONS = {
@@ -349,15 +351,45 @@ def _engine(url: sa.URL) -> sa.Engine:
         url = url.difference_update_query(["options"])
     try:
         # What is written is the users' and belongs in no message or log.
-        checked = backend != "sqlite"
-        engine = sa.create_engine(url, connect_args=options, pool_pre_ping=checked, hide_parameters=True)
+        engine = sa.create_engine(url, connect_args=options, hide_parameters=True)
     except ModuleNotFoundError as problem:
         hint = "pip install 'autoq[postgresql]'" if problem.name == "psycopg" else f"pip install {problem.name}"
         raise StoreError(f"the database driver {url.drivername!r} is not installed: {hint}") from None
     if backend == "sqlite":
         sa.event.listen(engine, "connect", _prepare_sqlite)
         sa.event.listen(engine, "begin", _begin_sqlite)
+    else:
+        _check_when_idle(engine)
     return engine
+
+
+def _check_when_idle(engine: sa.Engine) -> None:
+    """Have a connection of the pool asked whether it still lives before it is used again: a question to the server, one
+    of nine that storing results takes. So it is not asked where it answered within `TRUSTED_SECONDS` and nothing has
+    come since: a server that ends a connection says so, and one that was killed is hung up for by its system."""
+
+    def used(connection: Any, record: sa.pool.ConnectionPoolEntry) -> None:
+        record.info["autoq_used"] = time.monotonic()
+
+    def check(connection: Any, record: sa.pool.ConnectionPoolEntry, _: object) -> None:
+        try:
+            if time.monotonic() - record.info["autoq_used"] > TRUSTED_SECONDS or _has_come(connection):
+                engine.dialect.do_ping(connection)
+        except engine.dialect.loaded_dbapi.Error as problem:
+            raise exc.InvalidatePoolError from problem  # this connection and all that are as old are made anew
+
+    sa.event.listen(engine, "connect", used)
+    sa.event.listen(engine, "checkin", used)
+    sa.event.listen(engine, "checkout", check)
+
+
+def _has_come(connection: Any) -> bool:
+    """Whether something can be read from a connection that waits for nothing; also where the driver does not tell."""
+    if (fileno := getattr(connection, "fileno", None)) is None:
+        return True
+    watched = select.poll()
+    watched.register(fileno(), select.POLLIN)
+    return bool(watched.poll(0))
 
 
 def _identity(path: str) -> tuple[int, int] | None:

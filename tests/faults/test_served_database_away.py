@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from autoq.store import Store
+from autoq.store import database as databases
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -132,3 +133,32 @@ def test_a_server_waits_for_its_database(server, tiny_model_dir, tmp_path, round
 
 def _ended(store):
     return store.study("whole").state not in ("queued", "running")
+
+
+def test_a_connection_is_asked_whether_it_lives_only_where_it_may_not(server, monkeypatch):
+    """What the server has ended is made anew without a word, however lately it was used; what was used lately and has
+    heard nothing since is used as it is."""
+    with Store.open(server.fresh()) as store:
+        dialect, asked = store._database._engine.dialect, []
+        ping = dialect.do_ping
+        monkeypatch.setattr(dialect, "do_ping", lambda connection: asked.append(1) or ping(connection))
+        monkeypatch.setattr(databases, "TRUSTED_SECONDS", 3600.0)
+        for _ in range(20):
+            assert store.studies() == []
+        assert not asked
+        for restarts in (False, True) * 5:
+            if restarts:
+                server.halt("immediate")
+                server.start()
+            else:
+                server.terminate()
+                until(lambda: not server.backends())
+            before = len(asked)
+            assert store.studies() == []
+            assert len(asked) == before + 1
+            assert store.studies() == []
+            assert len(asked) == before + 1
+        monkeypatch.setattr(databases, "TRUSTED_SECONDS", -1.0)
+        before = len(asked)
+        assert store.studies() == []
+        assert len(asked) == before + 1

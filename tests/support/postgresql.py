@@ -35,10 +35,10 @@ def binaries() -> Path:
 class Server:
     """A PostgreSQL server of our own on a free loopback port, without fsync: no power fails in a test.
 
-    With a `Network` it runs there, and is reached from here.
+    With a `Network` it runs there, and is reached from here. A `durable` one waits for its disk, as all do by default.
     """
 
-    def __init__(self, binaries: Path, network: Any = None) -> None:
+    def __init__(self, binaries: Path, network: Any = None, durable: bool = False) -> None:
         self.host = "127.0.0.1" if network is None else network.there
         self.folder = Path(tempfile.mkdtemp(prefix="autoq-pg-"))
         self.binaries = binaries
@@ -53,7 +53,8 @@ class Server:
         (self.folder / "password").write_text(PASSWORD)
         (self.folder / "password").chmod(0o644)
         self.schemas = 0
-        self.options = f"-p {self.port} -k {self.folder} -c listen_addresses={self.host} -c fsync=off"
+        self.options = f"-p {self.port} -k {self.folder} -c listen_addresses={self.host}"
+        self.options += "" if durable else " -c fsync=off"
         try:
             self.run("initdb", "-U", "autoq", "-A", "scram-sha-256", f"--pwfile={self.folder}/password",
                      "-E", "UTF8", "--locale=C", "--no-sync")  # fmt: skip
@@ -94,7 +95,11 @@ class Server:
 
     def kill(self) -> None:
         """SIGKILL to the postmaster; its children end when they notice."""
-        os.kill(int((self.folder / "data" / "postmaster.pid").read_text().split()[0]), signal.SIGKILL)
+        os.kill(self.pid(), signal.SIGKILL)
+
+    def pid(self) -> int:
+        """The postmaster's."""
+        return int((self.folder / "data" / "postmaster.pid").read_text().split()[0])
 
     def backends(self) -> list[int]:
         """The processes of all connections but the one that asks."""
