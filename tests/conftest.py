@@ -147,6 +147,33 @@ def brief_timings() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def steady_costs(brief_timings: None) -> Iterator[None]:
+    """Layers are timed, and cost what their schemes' bits say: for studies that must find the same trials each time."""
+    from autoq.evaluation import Evaluator
+    from autoq.scheme import code_bits, parse_scheme
+    from autoq.targets import UNQUANTIZED, CostTable
+
+    timed = Evaluator.cost_table
+
+    def steady(self: Evaluator, choices: Any) -> CostTable:
+        table = timed(self, choices)
+        # What runs on another kernel with as many bits is told apart, as it is by a clock.
+        costs = {
+            phase: {
+                name: {text: code_bits(parse_scheme(text)) + sum(text.encode()) % 7 / 100 for text in entries}
+                for name, entries in layers.items()
+            }
+            for phase, layers in table.layer_ms.items()
+        }
+        whole = {phase: 1.0 + sum(layer["keep"] for layer in layers.values()) for phase, layers in costs.items()}
+        return CostTable(table.device, dict.fromkeys(costs, 1.0), costs, {**table.detail, UNQUANTIZED: whole})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Evaluator, "cost_table", steady)
+        yield
+
+
 @pytest.fixture(scope="session")
 def commands() -> Iterator[Any]:
     """`Commands` of `tests/support/commands.py`: command lines as processes that a test may kill."""

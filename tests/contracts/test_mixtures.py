@@ -36,7 +36,7 @@ def family(request):
 
 
 @pytest.fixture(scope="module")
-def finished(family, brief_timings, tiny_model_dir, tmp_path_factory):
+def finished(family, steady_costs, tiny_model_dir, tmp_path_factory):
     """A finished study of a family, each expert a decision of its own in one of them, and its folder."""
     folder = tmp_path_factory.mktemp(family)
     changes = {"space": {"experts": "apart"}} if family == "mixtral" else {}

@@ -29,7 +29,7 @@ SCHEMES = ["rtn-int4-g32", "rtn-int8-channel-sym", "rtn-int8-channel-sym-a8dyn",
 
 
 @pytest.fixture(scope="module")
-def study(brief_timings, tiny_model_dir, tmp_path_factory):
+def study(steady_costs, tiny_model_dir, tmp_path_factory):
     """A finished study of a tiny model on torch-cpu: (store, study, folder)."""
     folder = tmp_path_factory.mktemp("shipping")
     with pytest.MonkeyPatch.context() as patch:

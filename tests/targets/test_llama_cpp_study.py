@@ -14,7 +14,7 @@ OBJECTIVES = ["kl_nats_per_token", "size_bytes", "latency_decode_ms", "latency_p
 
 
 @pytest.fixture
-def spec(brief_timings, tiny_model_dir, tmp_path, monkeypatch):
+def spec(steady_costs, tiny_model_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("AUTOQ_CACHE", str(tmp_path / "cache"))
     return build_spec(
         {

@@ -285,7 +285,7 @@ def test_runtime_names_its_version():
 
 @pytest.mark.slow
 @pytest.mark.untraced
-def test_a_study_of_a_sentence_encoder(brief_timings, tmp_path):
+def test_a_study_of_a_sentence_encoder(steady_costs, tmp_path):
     spec = build_spec(
         {
             "model": {"id": "demo:minilm", "dtype": "float32"},
