@@ -28,7 +28,7 @@ import struct
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -213,7 +213,8 @@ def _unit(text: str) -> float:
 
 @dataclass(frozen=True)
 class Stay:
-    """One job on one worker, in virtual seconds; `waited` is how long the worker had been idle before."""
+    """One job on one worker, in virtual seconds; `waited` is how long the worker had been idle before, and `counts`
+    whether it came to a result: neither did its worker die nor was it ended at its limit."""
 
     key: str
     attempt: int
@@ -221,6 +222,7 @@ class Stay:
     start: float
     end: float
     waited: float
+    counts: bool
 
 
 @dataclass
@@ -229,6 +231,7 @@ class Tally:
     clock, and `processor` the CPU time of its thread."""
 
     stays: list[Stay] = field(default_factory=list)
+    loads: list[tuple[float, float]] = field(default_factory=list)  # of workers that take the place of lost ones
     results: int = 0
     crashes: int = 0
     hangs: int = 0
@@ -236,9 +239,21 @@ class Tally:
     processor: float = 0.0
 
     def busy(self, workers: int, start: float, end: float) -> float:
-        """The share of `workers` that ran a job between two moments."""
-        worked = sum(max(0.0, min(s.end, end) - max(s.start, start)) for s in self.stays)
-        return worked / (workers * (end - start))
+        """The share of `workers` that ran a job between two moments, whatever came of it."""
+        return _share(((stay.start, stay.end) for stay in self.stays), workers, start, end)
+
+    def useful(self, workers: int, start: float, end: float) -> float:
+        """The share that ran a job whose result counts."""
+        return _share(((stay.start, stay.end) for stay in self.stays if stay.counts), workers, start, end)
+
+    def loading(self, workers: int, start: float, end: float) -> float:
+        """The share that loaded, in the place of one that was lost; the rest of those that are not busy is idle."""
+        return _share(self.loads, workers, start, end)
+
+
+def _share(spans: Iterable[tuple[float, float]], workers: int, start: float, end: float) -> float:
+    covered = sum(max(0.0, min(b, end) - max(a, start)) for a, b in spans)
+    return covered / (workers * (end - start))
 
 
 class SimulatedExecutor(Executor):
@@ -330,10 +345,13 @@ class SimulatedExecutor(Executor):
             result, seconds = self._run(job, draw)
             self._running[worker] = job.key
             end = self.now + seconds
-            self.tally.stays.append(Stay(job.key, job.attempt, worker, self.now, end, self.now - free))
+            counts = result.failure is None
+            self.tally.stays.append(Stay(job.key, job.attempt, worker, self.now, end, self.now - free, counts))
             heapq.heappush(self._events, (end, next(self._numbers), worker, result))
             if result.failure is not None and self._died(result.failure):
-                heapq.heappush(self._events, (end + self.faults.load_seconds, next(self._numbers), worker, None))
+                loaded = end + self.faults.load_seconds
+                self.tally.loads.append((end, loaded))
+                heapq.heappush(self._events, (loaded, next(self._numbers), worker, None))
 
     def _run(self, job: Job, draw: random.Random) -> tuple[Result, float]:
         value = getattr(self.evaluator, job.action)(**job.arguments)

@@ -11,6 +11,8 @@ leaves workers idle.
     python benchmarks/simulation.py --plan
 
 `--lengths` runs one study for each mean length of a trial evaluated in full, in seconds, and prints one table.
+A worker is busy while it runs a trial, whatever comes of it, and useful while it runs one that comes to a result;
+otherwise it loads, in the place of one that died or was ended with its trial, or is idle: it has nothing to run.
 `--clock cpu` charges the controller's CPU time instead of wall time, for a machine that others use; what the disk or a
 database server takes is then left out. `--plan` runs nothing: it prints how costs grow and what a model of 70 billion
 weights on eight nodes of eight GPUs would take, by the arithmetic of `autoq.search.cost_model`, with its assumptions.
@@ -60,7 +62,7 @@ class Watch(Observer):
     """What happens when, in virtual seconds, and how the process grows."""
 
     executor: SimulatedExecutor | None = None
-    ends: list[tuple[float, int]] = field(default_factory=list)
+    ends: list[tuple[float, int, float]] = field(default_factory=list)  # when, how many, and what the controller took
     points: list[tuple[float, float, float]] = field(default_factory=list)
     stage_seconds: dict[str, float] = field(default_factory=dict)
     stage_processor: dict[str, float] = field(default_factory=dict)
@@ -73,7 +75,7 @@ class Watch(Observer):
 
     def trial(self, trial: TrialRecord, done: int, budget: int) -> None:
         assert self.executor is not None
-        self.ends.append((self.executor.now, done))
+        self.ends.append((self.executor.now, done, self.executor.tally.controller))
         if trial.state == "complete" and trial.feasible:
             kl, size = trial.values([QUALITY, "size_bytes"])
             self.points.append((self.executor.now, kl, size))
@@ -223,8 +225,9 @@ def figures(store: Store, run: Run, options: argparse.Namespace) -> dict[str, st
     stays = [stay for stay in tally.stays if stay.key.startswith("trial-")]
     first, last = min(s.start for s in stays), watch.ends[-1][0]
     # While all have work: neither the first round, nor the last trials, for which there are fewer than workers.
-    begin = min((at for at, done in watch.ends if done >= options.workers), default=first)
-    end = max((at for at, done in watch.ends if done <= options.trials - options.workers), default=last)
+    full = [each for each in watch.ends if options.workers <= each[1] <= options.trials - options.workers]
+    (begin, a, before), (end, b, after) = (full[0], full[-1]) if len(full) > 1 else ((first, 0, 0.0), watch.ends[-1])
+    busy, loading = (share(options.workers, begin, end) for share in (tally.busy, tally.loading))
     waits = [1e3 * stay.waited for stay in stays[options.workers :]]
     late = run.asks[-max(1, len(run.asks) // 10) :]
     states = {s: len(store.trials(run.study.id, [s])) for s in ("complete", "stopped", "failed", "duplicate")}
@@ -232,9 +235,12 @@ def figures(store: Store, run: Run, options: argparse.Namespace) -> dict[str, st
         "results a second that controller, sampler and store sustain": f"{run.results / searching:.0f}",
         "controller, a result": f"{1e3 * searching / run.results:.2f} ms",
         "the same, last tenth": f"{1e3 * _last_tenth(watch, searching):.2f} ms",
-        "results a second that the workers make": f"{len(watch.ends) / (last - first):.0f}",
-        "controller busy": f"{searching / (last - first):.0%}",
-        "workers busy": f"{tally.busy(options.workers, begin, end):.1%}",
+        "results a second that the workers make": f"{(b - a) / (end - begin):.0f}",
+        "controller busy": f"{(after - before) / (end - begin):.0%}",
+        "workers busy": f"{busy:.1%}",
+        "useful": f"{tally.useful(options.workers, begin, end):.1%}",
+        "loading": f"{loading:.1%}",
+        "idle": f"{1 - busy - loading:.1%}",
         "a worker waits for its next trial, p50, p95": f"{median(waits):.1f}, {percentile(waits, 0.95):.1f} ms",
         "a proposal, last tenth, p50, p95": f"{1e3 * median(late):.1f}, {1e3 * percentile(late, 0.95):.1f} ms",
         "a trial, mean": f"{sum(stay.end - stay.start for stay in stays) / len(stays):.1f} s",
@@ -257,8 +263,9 @@ def _last_tenth(watch: Watch, searching: float) -> float:
 
 
 COMPARED = (
-    "a trial, mean", "workers busy", "results a second that the workers make", "controller busy",
-    "a worker waits for its next trial, p50, p95", "a proposal, last tenth, p50, p95",
+    "a trial, mean", "workers busy", "useful", "loading", "idle", "results a second that the workers make",
+    "controller busy", "a worker waits for its next trial, p50, p95",
+    "a proposal, last tenth, p50, p95",
 )  # fmt: skip
 
 

@@ -137,7 +137,7 @@ class _Run:
         self.told_outcomes: dict[int, Outcome] = {}
         self.window = window(self.spec.workers.count)
         self.ahead: deque[NewTrial] = deque()  # asked for and not stored yet
-        self.pace = Pace()
+        self.pace = Pace(self.spec.workers.count)
         self.late: set[int] = set()  # passed over, and not told yet
         self.until: float | None = None  # when a cancelled study stops waiting
         self.repeats = 0  # proposals in a row that were there before

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoq.search import rivals
-from autoq.search.ahead import window
+from autoq.search.ahead import Pace, window
 from autoq.search.rivals import Rivals
 from autoq.search.stopping import Finished, choose
 
@@ -89,3 +89,26 @@ def test_one_worker_hears_of_everything_before_it_is_asked():
 def test_more_workers_have_more_ahead_of_them(workers):
     assert window(workers) < window(workers + 1)
     assert window(workers) >= workers
+
+
+@pytest.mark.parametrize(
+    ("workers", "takes", "least"),
+    [(1, 0.1, 10.0), (8, 0.1, 10.0), (16, 0.1, 5.0), (1000, 0.1, 2.0), (2, 4.0, 12.0), (1000, 4.0, 12.0)],
+)
+def test_a_trial_that_hangs_is_waited_for_the_shorter_the_more_wait(workers, takes, least):
+    pace = Pace(workers)
+    for _ in range(7):
+        pace.took(takes)
+    assert not pace.is_late(1e6)  # of what trials take too little is known
+    pace.took(takes)
+    assert not pace.is_late(least * 0.999)
+    assert pace.is_late(least * 1.001)
+
+
+@given(st.integers(1000, 5000), st.floats(0.5, 100))
+def test_a_thousand_workers_never_wait_for_one_that_hangs(workers, takes):
+    """From half a second a trial on, they have more to run than is over before it is late."""
+    pace = Pace(workers)
+    for _ in range(8):
+        pace.took(takes)
+    assert pace.is_late(takes * window(workers) / workers)
