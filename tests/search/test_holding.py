@@ -162,8 +162,11 @@ def test_workers_are_seen_while_they_work(store, study, monkeypatch):
     seen = []
 
     def look(number):
-        time.sleep(0.3)
-        seen.extend(store.queue.workers())
+        trial, found = number - 1, []
+        while 0 < trial < TRIALS and trial not in [worker.trial for worker in found]:
+            time.sleep(0.01)
+            found = store.queue.workers()
+        seen.extend(found)
 
     monkeypatch.setattr(Evaluator, "act", staticmethod(look))
     run_study(store, study.id, make=make)
