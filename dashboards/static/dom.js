@@ -107,6 +107,22 @@ export function complain(problem, where = at("problem")) {
   fill(where, problem ? (problem.message ?? String(problem)) : "");
 }
 
+let pressed = null;
+addEventListener("pointerdown", ({ button }) => {
+  if (button !== 0 || pressed) return;
+  pressed = {};
+  pressed.over = new Promise((resolve) => { pressed.end = resolve; });
+}, true);
+for (const name of ["pointerup", "pointercancel"]) {
+  addEventListener(name, () => setTimeout((own) => {
+    own?.end();
+    if (pressed === own) pressed = null;
+  }, 0, pressed), true);
+}
+
+/** Wait until no button is pressed, two seconds at most: what is replaced under a press is not clicked on. */
+export const calm = () => pressed && Promise.race([pressed.over, new Promise((resolve) => { setTimeout(resolve, 2000); })]);
+
 /** At most one call per frame. */
 export function perFrame(call) {
   let waiting = false;

@@ -1,6 +1,6 @@
 /** Ship a trial: for a target, as a job of the server, verified in the target's runtime. */
 import { ask, href, studyPath } from "./api.js";
-import { fill, h, say, table } from "./dom.js";
+import { calm, fill, h, say, table } from "./dom.js";
 import { ago, size } from "./format.js";
 
 const OVER = new Set(["finished", "failed", "removed"]);
@@ -46,12 +46,26 @@ export async function exportPanel(root, study, trial) {
   } }, h("div", { class: "actions" }, h("label", { for: "export-target" }, "For"), select, start), about, problem);
   fill(root, form, jobs, command(study, trial));
 
+  let looks = 0;
+  let timer = null;
   async function look() {
+    clearTimeout(timer);
+    looks += 1;
+    const mine = looks;
     const found = (await ask(studyPath(study.study, "exports"), { cache: "no-store" })).exports.filter((each) => each.trial === trial.number).reverse();
+    await calm();
+    if (mine !== looks) return; // a later look knows better
     fill(jobs, found.slice(0, 5).map(job));
-    if (found.some((each) => !OVER.has(each.state))) setTimeout(() => look().catch(() => {}), 1500);
+    if (found.some((each) => !OVER.has(each.state))) again();
   }
-  look().catch(() => {});
+  function again() {
+    timer = setTimeout(() => look().catch(later), 1500);
+  }
+  /** A server that does not answer at the moment is asked again. */
+  function later({ status }) {
+    if (status === 0 || status >= 500) again();
+  }
+  look().catch(later);
 }
 
 function command(study, trial) {

@@ -68,7 +68,7 @@ export class Figure {
       fill(this.problem, problem.message);
       if (!this.figure) this.plot.classList.add("void");
     } finally {
-      this.root.removeAttribute("aria-busy");
+      if (this.asked === asked) this.root.removeAttribute("aria-busy");
     }
   }
 
@@ -80,8 +80,17 @@ export class Figure {
     this.note.textContent = why;
   }
 
-  /** Draw again what was fetched last. */
-  async redraw() {
+  /** Draw again what was fetched last: after what is being drawn, which would else be drawn over it. */
+  redraw() {
+    this.next ??= Promise.resolve(this.drawing).catch(() => {}).then(() => {
+      this.next = null;
+      this.drawing = this.#draw();
+      return this.drawing;
+    });
+    return this.next;
+  }
+
+  async #draw() {
     const { figure } = this;
     fill(this.note, readable(this.options.note?.(figure.note ?? "") ?? figure.note ?? ""));
     this.note.hidden = !figure.note;

@@ -20,4 +20,5 @@ at("login").addEventListener("submit", async (event) => {
     at("token").select();
   }
 });
+at("login").querySelector("button").disabled = false; // pressed before, it would only load the page anew
 at("token").focus();

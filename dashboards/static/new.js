@@ -23,10 +23,20 @@ const form = at("new");
 const fields = new Map(); // the spec's field -> where its problem is shown
 let spec = structuredClone(START);
 let written = "form"; // which side was typed in last
+let edits = 0;
+let covered = -1; // the edit that was sent to be checked last
+let reading = false; // whether the form does not show yet what was typed as YAML
+const waiting = []; // what was changed in the form meanwhile
 
 const get = (path) => path.split(".").reduce((own, part) => own?.[part], spec);
 
 function set(path, value) {
+  edits += 1;
+  if (reading) {
+    waiting.push([path, value]);
+    submit.disabled = true;
+    return;
+  }
   const parts = path.split(".");
   const last = parts.pop();
   const own = parts.reduce((each, part) => (each[part] ??= {}), spec);
@@ -74,7 +84,7 @@ function checks(path, label, choices, hint = "") {
 }
 
 const controls = new Map();
-const text = h("textarea", { class: "code", id: "yaml", spellcheck: "false", autocapitalize: "off", "aria-label": "Spec as YAML", oninput: () => { written = "yaml"; check(); } });
+const text = h("textarea", { class: "code", id: "yaml", spellcheck: "false", autocapitalize: "off", "aria-label": "Spec as YAML", oninput: () => { written = "yaml"; reading = true; edits += 1; check(); } });
 const verdict = h("div", { class: "verdict", role: "status" });
 const submit = h("button", { class: "primary" }, "Start the study");
 const deep = h("button", { type: "button", onclick: () => checkDeeply() }, "Check against the model");
@@ -104,22 +114,37 @@ function showProblem(message, name) {
 let asked = null;
 const body = () => (written === "yaml" ? { yaml: text.value } : { spec });
 
+/** What the server says of the spec; null where it was typed in meanwhile, or asked again. */
 async function ask_(deeply) {
   asked?.abort();
   asked = new AbortController();
-  return ask(CHECK, { method: "POST", body: { ...body(), deep: deeply }, signal: asked.signal });
+  covered = edits;
+  const found = await ask(CHECK, { method: "POST", body: { ...body(), deep: deeply }, signal: asked.signal });
+  return covered === edits ? found : null;
+}
+
+/** Show in the form what was typed as YAML, then what was changed in the form meanwhile. */
+function read(found) {
+  if (written === "yaml" && found.spec) follow(found.spec);
+  reading = false;
+  if (!waiting.length) return;
+  for (const [path, value] of waiting.splice(0)) set(path, value);
+  for (const control of controls.values()) control.show();
+  submit.disabled = false;
 }
 
 const check = debounced(async () => {
+  if (covered === edits) return; // a deeper look was asked for meanwhile
   try {
     const found = await ask_(false);
+    if (!found) return;
     showProblem(found.ok ? null : found.message, found.field);
-    if (found.ok) {
-      fill(verdict, h("span", { class: "good" }, "✓ The spec is valid."));
-      if (written === "yaml" && found.spec) follow(found.spec);
-    }
+    if (found.ok) fill(verdict, h("span", { class: "good" }, "✓ The spec is valid."));
+    read(found);
   } catch (problem) {
-    if (problem.name !== "AbortError") showProblem(problem.message, problem.field);
+    if (problem.name === "AbortError") return;
+    showProblem(problem.message, problem.field);
+    read({});
   }
 }, 300);
 
@@ -135,11 +160,15 @@ async function checkDeeply() {
   fill(verdict, h("span", { class: "note" }, "The server looks at the model and the target …"));
   try {
     const found = await ask_(true);
+    if (!found) return;
     showProblem(found.ok ? null : found.message, found.field);
     const facts = found.facts ?? {};
     if (found.ok) fill(verdict, h("span", { class: "good" }, "✓ It can run."), h("span", { class: "note" }, Object.entries(facts).filter(([, value]) => typeof value !== "object").map(([name, value]) => `${name.replaceAll("_", " ")}: ${value}`).join(", ")));
+    read(found);
   } catch (problem) {
-    if (problem.name !== "AbortError") showProblem(problem.message, problem.field);
+    if (problem.name === "AbortError") return;
+    showProblem(problem.message, problem.field);
+    read({});
   } finally {
     deep.disabled = false;
   }

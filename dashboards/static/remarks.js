@@ -13,15 +13,26 @@ export async function remarksForm(form, study, number) {
   const save = h("button", {}, "Save");
   form.classList.add("stack");
   fill(form, h("label", {}, "Note", note), h("label", {}, "Tags, with commas between", tags), problem, h("div", { class: "actions" }, save, state));
+  // What is typed before an answer comes is not taken away by it.
+  const typed = new Set();
+  form.addEventListener("input", (event) => typed.add(event.target));
   const show = (found) => {
-    note.value = found?.note ?? "";
-    tags.value = (found?.tags ?? []).join(", ");
+    if (!typed.has(note)) note.value = found?.note ?? "";
+    if (!typed.has(tags)) tags.value = (found?.tags ?? []).join(", ");
     state.textContent = found?.changed_at ? `${found.user ? `${found.user}, ` : ""}${ago(found.changed_at)}` : "";
   };
+  let known = null;
+  const load = () => (known ??= ask(path).then(show).catch((refused) => {
+    if (refused.status === 404) return;
+    known = null;
+    throw refused;
+  }));
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
     save.disabled = true;
     try {
+      await load(); // or a field that nobody has typed in would be saved as empty
+      typed.clear();
       const body = { note: note.value, tags: tags.value.split(",").map((tag) => tag.trim()).filter(Boolean) };
       show(await ask(path, { method: "PUT", body }));
       problem.hidden = true;
@@ -34,16 +45,10 @@ export async function remarksForm(form, study, number) {
       save.disabled = false;
     }
   });
-  // What is typed before the answer comes is not taken away by it.
-  let typed = false;
-  form.addEventListener("input", () => { typed = true; });
   try {
-    const found = await ask(path);
-    if (!typed) show(found);
+    await load();
   } catch (refused) {
-    if (refused.status !== 404) {
-      problem.hidden = false;
-      fill(problem, refused.message);
-    }
+    problem.hidden = false;
+    fill(problem, refused.message);
   }
 }

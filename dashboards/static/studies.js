@@ -1,6 +1,6 @@
 /** All studies, as they stand: filtered, sorted and searched here, followed by events. */
 import { ask, href, studyPage, studyPath } from "./api.js";
-import { at, complain, debounced, fill, h, say } from "./dom.js";
+import { at, calm, complain, debounced, fill, h, say } from "./dom.js";
 import { ago, counted } from "./format.js";
 import { follow } from "./live.js";
 import { placed, standings, waits } from "./queue.js";
@@ -106,6 +106,7 @@ async function enquire(name) {
   } catch {
     return; // the row stands without it
   }
+  await calm();
   const study = studies.find((each) => each.study === name);
   const old = rows.get(name);
   if (!study || !old?.isConnected) return;
@@ -150,6 +151,7 @@ async function look() {
     const before = new Map(studies.map((study) => [study.study, study.state]));
     await everything();
     line = studies.some((study) => study.state === "queued") ? await standings() : new Map();
+    await calm();
     complain(null);
     show();
     const ends = studies.filter((study) => before.has(study.study) && before.get(study.study) !== study.state);
@@ -159,7 +161,7 @@ async function look() {
   }
 }
 
-at("query").value = view("q");
+at("query").value ||= view("q"); // it may have been typed in already
 at("sort").value = view("sort", "newest");
 if (!at("sort").value) at("sort").value = "newest";
 at("state").append(h("option", { value: view("state"), selected: true }, view("state") || "all"));
@@ -174,5 +176,7 @@ setInterval(async () => {
   if (document.hidden || !studies.some((study) => study.state === "queued")) return;
   const before = JSON.stringify([...line]);
   line = await standings();
-  if (JSON.stringify([...line]) !== before) show();
+  if (JSON.stringify([...line]) === before) return;
+  await calm();
+  show();
 }, 3000);

@@ -1,6 +1,6 @@
 /** One study: its frontier, what can be afforded, and tabs for all else. */
 import { ask, studyPage, studyPath } from "./api.js";
-import { at, complain, fill, h, pageData, say } from "./dom.js";
+import { at, calm, complain, fill, h, pageData, say } from "./dom.js";
 import { counted, duration, objectiveName, withError } from "./format.js";
 import { Frontier } from "./frontier.js";
 import { Limits } from "./limits.js";
@@ -147,13 +147,20 @@ class Page {
     at("queue").hidden = !queued;
   }
 
-  /** Fetch what has changed, and show it; whether there was anything. */
-  async refresh() {
+  /** Fetch what has changed, and show it; whether there was anything. One after the other: none shows what is older. */
+  refresh() {
+    this.refreshing = Promise.resolve(this.refreshing).catch(() => {}).then(() => this.#refresh());
+    return this.refreshing;
+  }
+
+  async #refresh() {
     const before = this.points.frontier.length;
     const state = this.points.state;
     const known = this.points.objectives.length;
     const changes = this.points.changes;
-    this.points.merge(await ask(`${studyPath(name, "points")}?since=${changes}`));
+    const found = await ask(`${studyPath(name, "points")}?since=${changes}`);
+    await calm();
+    this.points.merge(found);
     if (this.points.changes === changes && this.points.state === state) return false;
     if (this.points.objectives.length !== known) this.limits.build();
     this.limits.refresh();

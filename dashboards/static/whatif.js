@@ -28,11 +28,12 @@ export function whatIf(panel, page, study) {
     return { ...limits, best: best.value };
   }
 
-  async function measure(event) {
+  const measure = (wanted) => async (event) => {
     const button = event.currentTarget;
     button.disabled = true;
     try {
-      await ask(studyPath(name, "refine"), { method: "POST", body: { ...asked(), n: 1 } });
+      await ask(studyPath(name, "refine"), { method: "POST", body: { ...wanted, n: 1 } });
+      latest += 1; // what is still asked is no news any more
       fill(answer, h("p", {}, "Queued: it is measured as a new trial of this study, and appears on the frontier when it is done."));
       say("Queued to be measured.");
       page.refresh();
@@ -40,7 +41,7 @@ export function whatIf(panel, page, study) {
       answer.append(h("p", { class: "problem", role: "alert" }, problem.message));
       button.disabled = false;
     }
-  }
+  };
 
   let latest = 0;
   const look = debounced(async () => {
@@ -56,7 +57,7 @@ export function whatIf(panel, page, study) {
       const query = new URLSearchParams({ best: wanted.best });
       for (const side of ["max", "min"]) for (const [objective, value] of Object.entries(wanted[side])) query.append(side, `${objective}=${value}`);
       const found = await ask(`${studyPath(name, "offer")}?${query}`);
-      if (mine === latest) fill(answer, offer(found, measure));
+      if (mine === latest) fill(answer, offer(found, measure(wanted)));
     } catch (problem) {
       if (mine === latest) fill(answer, h("p", { class: "problem", role: "alert" }, problem.message));
     }

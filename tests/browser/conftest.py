@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from playwright.sync_api import (
@@ -33,17 +33,17 @@ from playwright.sync_api import (
 from autoq.store import Store
 
 # Far more than a page needs, for machines that do other things besides.
-expect.set_options(timeout=20_000)
+SECONDS = 120
+expect.set_options(timeout=1000 * SECONDS)
 
 CHROMIUM = Path(os.environ.get("AUTOQ_CHROMIUM", "/usr/bin/chromium"))
 SERVER = """
-import sys, uvicorn
+import socket, sys, uvicorn
 from autoq.service.app import create_app
 from autoq.store import Store
 with Store.open(sys.argv[1]) as store:
-    uvicorn.run(
-        create_app(store), host="127.0.0.1", port=int(sys.argv[2]), log_level="warning", timeout_graceful_shutdown=1
-    )
+    config = uvicorn.Config(create_app(store), log_level="warning", timeout_graceful_shutdown=1)
+    uvicorn.Server(config).run([socket.socket(fileno=int(sys.argv[2]))])
 """
 
 
@@ -56,39 +56,43 @@ class Site:
     studies: dict[str, Any] = field(default_factory=dict)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def start(program: str, log: Path, db: str, *arguments: str) -> tuple[subprocess.Popen[bytes], str]:
+    """A server of `program`, and its address.
+
+    It is given a socket that listens already, as a descriptor after the database: a port that is looked up first, and
+    is free until the server has it, is somebody else's now and then.
+    """
+    with log.open("wb") as out, socket.create_server(("127.0.0.1", 0)) as own:
+        command = [sys.executable, "-c", program, db, str(own.fileno()), *arguments]
+        server = subprocess.Popen(command, stdout=out, stderr=out, cwd=log.parent, pass_fds=[own.fileno()])
+        return server, f"http://127.0.0.1:{own.getsockname()[1]}"
+
+
+def until_it_answers(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    end = time.monotonic() + SECONDS
+    while True:
+        try:
+            return urllib.request.urlopen(f"{url}/healthz", timeout=5).close()
+        except OSError:
+            assert server.poll() is None, log.read_text()
+            assert time.monotonic() < end, f"the server does not come up:\n{log.read_text()}"
+            time.sleep(0.1)
 
 
 def serve(db: Path, log: Path) -> Iterator[str]:
     """A server process on a database, until the generator is closed; its address."""
-    url = f"http://127.0.0.1:{(port := free_port())}"
-    with log.open("wb") as out:
-        server = subprocess.Popen(
-            [sys.executable, "-c", SERVER, str(db), str(port)], stdout=out, stderr=out, cwd=db.parent
-        )
-        try:
-            for _ in range(300):
-                try:
-                    urllib.request.urlopen(f"{url}/login", timeout=5).close()
-                    break
-                except OSError:
-                    assert server.poll() is None, log.read_text()
-                    time.sleep(0.1)
-            else:
-                raise AssertionError(f"the server does not come up:\n{log.read_text()}")
-            yield url
-        finally:
-            server.terminate()
-            server.wait(timeout=20)
+    server, url = start(SERVER, log, str(db))
+    try:
+        until_it_answers(url, server, log)
+        yield url
+    finally:
+        server.terminate()
+        server.wait(timeout=SECONDS)
 
 
-@pytest.fixture(name="free_port", scope="session")
-def _free_port() -> Callable[[], int]:
-    return free_port
+@pytest.fixture(scope="session")
+def start_server() -> Callable[..., tuple[subprocess.Popen[bytes], str]]:
+    return start
 
 
 @pytest.fixture(scope="session")
@@ -151,11 +155,49 @@ def chromium(_playwright: Playwright) -> Iterator[Browser]:
     browser.close()
 
 
+class Traffic:
+    """The requests of a context's pages that are out. Streams of events, which have no end, are none."""
+
+    of: ClassVar[dict[Page, set[Request]]] = {}
+
+    def __init__(self, context: BrowserContext) -> None:
+        context.on("page", self._page)
+
+    def _page(self, page: Page) -> None:
+        out = self.of[page] = set()
+        page.on("request", lambda request: None if request.resource_type == "eventsource" else out.add(request))
+        page.on("requestfinished", lambda request: out.discard(request))
+        page.on("requestfailed", lambda request: out.discard(request))
+        page.on("close", lambda _: self.of.pop(page, None))
+
+
+@pytest.fixture(scope="session")
+def traffic() -> Callable[[BrowserContext], Traffic]:
+    """`traffic(context)`, before it has a page, for a context whose pages are to be waited for."""
+    return Traffic
+
+
+@pytest.fixture(scope="session")
+def settled() -> Callable[[Page], None]:
+    """`settled(page)`: wait until it has asked for all that it shows, and shows it."""
+
+    def wait(page: Page) -> None:
+        out, end, still = Traffic.of[page], time.monotonic() + SECONDS, 0
+        while still < 3:
+            assert time.monotonic() < end, [request.url for request in out]
+            page.wait_for_timeout(50)
+            busy = page.evaluate("document.readyState !== 'complete' || !!document.querySelector('[aria-busy=true]')")
+            still = 0 if busy or out else still + 1
+
+    return wait
+
+
 class Watch:
     """What a page did that it must not."""
 
     def __init__(self, context: BrowserContext, own: str) -> None:
         self.own, self.found, self.allowed = own, [], []
+        Traffic(context)
         context.on("request", self._request)  # to look only: what is routed is not cached
         context.on("console", self._console)
         context.on("weberror", lambda error: self.found.append(f"error: {error.error}"))
@@ -180,7 +222,7 @@ class Watch:
 @pytest.fixture(scope="session")
 def _shared(chromium: Browser, site: Site) -> Iterator[tuple[BrowserContext, Watch]]:
     context = chromium.new_context(viewport={"width": 1440, "height": 900})
-    context.set_default_timeout(20_000)
+    context.set_default_timeout(1000 * SECONDS)
     yield context, Watch(context, site.url)
     context.close()
 
@@ -201,7 +243,7 @@ def opened(chromium: Browser, site: Site, _shared: tuple[BrowserContext, Watch])
         context, watched = _shared
         if url is not None or options:
             context = chromium.new_context(**{"viewport": {"width": 1440, "height": 900}, **options})
-            context.set_default_timeout(20_000)
+            context.set_default_timeout(1000 * SECONDS)
             watched = Watch(context, url or site.url)
             own.append((context, watched))
         watched.allowed += allowed

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Page, Route, expect
+from playwright.sync_api import FloatRect, Locator, Page, Route, expect
 
 from autoq.display import numbers
 from autoq.errors import AutoQError
@@ -20,17 +20,26 @@ from autoq.store import Store
 from autoq.store import models as m
 from autoq.study import pick
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(900)
 Opened = Callable[..., Page]
 
 
-def until(page: Page, script: str, seconds: float = 20) -> Any:
+def until(page: Page, script: str, seconds: float = 120) -> Any:
     """Wait for an expression to be true. Playwright's own waiting evaluates text, which the pages' policy forbids."""
     end = time.monotonic() + seconds
     while not (found := page.evaluate(script)):
         assert time.monotonic() < end, script
         page.wait_for_timeout(50)
     return found
+
+
+def still(locator: Locator) -> FloatRect:
+    """Where on the screen something is that finds its place: the same for some frames."""
+    found: list[FloatRect | None] = [None]
+    while found[-1] is None or len(found) < 6 or found[-6:] != [found[-1]] * 6:
+        found.append(locator.bounding_box())
+        locator.page.evaluate("new Promise(requestAnimationFrame)")
+    return found[-1]
 
 
 def drawn(page: Page, selector: str = "#frontier .plot") -> None:
@@ -69,7 +78,9 @@ def point(page: Page, number: int) -> tuple[float, float]:
 
 
 def zoom(page: Page) -> list[float]:
-    """Drag a rectangle on the plot; what the axes show then."""
+    """Drag a rectangle on the plot, on which a trial is selected; what the axes show then."""
+    # Drawn anew while it is dragged on, it would forget where that began.
+    until(page, "document.querySelector('#frontier .plot')._fullData.some(t => t.name === 'selected' && t.x.length)")
     page.evaluate("scrollTo(0, 0)")
     box = page.locator("#frontier .plot").bounding_box()
     assert box is not None
@@ -79,6 +90,12 @@ def zoom(page: Page) -> list[float]:
     page.mouse.up()
     until(page, "new URL(location).searchParams.has('zoom')")
     return axes(page)
+
+
+def addressed(page: Page) -> None:
+    """Wait until the address says what is looked at, as it does a little later."""
+    script = page.evaluate("document.querySelector('script[src$=\"study.js\"]').src").replace("study.js", "view.js")
+    until(page, f"import('{script}').then(v => v.address() === location.pathname + location.search + location.hash)")
 
 
 def opacities(page: Page) -> dict[int, float]:
@@ -125,7 +142,7 @@ def test_from_the_list_to_a_shipped_trial(opened: Opened, site: Any) -> None:
     for _ in range(12):
         slider.press("ArrowLeft")
     expect(page.locator("#pick h3")).to_contain_text("Best:")
-    page.wait_for_timeout(400)  # the address follows the slider with some delay
+    addressed(page)
     limit = float(page.evaluate("new URL(location).searchParams.get('max.size_bytes')"))
     with Store.open(str(site.db)) as store:
         study = store.study("laptop")
@@ -140,9 +157,7 @@ def test_from_the_list_to_a_shipped_trial(opened: Opened, site: Any) -> None:
     field = page.locator(".parallel .field").nth(0)
     expect(field).to_be_visible()
     page.evaluate("document.getElementById('panels').scrollIntoView({block: 'end'})")
-    page.wait_for_timeout(300)  # lines are drawn anew while they find their room
-    box = field.bounding_box()
-    assert box is not None
+    box = still(field)
     off = page.locator(".parallel path.off").count()
     page.mouse.move(box["x"] + 16, box["y"] + box["height"] - 5)
     page.mouse.down()
@@ -202,7 +217,8 @@ def test_a_shared_address_shows_the_same_view(opened: Opened) -> None:
     best = page.locator("#pick h3").inner_text()
     zoomed = zoom(page)
 
-    again = opened(page.url.removeprefix(page.evaluate("location.origin")))
+    addressed(page)
+    again = opened(page.evaluate("location.pathname + location.search"))
     drawn(again)
     expect(again.locator("#pick h3")).to_have_text(best)
     expect(again.locator("#selected")).to_contain_text("Selected: trial 7")
@@ -225,11 +241,10 @@ def test_what_is_new_shows_by_itself_and_the_view_stays(opened: Opened, site: An
         writer = believable.Writer(store, study, seed=9)
         before = len(store.trials(study.id))
         writer.propose(3)
-    expect(page.locator("#facts")).to_contain_text(f"{before + 3} of 96 trials", timeout=8000)
-    drawn(page)
+    expect(page.locator("#facts")).to_contain_text(f"{before + 3} of 96 trials")
+    expect(page.locator("#live")).to_contain_text("trials complete")  # said when all is drawn
     assert axes(page) == pytest.approx(zoomed)
     expect(page.locator("#selected")).to_contain_text("Selected: trial 5")
-    expect(page.locator("#live")).to_contain_text("complete")
 
 
 def test_colours_follow_the_system_and_the_switch(opened: Opened) -> None:
@@ -240,20 +255,20 @@ def test_colours_follow_the_system_and_the_switch(opened: Opened) -> None:
     first = page.evaluate(ink)
     page.get_by_role("button", name="Colours: as the system").click()
     expect(page.get_by_role("button", name="Colours: light")).to_be_visible()
-    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != dark
+    until(page, f"getComputedStyle(document.body).backgroundColor !== '{dark}'")
     until(page, f"{ink} !== '{first}'")
     page.reload()
     expect(page.get_by_role("button", name="Colours: light")).to_be_visible()
-    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != dark
+    until(page, f"getComputedStyle(document.body).backgroundColor !== '{dark}'")
 
 
 def test_the_keyboard_is_enough(opened: Opened) -> None:
     page = opened("/")
     expect(page.locator("article").first).to_be_visible()
     page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.className") == "skip"
+    until(page, "document.activeElement.className === 'skip'")
     page.keyboard.press("Enter")
-    assert page.evaluate("document.activeElement.id") == "main"
+    until(page, "document.activeElement.id === 'main'")
     page.keyboard.press("?")
     expect(page.get_by_role("dialog")).to_contain_text("Keyboard shortcuts")
     page.keyboard.press("Escape")
@@ -311,6 +326,7 @@ def test_arrow_keys_go_along_what_is_drawn(opened: Opened, site: Any) -> None:
     expect(selected).to_have_count(0)
     page.keyboard.press("ArrowLeft")
     expect(selected).to_contain_text(f"Selected: trial {along[-1]}")
+    page.unroute_all(behavior="ignoreErrors")
     page.goto("about:blank")
 
 
@@ -363,14 +379,14 @@ PAGES = (
 
 
 @pytest.mark.parametrize("path", PAGES)
-def test_no_barrier_and_nothing_too_wide(opened: Opened, path: str) -> None:
+def test_no_barrier_and_nothing_too_wide(opened: Opened, settled: Callable[[Page], None], path: str) -> None:
     """axe finds nothing serious in light or dark, and at 360 pixels nothing has to be scrolled sideways."""
     page = opened(path, allowed=("404",) if "nothing" in path else ())
     expect(page.locator("h1")).to_be_visible()
-    until(page, "!document.querySelector('[aria-busy]')")
+    settled(page)
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme, reduced_motion="reduce")  # type: ignore[arg-type]
-        page.wait_for_timeout(150)
+        settled(page)
         found = Axe().run(page).response["violations"]
         serious = [
             f"{scheme}: {each['id']}: {each['help']}: {[node['html'][:160] for node in each['nodes']][:3]}"
@@ -382,7 +398,7 @@ def test_no_barrier_and_nothing_too_wide(opened: Opened, path: str) -> None:
     until(page, "document.documentElement.scrollWidth <= 360")
 
 
-def test_the_second_visit_costs_little(opened: Opened) -> None:
+def test_the_second_visit_costs_little(opened: Opened, settled: Callable[[Page], None]) -> None:
     page = opened("/login", viewport={"width": 1440, "height": 900})  # a context with nothing cached
     session = page.context.new_cdp_session(page)
     session.send("Network.enable")
@@ -393,8 +409,7 @@ def test_the_second_visit_costs_little(opened: Opened) -> None:
         sizes.clear()
         page.goto(page.evaluate("location.origin") + "/studies/laptop")
         drawn(page)
-        until(page, "!document.querySelector('[aria-busy]')")
-        page.wait_for_timeout(300)
+        settled(page)
         weights.append(sum(sizes))
     assert weights[0] < 2_000_000
     assert weights[1] < 50_000
@@ -470,28 +485,3 @@ def test_a_spec_is_checked_as_it_is_typed(opened: Opened) -> None:
     expect(page.get_by_label("Name", exact=True)).to_have_value("typed")
     page.get_by_label("Spec as YAML").fill("name: x\nmodel: {id: demo:smollm2}\nbudgets: {trials: 3}\n")
     expect(page.locator(".verdict .problem")).to_contain_text("budgets")
-
-
-def test_an_empty_database_says_what_to_do(opened: Opened, served: Callable[..., str], tmp_path: Any) -> None:
-    Store.open(str(tmp_path / "empty.db")).close()
-    page = opened("/", url=served(tmp_path / "empty.db"))
-    expect(page.locator(".empty")).to_contain_text("autoq search demo")
-    page.goto("about:blank")
-
-
-def test_a_token_opens_the_pages(opened: Opened, served: Callable[..., str], believable: Any, tmp_path: Any) -> None:
-    with Store.open(str(tmp_path / "closed.db")) as store:
-        believable.Writer.new(store, "hidden")
-        secret, _ = store.accounts.create("laptop", "ada", "admin")
-    page = opened("/studies/hidden?tab=trials", url=served(tmp_path / "closed.db"), allowed=("401",))
-    expect(page.get_by_role("heading", name="Sign in")).to_be_visible()
-    page.get_by_label("Token").fill("autoq_wrong")
-    page.get_by_role("button", name="Sign in").click()
-    expect(page.locator("#problem")).to_contain_text("token: is not valid")
-    page.get_by_label("Token").fill(secret)
-    page.get_by_role("button", name="Sign in").click()
-    expect(page.get_by_role("heading", name="hidden")).to_be_visible()
-    expect(page.get_by_role("tab", name="Trials")).to_have_attribute("aria-selected", "true")
-    expect(page.locator("#user")).to_contain_text("ada, admin")
-    page.get_by_role("button", name="sign out").click()
-    expect(page.get_by_role("heading", name="Sign in")).to_be_visible()

@@ -27,7 +27,7 @@ from autoq.store import Store
 from autoq.store import models as m
 from autoq.store.queue_records import WorkerRecord
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(900)
 
 TABS = ("layers", "tradeoffs", "trials", "health", "whatif", "spec")
 MADE = """() => document.querySelectorAll(
@@ -161,6 +161,7 @@ def place(
     serving: Callable[[Path, Path], Iterator[str]],
     believable: ModuleType,
     neighbour: Neighbour,
+    traffic: Callable[[BrowserContext], Any],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Place]:
     folder = tmp_path_factory.mktemp("hostile")
@@ -173,7 +174,8 @@ def place(
     served = serving(db, folder / "server.log")
     url = next(served)
     context = chromium.new_context(viewport={"width": 1280, "height": 900})
-    context.set_default_timeout(20_000)
+    context.set_default_timeout(120_000)
+    traffic(context)
     problems: list[str] = []
     context.on("weberror", lambda error: problems.append(str(error.error)))
     context.add_init_script(
@@ -186,13 +188,7 @@ def place(
     served.close()  # type: ignore[attr-defined]
 
 
-def settled(page: Page) -> None:
-    """Wait until nothing is being loaded or drawn."""
-    expect(page.locator("[aria-busy=true]")).to_have_count(0)
-    page.wait_for_timeout(150)
-
-
-def test_text_of_others_runs_nowhere(place: Place) -> None:
+def test_text_of_others_runs_nowhere(place: Place, settled: Callable[[Page], None]) -> None:
     page = place.page("/")
     expect(page.locator("article")).to_have_count(2)
     expect(page.locator("article", has_text="broken").locator(".said")).to_contain_text("onerror")
@@ -201,9 +197,9 @@ def test_text_of_others_runs_nowhere(place: Place) -> None:
     for tab in TABS:
         page.goto(f"{place.url}/studies/hostile?tab={tab}")
         settled(page)
-        for summary in page.locator("details:not([open]) > summary").all():
-            if summary.is_visible():
-                summary.click()
+        closed = page.locator("details:not([open]) > summary:visible")
+        for _ in range(closed.count()):
+            closed.first.click()
         place.unharmed(page)
         assert page.evaluate("document.documentElement.scrollWidth") <= 1280, tab
     page.goto(f"{place.url}/studies/hostile")
@@ -247,7 +243,7 @@ def test_a_report_of_others_text_runs_nowhere(place: Place, tmp_path: Path) -> N
     page.close()
 
 
-def test_an_address_runs_nothing(place: Place) -> None:
+def test_an_address_runs_nothing(place: Place, settled: Callable[[Page], None]) -> None:
     page = place.context.new_page()
     for text in ("".join(place.neighbour.texts()), *place.neighbour.texts()[5:7]):
         given = quote(text.encode("utf-8", "replace"))
@@ -277,6 +273,7 @@ def test_signing_in_leads_to_a_page_of_this_server(place: Place, chromium: Brows
     with Store.open(str(place.db)) as store:
         secret, _ = store.accounts.create("other", "ada", "admin")
     context = chromium.new_context()
+    context.set_default_timeout(120_000)
     for wanted in (
         "javascript:window.__pwned=1",
         f"{place.neighbour.url}/stolen",
@@ -327,7 +324,7 @@ def test_what_is_injected_does_not_run(place: Place) -> None:
         }""",
         place.neighbour.url,
     )
-    end = time.monotonic() + 20
+    end = time.monotonic() + 120
     wanted = {
         "script-src-attr",
         "script-src-elem",

@@ -22,11 +22,15 @@ def test_a_study_is_removed_and_whoever_looks_at_it_is_told(
     looks = opened("/studies/goes", url=url, allowed=("status of 404",))
     listed = opened("/", url=url)
     page = opened("/studies/goes", url=url, allowed=("status of 404",))
+    for name in ("goes", "stays"):  # what is asked about a study later would be about one that is not there
+        expect(listed.locator("article", has_text=name).locator(".said")).not_to_be_empty()
     button = page.get_by_role("button", name="Remove", exact=True)
 
     asked: list[str] = []
     page.once("dialog", lambda dialog: (asked.append(dialog.message), dialog.dismiss()))
     button.click()
+    while not asked:
+        page.wait_for_timeout(50)
     assert asked == ["Remove goes with all its trials, for good?"]
     expect(button).to_be_enabled()
 

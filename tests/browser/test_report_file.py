@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,11 @@ def test_the_theme_and_the_scales_can_be_switched(opened: Callable[..., Page], w
     plot = "section[data-figure=frontier] .plot"
     assert page.eval_on_selector(plot, "each => each.layout.yaxis.type") == "log"
     page.get_by_role("button", name="Switch y scale").click()
-    assert page.eval_on_selector(plot, "each => each.layout.yaxis.type") == "linear"
+    scale = "each => each.layout.yaxis.type"
+    end = time.monotonic() + 120
+    while page.eval_on_selector(plot, scale) != "linear":
+        assert time.monotonic() < end
+        page.wait_for_timeout(50)
 
 
 def test_the_table_has_the_numbers_of_the_picture(opened: Callable[..., Page], written: str) -> None:

@@ -20,7 +20,7 @@ def test_a_picture_has_one_scale_of_colours_however_wide_it_becomes(opened: Call
     expect(title).to_have_count(1)
     for width, lies in ((390, True), (1440, False)):
         page.set_viewport_size({"width": width, "height": 844})
-        until = time.monotonic() + 60
+        until = time.monotonic() + 120
         while page.evaluate(LIES) is not lies:
             assert time.monotonic() < until, "it is not drawn for this width"
             page.wait_for_timeout(50)

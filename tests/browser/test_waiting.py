@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from playwright.sync_api import Page, expect
 from autoq.spec import build_spec
 from autoq.store import Prepared, Store
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(900)
 
 RUNNER = """
 import os, sys, time
@@ -34,20 +33,19 @@ with Store.open(os.environ["AUTOQ_DB"]) as store, holding(store, int(sys.argv[1]
         hold.store.queue.settle(int(sys.argv[1]), hold.state_after(stop, "interrupted"))
 """
 SERVER = """
-import sys, uvicorn
+import socket, sys, uvicorn
 from pathlib import Path
 from autoq.service.app import create_app
 from autoq.service.scheduler import Scheduler
 from autoq.store import Store
-db, port, runner = sys.argv[1:]
+db, listening, runner = sys.argv[1:]
 with Store.open(db) as store:
     scheduler = Scheduler(store, 2, folder=Path(db).parent / "server", quantum=1e6, runner=(sys.executable, runner))
     scheduler.start()
     try:
-        uvicorn.run(
-            create_app(store, scheduler=scheduler), host="127.0.0.1", port=int(port), log_level="warning",
-            timeout_graceful_shutdown=1,
-        )
+        app = create_app(store, scheduler=scheduler)
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
+        uvicorn.Server(config).run([socket.socket(fileno=int(listening))])
     finally:
         scheduler.stop(5)
 """
@@ -60,16 +58,16 @@ def submit(store: Store, name: str, workers: dict[str, Any] | None = None) -> in
 
 
 @pytest.fixture
-def place(tmp_path: Path, free_port: Callable[[], int]) -> Iterator[tuple[str, Store]]:
+def place(
+    tmp_path: Path, start_server: Callable[..., tuple[subprocess.Popen[bytes], str]]
+) -> Iterator[tuple[str, Store]]:
     """A server with two places. One study has one of them, one needs both, and one waits behind that."""
     (tmp_path / "runner.py").write_text(RUNNER)
-    url = f"http://127.0.0.1:{(port := free_port())}"
-    with Store.open(str(tmp_path / "autoq.db")) as store, (tmp_path / "log").open("wb") as out:
+    with Store.open(str(tmp_path / "autoq.db")) as store:
         submit(store, "small")
-        command = [sys.executable, "-c", SERVER, str(tmp_path / "autoq.db"), str(port), str(tmp_path / "runner.py")]
-        server = subprocess.Popen(command, stdout=out, stderr=out, cwd=tmp_path)
+        server, url = start_server(SERVER, tmp_path / "log", str(tmp_path / "autoq.db"), str(tmp_path / "runner.py"))
         try:
-            end = time.monotonic() + 100
+            end = time.monotonic() + 120
             while True:
                 assert server.poll() is None, (tmp_path / "log").read_text()
                 assert time.monotonic() < end, "the first study does not start"
@@ -108,9 +106,9 @@ def test_a_study_that_waits_says_for_what_and_who_has_it(opened: Callable[..., P
 
     # What moves the line shows by itself, on both pages.
     store.queue.cancel(store.study("small").id)
-    expect(study.locator("#state")).to_have_text("running", timeout=60_000)
+    expect(study.locator("#state")).to_have_text("running")
     expect(study.locator("#queue")).to_be_hidden()
-    expect(row["patient"]).to_contain_text(re.compile("Next in line.*wide has 2"), timeout=60_000)
+    expect(row["patient"]).to_contain_text(re.compile("Next in line.*wide has 2"))
     expect(row["patient"]).to_contain_text("number 1 in line")
     study.goto("about:blank")
     page.goto("about:blank")

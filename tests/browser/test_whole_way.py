@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def running(tmp_path: Path) -> Iterator[str]:
             yield found[0]
         finally:
             server.terminate()
-            assert server.wait(timeout=60) == 0, (tmp_path / "serve.log").read_text()
+            assert server.wait(timeout=120) == 0, (tmp_path / "serve.log").read_text()
             assert server.stdout is not None
             server.stdout.close()
 
@@ -79,10 +80,19 @@ def test_from_the_form_to_text_that_the_export_writes(
         if measure.is_visible():
             measure.click()
             expect(page.get_by_text("Queued: it is measured")).to_be_visible()
-            expect(page.locator("#state")).not_to_have_text("finished")
+
+            def measured() -> bool:
+                found = store.study(study.id)
+                nothing = "nothing untried is likely to be better" in (found.message or "")
+                return found.state == "finished" and (nothing or len(store.trials(study.id)) > before)
+
+            end = time.monotonic() + PATIENCE / 1000
+            while not measured():
+                assert time.monotonic() < end, store.study(study.id)
+                page.wait_for_timeout(100)
             expect(page.locator("#state")).to_have_text("finished", timeout=PATIENCE)
-            nothing = "nothing untried is likely to be better" in (store.study(study.id).message or "")
-            assert nothing or len(store.trials(study.id)) > before
+            ended = len(store.trials(study.id, states=("complete", "stopped", "failed")))
+            expect(page.locator("#facts")).to_contain_text(f"{ended} trials")
 
         chosen = max(store.frontier(study.id), key=lambda trial: trial.number)
     page.goto(f"{running}/studies/whole/trials/{chosen.number}")
