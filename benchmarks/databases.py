@@ -46,6 +46,7 @@ COLUMNS: dict[str, tuple[str, str]] = {  # figure: what it is, how it is written
     "database": ("database, MB", ".1f"),
     "log": ("write-ahead log, MB", ".1f"),
     "growth": ("controller's memory, growth, MB", ".0f"),
+    "peak": ("controller's memory, whole process at most, MB", ".0f"),
 }
 
 
@@ -98,6 +99,7 @@ def run(url: str, options: argparse.Namespace) -> dict[str, float]:
         "dispatch": 1e3 * percentile(asked, 0.95),
         "database": told.database / 1e6,
         "growth": told.growth / 1e6,
+        "peak": told.peak / 1e6,
     }
 
 

@@ -24,6 +24,7 @@ import argparse
 import gc
 import json
 import os
+import resource
 import sys
 import tempfile
 import time
@@ -170,7 +171,8 @@ def reached(points: list[tuple[float, float, float]], share: float) -> float:
 
 @dataclass(frozen=True)
 class Run:
-    """A study that has run: what was seen of it, and by how many bytes its database and this process have grown."""
+    """A study that has run: what was seen of it, and by how many bytes its database and this process have grown; the
+    most that the process had is its peak."""
 
     study: StudyRecord
     watch: Watch
@@ -178,7 +180,7 @@ class Run:
     asks: list[float]
     database: int
     growth: int
-    resident: int
+    peak: int
 
     @property
     def results(self) -> int:
@@ -214,9 +216,10 @@ def simulate(store: Store, spec: StudySpec, recording: Recording, options: argpa
     with TimedAsks(clock) as asks:
         run_study(store, study.id, watch, make)
     assert watch.executor is not None
-    resident = process.memory_info().rss
+    growth = process.memory_info().rss - before
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     grown = database_bytes(store) - empty
-    return Run(study, watch, watch.executor.tally, asks.seconds, grown, resident - before, resident)
+    return Run(study, watch, watch.executor.tally, asks.seconds, grown, growth, peak)
 
 
 def figures(store: Store, run: Run, options: argparse.Namespace) -> dict[str, str]:
@@ -250,7 +253,7 @@ def figures(store: Store, run: Run, options: argparse.Namespace) -> dict[str, st
         "workers that died, hung": f"{tally.crashes}, {tally.hangs}",
         "frontier": str(len(store.frontier(run.study.id))),
         "controller memory, growth": f"{run.growth / 1e6:.0f} MB",
-        "controller memory, whole process": f"{run.resident / 1e6:.0f} MB",
+        "controller memory, whole process at most": f"{run.peak / 1e6:.0f} MB",
         "database": f"{run.database / 1e6:.0f} MB",
     }
 

@@ -15,6 +15,7 @@ from autoq.search.controller import MAX_KILLED
 from autoq.search.executors import Executor, Failure, Job, completed
 from autoq.search.holding import Hold
 from autoq.search.outcomes import violations
+from autoq.search.paging import each_trial
 from autoq.search.reporting import is_finite
 from autoq.search.setup import Problem
 from autoq.store import Descent, Origin, StudyRecord, TrialRecord
@@ -42,7 +43,7 @@ class Additions:
 
     def measure(self, assignment: Assignment, origin: Origin, descent: Descent | None = None) -> TrialRecord:
         """The new trial, complete or failed."""
-        number = 1 + max(trial.number for trial in self.store.trials(self.study.id))
+        number = 1 + max(trial.number for trial in each_trial(self.store, self.study.id))
         trial = self.store.start_trial(self.study.id, number, assignment, origin, descent=descent)
         try:
             self._finish(trial, assignment)

@@ -25,6 +25,7 @@ import numpy as np
 
 from autoq.measurement import Part
 from autoq.objectives import QualityObjective
+from autoq.search.paging import each_trial
 from autoq.statistics import block_sums, error_of_mean
 from autoq.store import Store, TrialRecord
 
@@ -39,7 +40,7 @@ def optimism(store: Store, study_id: int, name: str, objective: QualityObjective
     None where no frontier point or no baseline has the objective on both parts and above zero.
     """
     frontier, baselines = [], []
-    for trial in store.trials(study_id, states=["complete"]):
+    for trial in each_trial(store, study_id, ["complete"]):
         values = [trial.measurements.get((name, part)) for part in PARTS]
         if all(m is not None and m.value > 0 for m in values):
             if trial.baseline == NOTHING_LOST or trial.parent is not None:

@@ -222,6 +222,7 @@ class AskTell:
         # Set afterwards: `create_trial` would copy and check every range for every trial.
         trial.params = self._choices(row.indices)  # type: ignore[assignment]
         trial.distributions = self._distributions
+        trial.user_attrs, trial.intermediate_values = _NOTHING, _NOTHING
         return trial
 
     def _choices(self, indices: Sequence[int]) -> _Choices:
@@ -258,7 +259,7 @@ class _Category(CategoricalDistribution):
         return self
 
 
-class _Shared(dict[str, Any]):
+class _Shared(dict[Any, Any]):
     """The ranges of all trials, of which a copy is itself for the same reason.
 
     Optuna's storage in memory never writes to a trial's dictionaries; it replaces them.
@@ -295,6 +296,9 @@ class _Choices(Mapping[str, int]):
         return self
 
 
+_NOTHING = _Shared()
+
+
 class _Storage(InMemoryStorage):
     """Optuna's storage in memory, that takes all choices of a trial at once."""
 
@@ -303,6 +307,8 @@ class _Storage(InMemoryStorage):
         with self._lock:
             trial = copy.copy(self._get_trial(trial_id))
             trial.params, trial.distributions = choices, ranges  # type: ignore[assignment]
+            # Both stay empty, and whoever wrote one would replace it: one for all trials instead of two for each.
+            trial.user_attrs, trial.intermediate_values = _NOTHING, _NOTHING
             self._set_trial(trial_id, trial)
 
 

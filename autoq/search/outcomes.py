@@ -27,7 +27,7 @@ def violations(constraints: Mapping[str, Bound], measurements: Sequence[Measurem
     return found
 
 
-@dataclass
+@dataclass(slots=True)
 class Outcome:
     """What the sampler is told of a trial: the values that it steers by, or None if it failed.
 

@@ -24,6 +24,7 @@ from autoq.objectives import QualityObjective
 from autoq.search.executors import Executor, Job, completed
 from autoq.search.observer import Observer
 from autoq.search.optimism import optimism
+from autoq.search.paging import each_trial
 from autoq.search.sampler_view import ENDED, sampler_view
 from autoq.search.setup import Problem
 from autoq.store import Store, TrialRecord
@@ -74,7 +75,7 @@ def _look_back(problem: Problem, store: Store, study_id: int) -> None:
     assert isinstance(objective, QualityObjective)
     if (found := optimism(store, study_id, name, objective)) is not None:
         store.put_table(study_id, "optimism", found)
-    if (view := sampler_view(store.trials(study_id, states=ENDED), name)) is not None:
+    if (view := sampler_view(each_trial(store, study_id, ENDED), name)) is not None:
         store.put_table(study_id, "sampler_view", view.to_json())
 
 
@@ -94,8 +95,9 @@ def _points(problem: Problem, store: Store, study_id: int, also: Collection[int]
         kept = {round(i * (len(frontier) - 1) / max(limit - 1, 1)) for i in range(limit)}
         frontier = [frontier[i] for i in sorted(kept)]
     numbers = {trial.number for trial in frontier} | set(also)
-    complete = store.trials(study_id, states=["complete"], with_assignments=True)
-    return [trial for trial in complete if trial.number in numbers or trial.baseline]
+    complete = each_trial(store, study_id, ["complete"])
+    chosen = [trial.number for trial in complete if trial.number in numbers or trial.baseline]
+    return [store.trial(study_id, number) for number in chosen]
 
 
 def at_table_speed(measured: Measurement, costs: Mapping[str, Any] | None) -> Measurement:

@@ -36,9 +36,9 @@ class Store:
                 )
             )
 
-    def trials(self, study_id, states):
+    def trials(self, study_id, states, after, limit):
         assert states == ["complete"]
-        return self.all
+        return [trial for trial in self.all if after is None or trial.number > after][:limit]
 
     def token_values(self, study_id, number, name, part):
         return self.values[number][part].astype("f4") if self.kept else None

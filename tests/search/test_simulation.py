@@ -14,8 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoq.search import cost_model as cost
+from autoq.search import paging
 from autoq.search.controller import create_study, run_study
 from autoq.search.executors import Job
+from autoq.search.observer import Observer
+from autoq.search.reporting import report
+from autoq.search.setup import pose
 from autoq.spec import build_spec
 from autoq.store import Store
 
@@ -212,6 +216,30 @@ def test_every_trial_has_one_result_whatever_happens_to_workers(ran):
     assert "TimeLimit" in kinds
     assert kinds <= {"TimeLimit", "WorkerLost"}
     assert ran.store.study(ran.study.id).state == "finished"
+
+
+@pytest.mark.parametrize(
+    ("page", "states"), [(97, None), (5000, None), (101, ("complete", "stopped")), (1, ("failed",)), (7, ("running",))]
+)
+def test_pages_hold_every_trial_once(ran, monkeypatch, page, states):
+    monkeypatch.setattr(paging, "PAGE", page)
+    assert list(paging.each_trial(ran.store, ran.study.id, states)) == ran.store.trials(ran.study.id, states)
+
+
+def test_a_report_never_holds_all_trials_of_a_study(ran, monkeypatch):
+    """A hundred thousand records are half a gigabyte, and their assignments several."""
+    own, held = Store.trials, []
+
+    def trials(*arguments, **named):
+        found = own(*arguments, **named)
+        held.append(len(found))
+        return found
+
+    monkeypatch.setattr(Store, "trials", trials)
+    monkeypatch.setattr(paging, "PAGE", 50)
+    report(pose(ran.study.study_spec()), ran.store, ran.study.id, ran.executor, Observer())
+    assert max(held) == 50
+    assert sum(held) > 1000
 
 
 def test_the_stored_frontier_is_that_of_the_trials(ran):
