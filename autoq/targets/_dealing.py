@@ -1,8 +1,8 @@
 """Designs of experiment for latency tables: which whole models to time, and what their times tell.
 
 `leaders` has a model for each kernel, which runs every layer that it can. What a layer takes in place, in
-company of its own, leaves out what its kernel does to all that runs beside it: lighter weights leave attention,
-norms and the head more of the caches. `around` finds that from the models as wholes. For runtimes that time only
+company of its own, leaves out what its kernel does to all that runs beside it: lighter weights leave attention
+and norms more of the caches. `around` finds that from the models as wholes. For runtimes that time only
 parts there is `deals`: layers of one kind (alike in shape and in the kernels that may run them) get a kind's
 kernels in turn, as in a Latin square, so over the models each kind meets each of its kernels, the unquantized one
 too, equally often and in mixed company.

@@ -5,9 +5,9 @@ comes out up to 40 % too fast; a layer timed in a model that is otherwise in bfl
 slow, as its neighbours leave it no cache. So every layer is timed in place, among layers that run the same
 kernel (layers at the same place of repeated blocks are of one kind), in turns with the unquantized model,
 in which the kept layers are timed. A search's assignments are nearly all of one or two kernels, and mixed
-company matters less than what the layers do to the rest of the model: on SmolLM2 in decode, attention, norms and
-head take a third to half less time beside 4-bit layers than beside bfloat16. That too grows with the layers,
-so each has its share of it (`_dealing.around`), and the table's sum over a timed model is what it took as a whole.
+company matters less than what the layers do to the rest of the model: on SmolLM2 in decode, attention and norms
+take two fifths less time beside 4-bit layers than beside bfloat16. That too grows with the layers, so
+each has its share of it (`_dealing.around`), and the table's sum over a timed model is what it took as a whole.
 
 Time depends on the kernel, not on the method or on the numbers: schemes that share one are timed once.
 """
