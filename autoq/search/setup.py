@@ -420,12 +420,12 @@ def _timed_choices(problem: Problem, made_elsewhere: Sequence[Proposal]) -> dict
     """Layer -> the schemes that the study may need the latency of."""
     refuses = refusal(problem.spec.target.name, problem.target)
     choices = {}
-    baselines = [scheme for preference in problem.target.baselines().values() for scheme in preference]
+    baselines = [problem.space.uniform(list(p), refuses) for p in problem.target.baselines().values()]
     presets = list(problem.target.presets(problem.info).values())
     for layer in problem.info.layers:
         searched = problem.space.choices.get(layer.name)
         # A baseline may use schemes that the study does not search, and any layer may be kept.
-        more = ["keep", *(str(s) for s in baselines if refuses(layer, s) is None)] if searched else ["keep"]
+        more = ["keep", *(str(baseline[layer.name]) for baseline in baselines)] if searched else ["keep"]
         more += [str(schemes[layer.name]) for schemes in presets if searched]
         more += [str(proposal.assignment[layer.name]) for proposal in made_elsewhere]
         choices[layer.name] = list(dict.fromkeys([*(str(s) for s in searched or ()), *more]))

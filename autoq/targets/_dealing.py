@@ -1,9 +1,11 @@
-"""A design of experiment for latency tables: whole models in which all kernels are dealt out in mixed company.
+"""Designs of experiment for latency tables: which whole models to time, and what their times tell.
 
-Layers of one kind (alike in shape and in the kernels that may run them) get a kind's kernels in turn, as in a
-Latin square: over the models each kind meets each of its kernels equally often, among neighbours of all sorts.
-That is what the assignments of a search look like, and what a layer timed alone or among its own does not
-tell.
+`leaders` has a model for each kernel, which runs every layer that it can. What a layer takes in place, in
+company of its own, leaves out what its kernel does to all that runs beside it: lighter weights leave attention
+and norms more of the caches. `around` finds that from the models as wholes. For runtimes that time only
+parts there is `deals`: layers of one kind (alike in shape and in the kernels that may run them) get a kind's
+kernels in turn, as in a Latin square, so over the models each kind meets each of its kernels, the unquantized one
+too, equally often and in mixed company.
 """
 
 from __future__ import annotations
@@ -14,12 +16,16 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+import numpy as np
+
 from autoq.layer import Layer
 from autoq.methods import QuantizedWeight
 from autoq.models.loaded import LoadedModel
 
 K = TypeVar("K", bound=Hashable)
 LEAST_MODELS = 3
+# Standard deviations of `around`: of a whole model's latency, of a and of e.
+_NOISE, _COMMON, _APART = 0.01, 1.0, 0.15
 
 
 @dataclass(frozen=True)
@@ -77,3 +83,64 @@ def deals(among: Sequence[Kind[K]]) -> list[dict[str, tuple[K, QuantizedWeight |
                 kernel = kind.kernels[turn]
                 deal[kind.layers[index].name] = (kernel, kind.weights[kernel][index] if turn else None)
     return dealt
+
+
+def leaders(among: Sequence[Kind[K]]) -> list[dict[str, tuple[K, QuantizedWeight | None]]]:
+    """One layer -> (kernel, weight) mapping for each quantized kernel: a model in which it runs every layer that it
+    can. Layers that it cannot run take their own kernels in turn, and stay unquantized where they have none.
+
+    Where there is no quantized kernel at all, the one model is the unquantized.
+    """
+    dealt: list[dict[str, tuple[K, QuantizedWeight | None]]] = []
+    leading = _quantized(among)
+    for number in range(max(1, len(leading))):
+        deal: dict[str, tuple[K, QuantizedWeight | None]] = {}
+        for kind in among:
+            own = kind.kernels[1:]
+            for index, layer in enumerate(kind.layers):
+                if not own:
+                    deal[layer.name] = (kind.kernels[0], None)
+                    continue
+                kernel = leading[number] if leading[number] in own else own[(index + number) % len(own)]
+                deal[layer.name] = (kernel, kind.weights[kernel][index])
+        dealt.append(deal)
+    return dealt
+
+
+def around(
+    among: Sequence[Kind[K]],
+    dealt: Sequence[Mapping[str, tuple[K, Any]]],
+    spent: Mapping[tuple[int, K], float],
+    whole: Sequence[float],
+    unquantized: float,
+) -> dict[K, float]:
+    """Quantized kernel -> what a layer under it adds to (or, negative, takes off) all that runs beside it, as a share
+    of the layer's own unquantized time.
+
+    `spent` has the milliseconds of a layer by (index of its kind, kernel), `whole` those of each of the `dealt`
+    models, `unquantized` those of the model as it is. For u a layer's unquantized milliseconds, all in units of
+    `unquantized`,
+
+        whole - 1 - Σ_layers (spent - u) = Σ_layers u (a + e_kernel) + noise
+
+    by least squares with e shrunk towards 0: where the models tell kernels apart badly, these have one share, a.
+    """
+    kernels = _quantized(among)
+    kind_of = {layer.name: index for index, kind in enumerate(among) for layer in kind.layers}
+    matrix, observed = np.zeros((len(dealt), 1 + len(kernels))), np.zeros(len(dealt))
+    for row, (deal, total) in enumerate(zip(dealt, whole, strict=True)):
+        observed[row] = total / unquantized - 1
+        for name, (kernel, _) in deal.items():
+            index = kind_of[name]
+            own = spent[index, among[index].kernels[0]] / unquantized
+            if kernel in kernels:
+                matrix[row, [0, 1 + kernels.index(kernel)]] += own
+                observed[row] -= spent[index, kernel] / unquantized - own
+    prior = np.diag([_NOISE / _COMMON, *[_NOISE / _APART] * len(kernels)])
+    rows, values = np.vstack([matrix, prior]), np.concatenate([observed, np.zeros(len(prior))])
+    common, *apart = np.linalg.lstsq(rows, values, rcond=None)[0]
+    return {kernel: float(common + share) for kernel, share in zip(kernels, apart, strict=True)}
+
+
+def _quantized(among: Sequence[Kind[K]]) -> list[K]:
+    return sorted({kernel for kind in among for kernel in kind.kernels[1:]}, key=str)

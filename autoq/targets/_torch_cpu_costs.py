@@ -1,11 +1,13 @@
-"""The latency table of a model on PyTorch's CPU kernels, from whole models that mix all kernels.
+"""The latency table of a model on PyTorch's CPU kernels, from one whole model for each kernel.
 
 A layer timed alone in a loop finds its weights in the cache, its threads awake and its input warm, and
 comes out up to 40 % too fast; a layer timed in a model that is otherwise in bfloat16 comes out too
-slow, as its neighbours leave it no cache. So every layer is timed in place, in models in which the
-kernels are dealt out like a Latin square: layers at the same place of repeated blocks are of one kind,
-and over the models each kind meets each of its kernels equally often, in mixed company. That is what
-the assignments of a search look like.
+slow, as its neighbours leave it no cache. So every layer is timed in place, among layers that run the same
+kernel (layers at the same place of repeated blocks are of one kind), in turns with the unquantized model,
+in which the kept layers are timed. A search's assignments are nearly all of one or two kernels, and mixed
+company matters less than what the layers do to the rest of the model: on SmolLM2 in decode, attention and norms
+take two fifths less time beside 4-bit layers than beside bfloat16. That too grows with the layers, so
+each has its share of it (`_dealing.around`), and the table's sum over a timed model is what it took as a whole.
 
 Time depends on the kernel, not on the method or on the numbers: schemes that share one are timed once.
 """
@@ -63,38 +65,44 @@ def cost_table(
 ) -> CostTable:
     """Time every layer of `choices` under its schemes and as it is, and the unquantized model.
 
-    Milliseconds, lower quartiles. `base_ms` makes the prediction for the unquantized model its measurement. What
-    layers save or cost against it is scaled by one factor per phase, so that the sum over the layers of the
-    models that were timed is what these took as a whole. Threads are the caller's to set.
+    Milliseconds, lower quartiles. `base_ms` makes the prediction for the unquantized model its measurement. Threads
+    are the caller's to set.
     """
     session = Session(model, workload)
     kinds = _kinds(model, choices)
-    deals = dealing.deals(kinds)
-    rounds = math.ceil(_LEAST_ROUNDS / len(deals))
+    dealt = dealing.leaders(kinds)
+    rounds = math.ceil(_LEAST_ROUNDS / len(dealt))
     samples: dict[str, dict[tuple[int, Kernel], list[float]]] = {phase: {} for phase in session.phases}
     kind_of = {layer.name: index for index, kind in enumerate(kinds) for layer in kind.layers}
     alone = time_in_turns(session, ())
     unquantized = {phase: alone.candidate[phase].quiet_ms for phase in session.phases}
     speeds: dict[str, list[float]] = {phase: [] for phase in session.phases}
     whole: dict[str, list[float]] = {phase: [] for phase in session.phases}
-    for deal in deals:
-        timed = time_layers(session, _forwards(model, deal, engine), rounds)
+    kept = _forwards(model, dict.fromkeys(kind_of, (KEEP, None)), engine)
+    for deal in dealt:
+        timed = time_layers(session, _forwards(model, deal, engine), kept, rounds)
         for phase in session.phases:
             # What the machine is slower now, it is for both.
-            speed = unquantized[phase] / float(np.percentile(timed.unquantized[phase], QUIET))
+            speed = unquantized[phase] / float(np.percentile(timed.unquantized.whole[phase], QUIET))
             speeds[phase].append(speed)
-            whole[phase].append(float(np.percentile(timed.whole[phase], QUIET)) * speed)
-            for name, milliseconds in timed.layers[phase].items():
-                found = samples[phase].setdefault((kind_of[name], deal[name][0]), [])
-                found.extend(value * speed for value in milliseconds)
-    base_ms, layer_ms, factors = {}, {}, {}
+            whole[phase].append(float(np.percentile(timed.candidate.whole[phase], QUIET)) * speed)
+            for name, index in kind_of.items():
+                kernel = deal[name][0]
+                if kernel != KEEP:
+                    found = samples[phase].setdefault((index, kernel), [])
+                    found.extend(value * speed for value in timed.candidate.layers[phase][name])
+                found = samples[phase].setdefault((index, KEEP), [])
+                found.extend(value * speed for value in timed.unquantized.layers[phase][name])
+    base_ms, layer_ms, around = {}, {}, {}
     for phase in session.phases:
         table = {key: _quiet(values) for key, values in samples[phase].items()}
-        changes = [sum(table[kind_of[n], k] - table[kind_of[n], KEEP] for n, (k, _) in deal.items()) for deal in deals]
-        factors[phase] = _factor(changes, [total - unquantized[phase] for total in whole[phase]], unquantized[phase])
+        around[phase] = dealing.around(kinds, dealt, table, whole[phase], unquantized[phase])
+        # What all kernels take off the rest of the model is what a kept layer adds to it: nothing gets below 0.
+        least = min([0.0, *around[phase].values()])
+        kept_ms = {index: table[index, KEEP] for index, kind in enumerate(kinds) if len(kind.kernels) > 1}
         for index, kernel in table:
-            kept = table[index, KEEP]
-            table[index, kernel] = max(kept + factors[phase] * (table[index, kernel] - kept), 0.0)
+            if index in kept_ms:
+                table[index, kernel] += (around[phase].get(kernel, 0.0) - least) * kept_ms[index]
         base_ms[phase] = unquantized[phase] - sum(table[index, KEEP] for index in kind_of.values())
         layer_ms[phase] = {
             name: {
@@ -105,12 +113,12 @@ def cost_table(
         }
     detail = {
         "threads": torch.get_num_threads(),
-        "models": len(deals),
+        "models": len(dealt),
         "rounds": rounds,
         UNQUANTIZED: unquantized,
         # How far the machine's own speed moved while the table was timed: its noise.
         "drift": {phase: max(speeds[phase]) / min(speeds[phase]) - 1 for phase in session.phases},
-        "factor": factors,
+        "around": {phase: {str(kernel): share for kernel, share in found.items()} for phase, found in around.items()},
         "noise": {phase: alone.relative_error(phase) for phase in session.phases},
     }
     return CostTable(fingerprint(), base_ms, layer_ms, detail)
@@ -123,14 +131,6 @@ def _quiet(values: Sequence[float]) -> float:
     """
     called = [value for value in values if value > 0]
     return float(np.percentile(called, QUIET)) * len(called) / len(values) if called else 0.0
-
-
-def _factor(changes: Sequence[float], measured: Sequence[float], unquantized: float) -> float:
-    """The factor on `changes`, sums over layers, that makes them the `measured` changes of whole models, by
-    least squares; drawn towards 1 where the changes are small beside a tenth of the unquantized model."""
-    x, y = np.array(changes), np.array(measured)
-    trust = len(x) * (0.1 * unquantized) ** 2
-    return float(np.clip((x @ y + trust) / (x @ x + trust), 0.25, 4.0))
 
 
 def engine_for(workload: TargetSpec) -> Chooser:

@@ -224,26 +224,47 @@ class InPlace:
     """One model timed layer by layer, phase -> milliseconds.
 
     `layers` has for each layer what its forwards took per run, summed over its modules; `whole` the model's
-    lower quartile per round, and `unquantized` that of the unquantized model, which was run in turns.
+    lower quartile per round.
     """
 
     layers: dict[str, dict[str, list[float]]]
     whole: dict[str, list[float]]
-    unquantized: dict[str, list[float]]
+
+
+@dataclass
+class LayerTurns:
+    """A candidate and the unquantized model, layer by layer in turns."""
+
+    candidate: InPlace
+    unquantized: InPlace
+
+
+Forwards = Mapping[str, Sequence[tuple[nn.Module, Forward]]]  # layer -> its modules and what runs as their forward
 
 
 @torch.no_grad()
-def time_layers(session: Session, forwards: Mapping[str, Sequence[tuple[nn.Module, Forward]]], rounds: int) -> InPlace:
-    """Time the model with `forwards` installed, layer by layer, in turns with the unquantized model.
+def time_layers(session: Session, forwards: Forwards, kept: Forwards, rounds: int) -> LayerTurns:
+    """Time the model with `forwards` installed, layer by layer, in turns with the unquantized model, whose own
+    forwards are `kept`.
 
     Every layer runs where it always runs: with the caches as its neighbours left them and between
     the other operations of the model. A layer that a phase does not call takes 0.
     """
-    spent = dict.fromkeys(forwards, 0)
     phases = session.phases
-    found = InPlace(
-        {p: {name: [] for name in forwards} for p in phases}, {p: [] for p in phases}, {p: [] for p in phases}
-    )
+    with installed([pair for pairs in forwards.values() for pair in pairs]):
+        _run_round(session, {phase: Samples() for phase in phases}, 2)
+    turns = [
+        InPlace({p: {name: [] for name in own} for p in phases}, {p: [] for p in phases}) for own in (forwards, kept)
+    ]
+    for _ in range(rounds):
+        for found, own, steps in zip(turns, (forwards, kept), (STEPS, BASE_STEPS), strict=True):
+            _clocked_round(session, found, own, steps)
+    return LayerTurns(*turns)
+
+
+def _clocked_round(session: Session, found: InPlace, forwards: Forwards, steps: int) -> None:
+    """Add one round of the model with `forwards` installed to `found`."""
+    spent = dict.fromkeys(forwards, 0)
 
     def collect(phase: str) -> None:
         for name, nanoseconds in spent.items():
@@ -252,16 +273,9 @@ def time_layers(session: Session, forwards: Mapping[str, Sequence[tuple[nn.Modul
 
     wrapped = [(module, _clocked(run, spent, name)) for name, pairs in forwards.items() for module, run in pairs]
     with installed(wrapped):
-        _run_round(session, {p: Samples() for p in phases}, 2)
-        spent.update(dict.fromkeys(forwards, 0))
-    for _ in range(rounds):
-        with installed(wrapped):
-            whole = _run_round(session, {p: Samples() for p in phases}, STEPS, collect)
-        beside = _run_round(session, {p: Samples() for p in phases}, BASE_STEPS)
-        for phase in phases:
-            found.whole[phase].append(whole[phase])
-            found.unquantized[phase].append(beside[phase])
-    return found
+        whole = _run_round(session, {phase: Samples() for phase in found.whole}, steps, collect)
+    for phase, milliseconds in whole.items():
+        found.whole[phase].append(milliseconds)
 
 
 def _clocked(run: Forward, spent: dict[str, int], name: str) -> Forward:
