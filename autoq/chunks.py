@@ -46,4 +46,4 @@ def mean_loss(
             mass, entropy = (None if t is None else t.clone() for t in (chunk.reference_mass, chunk.reference_entropy))
             usable = replace(chunk, reference=chunk.reference.clone(), reference_mass=mass, reference_entropy=entropy)
             total = total + objective.per_token(usable).nansum()
-    return total / (len(ids) * model.positions(ids.shape[1]))
+    return total / (len(ids) * model.positions(model.length(ids)))

@@ -86,10 +86,10 @@ class Evaluator(QuantizedModel):
         return {
             "device": self.fingerprint,
             "threads": torch.get_num_threads(),
-            "search_tokens": self.parts.search.numel(),
-            "report_tokens": self.parts.report.numel(),
-            "calibration_tokens": self.parts.calibration.numel(),
-            "window_tokens": self.parts.search.shape[1],
+            "search_tokens": self.model.tokens(self.parts.search),
+            "report_tokens": self.model.tokens(self.parts.report),
+            "calibration_tokens": self.model.tokens(self.parts.calibration),
+            "window_tokens": self.model.length(self.parts.search),
         }
 
     def _refuse_not_finite(self) -> None:
@@ -131,7 +131,7 @@ class Evaluator(QuantizedModel):
         data = self._part(part)
         reference = self._reference_for(part, data)
         tally = _Tally(objectives, self._shape(data))
-        steps, passes, stopped = shards(*data.shape), 0.0, False
+        steps, passes, stopped = shards(*self._shape(data)), 0.0, False
         with self.swapped(assignment), torch.inference_mode():
             for shard in steps:
                 for index in shard:
@@ -158,7 +158,7 @@ class Evaluator(QuantizedModel):
         The second, of the `SLOPE_TOKENS` of its `turn`, is `{"loss": …, "table": layer -> slopes of its choices}`.
         """
         measurements, data = self.measure(assignment, part), self._part(part)
-        count = min(max(1, SLOPE_TOKENS // data.shape[1]), len(data))
+        count = min(max(1, SLOPE_TOKENS // self.model.length(data)), len(data))
         first = turn % (len(data) // count) * count
         ids = data[first : first + count]
         reference = self._reference_for(part, data)
@@ -220,7 +220,7 @@ class Evaluator(QuantizedModel):
         The blocks before the layer's are not run again: their output is the unquantized model's.
         """
         data = self.parts.calibration
-        data = data[: max(1, tokens // data.shape[1])]
+        data = data[: max(1, tokens // self.model.length(data))]
         reference = self._reference_for("calibration", data)
         objective = distance_of(self.info.task)
         values = torch.full((len(perturbed), *self._shape(data)), torch.nan, dtype=torch.float64)
@@ -249,7 +249,7 @@ class Evaluator(QuantizedModel):
         """
         data = self.parts.report
         if tokens is not None:
-            data = data[: max(1, -(-tokens // data.shape[1]))]
+            data = data[: max(1, -(-tokens // self.model.length(data)))]
         with torch.inference_mode():
             reference = make_reference(self.model, data, self.share_bytes)
         here, there = (_Tally(self._objectives, self._shape(data)) for _ in range(2))
@@ -270,7 +270,7 @@ class Evaluator(QuantizedModel):
             max(apart / len(data), 0.0),
             max(moved / len(data), 0.0),
             {name: self._paired(name, here, there) for name in here.values},
-            data.numel(),
+            self.model.tokens(data),
         )
 
     def _paired(self, name: str, here: _Tally, there: _Tally) -> float:
@@ -321,7 +321,7 @@ class Evaluator(QuantizedModel):
         """KV cache -> each of `texts` -> predicted KL in nats per token, of all caches from one pass."""
         if texts not in self._found_losses:
             data = self.parts.calibration
-            data = data[: max(1, CURVATURE_TOKENS // data.shape[1])]
+            data = data[: max(1, CURVATURE_TOKENS // self.model.length(data))]
             every = {cache.name: self._reads(texts) for cache in self.info.caches}
             found = caches.losses(self.model, data, self.spec.data.seed, every)
             if bad := next((name for name, losses in found.items() if not np.isfinite(losses).all()), None):
@@ -419,7 +419,7 @@ class Evaluator(QuantizedModel):
 
     def _shape(self, data: Tensor) -> tuple[int, int]:
         """How many windows there are, and how many outputs each has."""
-        return len(data), self.model.positions(data.shape[1])
+        return len(data), self.model.positions(self.model.length(data))
 
     def _part(self, part: Part) -> Tensor:
         return self.parts.search if part == "search" else self.parts.report

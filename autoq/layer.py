@@ -84,13 +84,27 @@ def _nbytes(scheme: Scheme, out_features: int, in_features: int, dtype_bytes: in
 
 
 @dataclass(frozen=True)
+class Images:
+    """What a model of images reads: pixel values (channels, height, width), which are `tokens` rows in its layers.
+
+    An image is one sequence: wherever tokens are counted, it counts as these.
+    """
+
+    channels: int
+    height: int
+    width: int
+    tokens: int
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """A model's skeleton: enough to build the search space before any weight is loaded.
 
     `other_bytes` is everything that ships beside the layers: norms, biases, positional tables,
     stored buffers. `architecture` is the transformers class name, `dtype` a torch dtype name. `labels` are the
     classes that a classification model tells apart, in the order of its outputs. `caches` are the KV caches of a
-    decoder that can be quantized, one per attention module in the order in which they run: all or none.
+    decoder that can be quantized, one per attention module in the order in which they run: all or none. `images` is
+    what a model reads instead of token ids, or None; then `vocab_size` is 0.
     """
 
     architecture: str
@@ -102,6 +116,12 @@ class ModelInfo:
     other_bytes: int
     labels: tuple[str, ...] = ()
     caches: tuple[Cache, ...] = ()
+    images: Images | None = None
+
+    @property
+    def answers(self) -> int:
+        """How many numbers each of the model's logits has: its classes, or else its vocabulary."""
+        return len(self.labels) or self.vocab_size
 
     def layer(self, name: str) -> Layer:
         """The layer of that name. Raises `KeyError` where there is none."""

@@ -23,7 +23,7 @@ from autoq.assignment import Assignment
 from autoq.bank import Bank, unpack
 from autoq.cache import cache_dir
 from autoq.calibration import curvature
-from autoq.calibration.text import windows
+from autoq.calibration.data import parts
 from autoq.device import threads
 from autoq.errors import AutoQError, BadInput, NotFinite, SchemeRefused
 from autoq.layer import Layer
@@ -77,7 +77,7 @@ class QuantizedModel:
         self.device = "cuda" if spec.workers.gpus > 0 else "cpu"
         self.model: LoadedModel = load(spec.model, self.device)
         self.info = self.model.info
-        self.parts = windows(spec.data, self.model.tokenizer, self.info.max_positions)
+        self.parts = parts(spec.data, self.model)
         self.target = load_target(spec.target)
         share = psutil.virtual_memory().available // (4 * spec.workers.count)
         self.share_bytes = share if spec.bank.memory is None else spec.bank.memory
@@ -95,7 +95,7 @@ class QuantizedModel:
         path = self._statistics_path()
         if not curvature.is_whole(path):
             data = self.parts.calibration
-            data = data[: max(1, CURVATURE_TOKENS // data.shape[1])]
+            data = data[: max(1, CURVATURE_TOKENS // self.model.length(data))]
             curvature.save(curvature.gather(self.model, data, self.spec.data.seed), path)
             curvature.bound(path.parent, self.spec.bank.disk // 4)
         else:

@@ -93,8 +93,8 @@ def make_reference(model: LoadedModel, data: Tensor, share_bytes: int) -> Refere
     if model.info.task == "encoder":
         states = [model.outputs(window.unsqueeze(0).to(model.device)) for window in data]
         return Reference(torch.cat(states))
-    outputs = len(data), model.positions(data.shape[1])
-    width = len(model.info.labels) or model.info.vocab_size
+    outputs = len(data), model.positions(model.length(data))
+    width = model.info.answers
     needed = math.prod(outputs) * width * 2
     if needed > share_bytes and (kept := _hidden_states(model, data)) is not None:
         return kept

@@ -122,7 +122,11 @@ def sequenced(model: QuantizedModel, assignment: Assignment, tell: Tell = lambda
     layers = {name: sequence.made[name] for name in before}
     if not layers:
         raise BadInput("all layers that are quantized read what they read in the unquantized model")
-    facts = {"layers": len(layers), "tokens": sequence.data.numel(), "seconds": round(time.monotonic() - began, 1)}
+    facts = {
+        "layers": len(layers),
+        "tokens": model.model.tokens(sequence.data),
+        "seconds": round(time.monotonic() - began, 1),
+    }
     return Sequenced(layers, facts)
 
 
@@ -136,7 +140,7 @@ class _Sequence:
         self.activations: dict[str, Any] = {}
         self.caches: Mapping[str, Any] = {}  # what is read of KV caches that are quantized
         data = model.parts.calibration
-        self.data = data[: max(1, CURVATURE_TOKENS // data.shape[1])].to(self.model.device)
+        self.data = data[: max(1, CURVATURE_TOKENS // self.model.length(data))].to(self.model.device)
         found = cut(self.model, self.data[:1])
         self.chain: Chain | None = None if found is None else found[0]
         self.states: list[Tensor | None] = [None] * len(self.data)  # what the current part reads
@@ -183,7 +187,7 @@ class _Sequence:
                             self._pass(part, index, self.originals)
                 self.model.swap(self.weights, self.activations, self.caches)
                 stack.enter_context(self._kept(stage, read))
-            found = curvature.of_inputs(self.model, stage.names, self.data.numel(), passes)
+            found = curvature.of_inputs(self.model, stage.names, self.model.tokens(self.data), passes)
         aim = _aim(wanted, read) if apart else None
         for name in stage.names:
             scheme, original = self.assignment[name], self.model.weight(name)
@@ -277,7 +281,7 @@ class _Sequence:
         with ExitStack() as stack:
             for name, layer in layers.items():
                 stack.enter_context(_hooked(self.model.modules_of(layer), saw(name), first=True))
-            self.model.outputs(self.data[:1, :_TRIED_TOKENS])
+            self.model.outputs(self.model.shortened(self.data[:1], _TRIED_TOKENS))
         count = collections.Counter(name for name, _ in calls)
         stages: dict[Any, _Stage] = {}
         for name, read in calls:

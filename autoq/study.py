@@ -392,7 +392,7 @@ def sensitivity(
 
 
 def load_export(folder: str | Path, threads: int | None = None) -> tuple[Any, Any]:
-    """The transformers model, on packed kernels, and the tokenizer of an export for torch-cpu.
+    """The transformers model, on packed kernels, and the tokenizer (or image processor) of an export for torch-cpu.
 
     `threads` is what PyTorch computes on from now on (default: as it is). Raises `AutoQError` for a
     folder that holds no such export, and for one that is not whole.

@@ -135,6 +135,18 @@ def trained_model_dir(trained_models: ModuleType, tmp_path_factory: pytest.TempP
     return _made_once(trained_models, tmp_path_factory)
 
 
+@pytest.fixture(scope="session")
+def tiny_vision() -> ModuleType:
+    """`tests/support/tiny_vision.py`: vision transformers, and how to train and save one; pictures for them."""
+    return _support("tiny_vision")
+
+
+@pytest.fixture(scope="session")
+def vision_model_dir(tiny_vision: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Family -> folder of a small bfloat16 checkpoint that was trained, when first asked for. Read only."""
+    return _made_once(tiny_vision, tmp_path_factory)
+
+
 @pytest.fixture(scope="module")
 def brief_timings() -> Iterator[None]:
     """Latencies of the fewest rounds that a target takes: for studies whose milliseconds nobody judges."""

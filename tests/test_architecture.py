@@ -129,6 +129,7 @@ PACKAGES: dict[str, set[str]] = {
     "onnx": {"kernels"},
     "onnxruntime": {"kernels"},
     "datasets": {"calibration"},
+    "PIL": {"calibration"},
     "sacrebleu": {"objectives"},
     "rouge_score": {"objectives"},
     "lm_eval": {"tasks"},

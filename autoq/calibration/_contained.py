@@ -7,7 +7,8 @@ into a folder that a server reads, or on the hub, could so have it read the serv
 
 All such names are resolved by one function of `datasets`, which is wrapped here, because only there it is known what
 they resolve to before anything is opened or asked. Columns that are no text but name files or addresses to decode
-(images, sound, PDF) are left out by `plain_columns` before a row is read.
+(images, sound, PDF) are left out by `plain_columns` before a row is read; of a column of images that is wanted, the
+cells are left as they are stored, for `autoq.calibration.images` to judge.
 """
 
 from __future__ import annotations
@@ -110,16 +111,19 @@ def _names(names: Any, file: str) -> list[str]:
     return list(names) if isinstance(names, list) else []
 
 
-def plain_columns(datasets: Any, rows: Any, wanted: Sequence[str], field: str) -> Any:
-    """The rows without columns whose values name files or addresses that reading them would open. Raises
-    `DataRefused` where one of `wanted` is such a column."""
-    decoded = [
-        name
-        for name, feature in (rows.features or {}).items()
-        if datasets.features.features.require_decoding(feature, ignore_decode_attribute=True)
-    ]
-    for name in decoded:
-        if name in wanted:
-            kind = type(rows.features[name]).__name__
-            raise DataRefused(f"{field}: column {name!r} holds {kind}, which is never decoded; give text")
+def plain_columns(datasets: Any, rows: Any, wanted: Sequence[str], field: str, encoded: Sequence[str] = ()) -> Any:
+    """The rows without columns whose values name files or addresses that reading them would open; where some are wanted
+    `encoded`, columns of images stay, as bytes or paths. Raises `DataRefused` where one of `wanted` is such a column.
+    """
+    decoded = []
+    for name, feature in dict(rows.features or {}).items():
+        if not datasets.features.features.require_decoding(feature, ignore_decode_attribute=True):
+            continue
+        if encoded and isinstance(feature, datasets.Image):
+            rows = rows.cast_column(name, datasets.Image(decode=False))
+        elif name in (*wanted, *encoded):
+            kind, instead = type(feature).__name__, "images" if name in encoded else "text"
+            raise DataRefused(f"{field}: column {name!r} holds {kind}, which is never decoded; give {instead}")
+        else:
+            decoded.append(name)
     return rows.remove_columns(decoded) if decoded else rows

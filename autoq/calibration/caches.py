@@ -86,5 +86,5 @@ def losses(
                 go_back(output, model.info.task, generator)
     finally:
         model.restore()
-    outputs = len(windows) * model.positions(windows.shape[1])
+    outputs = len(windows) * model.positions(model.length(windows))
     return {name: [0.5 * found / outputs for found in own.sums] for name, own in watched.items()}

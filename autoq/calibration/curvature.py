@@ -146,10 +146,11 @@ def gather(
     saw none see `autoq.calibration.unseen`. Each window is a sequence of its own. Deterministic for a seed.
     """
     generator = torch.Generator().manual_seed(seed)
-    gatherer = Gatherer(model, windows.numel())
+    length = model.length(windows)
+    gatherer = Gatherer(model, model.tokens(windows))
     # The experts of a mixture see a part of the tokens each: there all of them count.
     mixture = any(layer.stack is not None for layer in model.info.layers)
-    backward = len(windows) if mixture else min(len(windows), max(1, GRADIENT_TOKENS // windows.shape[1]))
+    backward = len(windows) if mixture else min(len(windows), max(1, GRADIENT_TOKENS // length))
     with gatherer.watching():
         for index, window in enumerate(windows):
             with gatherer.passing(backward=index < backward):
@@ -160,7 +161,7 @@ def gather(
                     go_back(output, model.info.task, generator)
             progress()
     shared: dict[tuple[int, ...], dict[str, Tensor]] = {}
-    outputs = backward * model.positions(windows.shape[1])
+    outputs = backward * model.positions(length)
     found = {layer.name: _averages(model, layer, gatherer, outputs, shared) for layer in model.info.layers}
     seen = {
         layer.name: sum(gatherer.by_module[m].positions for m in model.modules_of(layer)) for layer in model.info.layers

@@ -220,10 +220,18 @@ def _rows(spec: DataSpec, path: Path) -> Iterator[str]:
     return (row for row in rows[spec.column] if row)
 
 
-def open_dataset(spec: DataSpec | TaskSpec, path: Path, field: str, instead: str, wanted: Sequence[str]) -> Any:
+def open_dataset(
+    spec: DataSpec | TaskSpec,
+    path: Path,
+    field: str,
+    instead: str,
+    wanted: Sequence[str],
+    encoded: Sequence[str] = (),
+) -> Any:
     """The split that the spec names, with its columns of plain values, of which the columns `wanted` must be.
 
-    `field` is the spec's place in the study, for what `DataRefused` says, and `instead` what does without a network.
+    Columns `encoded` may hold images, whose cells then are their bytes or their path, not decoded. `field` is the
+    spec's place in the study, for what `DataRefused` says, and `instead` what does without a network.
     """
     if importlib.util.find_spec("datasets") is None:
         raise DataRefused(f"{field} source {spec.source!r} needs the datasets package: pip install 'autoq[datasets]'")
@@ -234,7 +242,7 @@ def open_dataset(spec: DataSpec | TaskSpec, path: Path, field: str, instead: str
     datasets.disable_progress_bars()
     hub_logging.set_verbosity(logging.ERROR)
     try:
-        return plain_columns(datasets, _dataset(datasets, spec, path, field), wanted, field)
+        return plain_columns(datasets, _dataset(datasets, spec, path, field), wanted, field, encoded)
     except DataRefused:
         raise
     except Exception as problem:

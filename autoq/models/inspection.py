@@ -29,8 +29,8 @@ from transformers.pytorch_utils import Conv1D
 
 from autoq.errors import ModelRefused
 from autoq.kv_cache import Cache
-from autoq.layer import Layer, LayerKind, ModelInfo, Task
-from autoq.models import caches, conversion, experts, folding
+from autoq.layer import Images, Layer, LayerKind, ModelInfo, Task
+from autoq.models import caches, conversion, experts, folding, pixels
 from autoq.models.quiet import quiet
 from autoq.spec import ModelSpec
 
@@ -42,6 +42,7 @@ _TASKS: tuple[tuple[Task, str], ...] = (
     ("causal", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
     ("masked", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
     ("classification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"),
+    ("classification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"),
     ("encoder", "MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES"),
     ("encoder", "MODEL_MAPPING_NAMES"),
 )
@@ -74,12 +75,12 @@ def architecture(spec: ModelSpec, config: Any) -> tuple[Any, Task]:
     for task, table in _TASKS:
         known = getattr(modeling_auto, table).get(config.model_type, ())
         if named in ((known,) if isinstance(known, str) else known):
-            if task in ("encoder", "classification") and config.is_encoder_decoder:
+            if task in ("encoder", "classification") and getattr(config, "is_encoder_decoder", False):
                 break
             return getattr(transformers, named), task
     raise ModelRefused(
         f"model {spec.id!r}: architecture {named!r} of model type {config.model_type!r} is not one of "
-        "causal, masked or seq2seq language model, text encoder or sequence classifier"
+        "causal, masked or seq2seq language model, text encoder, or classifier of texts or images"
     )
 
 
@@ -118,8 +119,12 @@ def _refuse_no_classes(spec: ModelSpec, config: Any) -> None:
     kind = getattr(config, "problem_type", None)
     if config.num_labels < 2 or kind in ("regression", "multi_label_classification"):
         raise ModelRefused(
-            f"model {spec.id!r}: a sequence classifier needs two classes or more, one of which is right; config.json "
+            f"model {spec.id!r}: a classifier needs two classes or more, one of which is right; config.json "
             f"has {config.num_labels} with problem_type {kind}"
+        )
+    if not isinstance(config.id2label, dict) or set(config.id2label) != set(range(config.num_labels)):
+        raise ModelRefused(
+            f"model {spec.id!r}: config.json must name classes 0 to {config.num_labels - 1} under id2label, all of them"
         )
 
 
@@ -148,9 +153,10 @@ def skeleton(spec: ModelSpec, folder: Path, config: Any) -> ModelInfo:
         shared[id(weights[name])].append(name)
     stored = {id(tensor): (name, tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
     text = config.get_text_config()
-    max_positions = _max_positions(model, text)
+    frame = pixels.shape(spec, model, folder, config)
+    max_positions = _max_positions(model, text) if frame is None else None
     tracer = folding.Tracer(model, {name: _module(model, name) for name in names}, folding.find_norms(model))
-    inputs, outputs = _probe(spec, model, names, task, tracer)
+    inputs, outputs = _probe(spec, model, names, task, frame, tracer)
 
     layers = []
     groups = _fusion_groups(model, names, inputs, head)
@@ -185,16 +191,18 @@ def skeleton(spec: ModelSpec, folder: Path, config: Any) -> ModelInfo:
     _refuse_mixed_dtypes(spec, model, layers)
     sources = tracer.sources(layers, outputs)
     layers = [dataclasses.replace(layer, source=sources.get(layer.name)) for layer in layers]
+    images = None if frame is None else Images(*frame, tokens=_most_rows(inputs))
     return ModelInfo(
         architecture=type(model).__name__,
         task=task,
         dtype=spec.dtype,
-        vocab_size=text.vocab_size,
-        max_positions=max_positions,
+        vocab_size=text.vocab_size if images is None else 0,
+        max_positions=max_positions if images is None else images.tokens,
         layers=tuple(layers),
         other_bytes=sum(_nbytes(spec, model, name, tensor) for name, tensor in stored.values()),
         labels=tuple(str(config.id2label[i]) for i in range(config.num_labels)) if task == "classification" else (),
         caches=_caches(spec, model, blocks) if task == "causal" else (),
+        images=images,
     )
 
 
@@ -252,9 +260,15 @@ class _ZeroLinear(TorchFunctionMode):
 
 @torch.no_grad()
 def _probe(
-    spec: ModelSpec, model: nn.Module, names: Iterable[str], task: Task, tracer: folding.Tracer
+    spec: ModelSpec,
+    model: nn.Module,
+    names: Iterable[str],
+    task: Task,
+    shape: tuple[int, int, int] | None,
+    tracer: folding.Tracer,
 ) -> tuple[dict[str, list[Tensor]], Any]:
-    """Run a few tokens through the model and give back what each layer read, call by call, and the model's outputs.
+    """Run a few tokens, or pixels of a `shape`, through the model and give back what each layer read, call by call, and
+    the model's outputs.
 
     The model is taken over: its tensors become zeros that share one number each, and linear maps give
     zeros without multiplying, so a model of any size takes about a second and next to no memory. Real
@@ -279,6 +293,8 @@ def _probe(
         _module(model, name).register_forward_hook(functools.partial(see, name))
     tokens = torch.zeros(1, _PROBE_TOKENS, dtype=torch.int64)
     arguments: dict[str, Any] = {"input_ids": tokens}
+    if shape is not None:
+        arguments = {"pixel_values": torch.zeros(1, *shape, dtype=getattr(torch, spec.dtype))}
     if task == "seq2seq":
         arguments["decoder_input_ids"] = tokens
     if task in ("causal", "seq2seq"):
@@ -287,10 +303,16 @@ def _probe(
         with zeros, tracer.following():
             outputs = model(**arguments)
     except Exception as problem:
+        what = "token ids" if shape is None else "images"
         raise ModelRefused(
-            f"model {spec.id!r}: {type(model).__name__} does not run on token ids alone: {first_line(problem)}"
+            f"model {spec.id!r}: {type(model).__name__} does not run on {what} alone: {first_line(problem)}"
         ) from problem
     return inputs, outputs
+
+
+def _most_rows(inputs: dict[str, list[Tensor]]) -> int:
+    """The length of an image as a sequence: the most rows that a layer read of it."""
+    return max((read.numel() // read.shape[-1] for reads in inputs.values() for read in reads), default=1)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from autoq.models.caches import Read, install, remove
 
 
 class LoadedModel:
-    """A transformers model in eval mode, its tokenizer, and its layers by name.
+    """A transformers model in eval mode, its tokenizer (or image processor), and its layers by name.
 
     The original weights are never written to: `swap` points the modules at other tensors and
     `restore` points them back, so both cost nothing that depends on the model's size.
@@ -108,38 +108,56 @@ class LoadedModel:
         for module in self.modules_of(self._layers[name]):
             module.weight.data = tensor
 
-    def outputs(self, input_ids: Tensor) -> Tensor:
+    def outputs(self, inputs: Tensor) -> Tensor:
         """Logits (batch, tokens, vocabulary), or final hidden states of an encoder without a head.
 
         Of a classification model logits (batch, 1, classes).
 
-        `input_ids` is (batch, tokens). A sequence-to-sequence model reads the same tokens on both
-        sides (teacher forcing, the decoder's shifted by its start token). No cache is kept. Gradients
-        flow if the caller has them enabled.
+        `inputs` are token ids (batch, tokens), or of a model of images pixel values (batch, channels, height, width).
+        A sequence-to-sequence model reads the same tokens on both sides (teacher forcing, the decoder's shifted by
+        its start token). No cache is kept. Gradients flow if the caller has them enabled.
         """
+        if self.info.images is not None:
+            pixels = inputs.to(getattr(torch, self.info.dtype))
+            logits: Tensor = self.model(pixel_values=pixels).logits
+            return logits.unsqueeze(1)
         config: Any = self.model.config
-        if self.info.task == "classification" and config.pad_token_id is None and len(input_ids) > 1:
+        if self.info.task == "classification" and config.pad_token_id is None and len(inputs) > 1:
             # A decoder that classifies looks for the last token that is no padding, and refuses to look for nothing.
-            return torch.cat([self.outputs(window) for window in input_ids[:, None]])
-        arguments: dict[str, Any] = {"input_ids": input_ids}
+            return torch.cat([self.outputs(window) for window in inputs[:, None]])
+        arguments: dict[str, Any] = {"input_ids": inputs}
         if self.info.task == "seq2seq":
-            start = torch.full_like(input_ids[:, :1], self._start_token)
-            arguments["decoder_input_ids"] = torch.cat([start, input_ids[:, :-1]], dim=1)
+            start = torch.full_like(inputs[:, :1], self._start_token)
+            arguments["decoder_input_ids"] = torch.cat([start, inputs[:, :-1]], dim=1)
         if self.info.task in ("causal", "seq2seq"):
             arguments["use_cache"] = False
         result = self.model(**arguments)
         outputs: Tensor = result.last_hidden_state if self.info.task == "encoder" else result.logits
         return outputs.unsqueeze(1) if self.info.task == "classification" else outputs
 
+    def length(self, data: Tensor) -> int:
+        """Tokens of each of some windows: ids (n, tokens), or pixel values (n, channels, height, width)."""
+        return data.shape[1] if self.info.images is None else self.info.images.tokens
+
+    def tokens(self, data: Tensor) -> int:
+        """Tokens of all of these windows together."""
+        return len(data) * self.length(data)
+
+    def shortened(self, data: Tensor, tokens: int) -> Tensor:
+        """The first so many tokens of windows; images, which cannot be cut, as they are."""
+        return data[:, :tokens] if self.info.images is None else data
+
     def positions(self, tokens: int) -> int:
         """How many outputs a window of so many tokens has: a classification model answers once."""
         return 1 if self.info.task == "classification" else tokens
 
     def next_tokens(self, window: Tensor) -> Tensor:
-        """What each position of `window` (tokens,) is to predict, -1 for nothing.
+        """What each output of `window` (tokens,) is to predict, -1 for nothing.
 
         A sequence-to-sequence decoder's input is already shifted.
         """
+        if self.info.task == "classification":
+            return torch.full((1,), -1)
         if self.info.task == "seq2seq":
             return window
         nothing = torch.full_like(window[:1], -1)

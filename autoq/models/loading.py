@@ -16,7 +16,7 @@ import transformers
 
 from autoq.errors import ModelRefused
 from autoq.layer import ModelInfo
-from autoq.models import conversion, experts
+from autoq.models import conversion, experts, pixels
 from autoq.models.inspection import architecture, attention, build, first_line, float32_patterns, read_config, skeleton
 from autoq.models.loaded import LoadedModel
 from autoq.models.quiet import quiet
@@ -24,7 +24,7 @@ from autoq.spec import ModelSpec
 
 
 def load(spec: ModelSpec, device: str = "cpu") -> LoadedModel:
-    """The model in eval mode on `device`, without gradients on its parameters, and its tokenizer.
+    """The model in eval mode on `device`, without gradients on its parameters, and its tokenizer or image processor.
 
     Raises `ModelRefused` with one line for what cannot be used: see `autoq.models.sources`; for
     weights that are missing or of another shape than the config says, which transformers would
@@ -34,14 +34,15 @@ def load(spec: ModelSpec, device: str = "cpu") -> LoadedModel:
         folder = conversion.safetensors_folder(spec)
         config = read_config(spec, folder)
         info = skeleton(spec, folder, config)
+        weights = folder
         if not float32_patterns(build(spec, folder, config)[0], spec.dtype):
-            folder = conversion.recast(spec.id, folder, spec.dtype)
-        model = _read_weights(spec, folder, config)
+            weights = conversion.recast(spec.id, folder, spec.dtype)
+        model = _read_weights(spec, weights, config)
         experts.split(model)
-        tokenizer = read_tokenizer(spec, folder)
+        prepared_by = read_preparation(spec, folder, info)
     _check_ties(spec, model, info)
     model.requires_grad_(False)
-    return LoadedModel(model.to(device), tokenizer, info)
+    return LoadedModel(model.to(device), prepared_by, info)
 
 
 def _read_weights(spec: ModelSpec, folder: Path, config: Any) -> Any:
@@ -98,6 +99,11 @@ def _check_ties(spec: ModelSpec, model: Any, info: ModelInfo) -> None:
                 raise ModelRefused(f"model {spec.id!r} stores {name} and {owner} as one weight, its config as two")
         if len({model.get_submodule(name).weight.data_ptr() for name in (layer.name, *layer.tied)}) > 1:
             raise ModelRefused(f"model {spec.id!r} ties {', '.join(layer.tied)} to {layer.name} but stores two weights")
+
+
+def read_preparation(spec: ModelSpec, folder: Path, info: ModelInfo) -> Any:
+    """What makes the model's inputs: its tokenizer, or its image processor. Raises `ModelRefused`."""
+    return read_tokenizer(spec, folder) if info.images is None else pixels.read_processor(spec, folder)
 
 
 def read_tokenizer(spec: ModelSpec, folder: Path) -> Any:

@@ -62,7 +62,7 @@ class PrefixStates:
 
     Those of the assignment that was not used for longest go first, and of these those of its last blocks: what
     comes early is shared by more, and stands in for what comes late. `chain` is None where the model cannot be
-    cut; `windows` is how many windows of `sample`'s length (1, tokens) an assignment is evaluated on.
+    cut; `windows` is how many windows like `sample` (one, with its batch) an assignment is evaluated on.
     """
 
     def __init__(self, model: LoadedModel, sample: Tensor, windows: int, memory: int) -> None:
@@ -81,7 +81,7 @@ class PrefixStates:
         if found is None:
             return None
         chain, token_bytes = found
-        needed = token_bytes * sample.shape[1] * windows * KEPT_ASSIGNMENTS
+        needed = token_bytes * self._model.length(sample) * windows * KEPT_ASSIGNMENTS
         self.every = -(-needed * (len(chain.blocks) - 1) // max(self._memory, 1))
         return chain if self.every < len(chain.blocks) else None
 
@@ -147,9 +147,10 @@ class PrefixStates:
 def cut(model: LoadedModel, sample: Tensor) -> tuple[Chain, int] | None:
     """The chain and the bytes of one token's hidden states; None if outputs from a block on are not the whole model's.
 
-    Tried on the first tokens of `sample` (1, tokens).
+    Tried on the first tokens of `sample` (1, tokens), or on an image.
     """
-    tried = sample[:, :_TRIED_TOKENS]
+    tried = model.shortened(sample, _TRIED_TOKENS)
+    others = tried + 1 if model.info.images is not None else (tried + 1) % model.info.vocab_size
     chain = find_chain(model, tried)
     if chain is None:
         return None
@@ -158,7 +159,7 @@ def cut(model: LoadedModel, sample: Tensor) -> tuple[Chain, int] | None:
     last = len(chain.blocks) - 1
     for start in {1, (1 + last) // 2, last}:
         # What a block left behind for others is now that of other tokens.
-        model.outputs((tried + 1) % model.info.vocab_size)
+        model.outputs(others)
         for _ in range(2):  # a block that writes to its input would spoil it for the second time
             try:
                 found = run(model, chain, tried, start, states[start])
@@ -166,7 +167,7 @@ def cut(model: LoadedModel, sample: Tensor) -> tuple[Chain, int] | None:
                 return None
             if not torch.equal(found, expected):
                 return None
-    return chain, states[last].nbytes // tried.shape[1]
+    return chain, states[last].nbytes // model.length(tried)
 
 
 def run(

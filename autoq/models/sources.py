@@ -29,6 +29,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 MAX_CONFIG_BYTES = 1 << 26
 # Where a tokenizer's own file says what its constructor is given, and what of that is never opened.
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+PREPROCESSOR = "preprocessor_config.json"  # what is done to images before a model of images reads them
 _NOT_OPENED = ("name_or_path", "special_tokens_map_file")
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -82,7 +83,7 @@ def check_folder(model_id: str, folder: Path) -> None:
         raise ModelRefused(f"model {model_id!r} has no config.json{hint}")
     if (folder / "adapter_config.json").is_file():
         raise ModelRefused(f"model {model_id!r} is an adapter (adapter_config.json); merge it into its model first")
-    for name in ("config.json", *_SETTINGS):
+    for name in ("config.json", PREPROCESSOR, *_SETTINGS):
         if (folder / name).is_file():
             config = read_json(model_id, folder / name)
             _check_config(model_id, name, config)

@@ -81,12 +81,12 @@ class BlockTrainer:
         names = set(trainable_names(assignment))
         deciding = max(1, min(DECIDING, len(data) // 8))
         # States of all windows are in memory, of four kinds: no more windows than are seen, and than fit.
-        width = 4 * data.shape[1] * 4 * getattr(self.model.model.config, "hidden_size", 4096)
+        width = 4 * self.model.length(data) * 4 * getattr(self.model.model.config, "hidden_size", 4096)
         fit = max(2, model.share_bytes // width)
         self.deciding = deciding
         self.data = data[: max(deciding + 1, min(len(data), deciding + plan.steps * plan.windows, fit))]
         with torch.no_grad():
-            chain = find_chain(self.model, data[:1, :16].to(self.model.device))
+            chain = find_chain(self.model, self.model.shortened(data[:1], 16).to(self.model.device))
         if chain is None:
             raise BadInput("the model is no chain of blocks that could be trained one by one; train it as a whole")
         self.blocks = chain.blocks
@@ -151,9 +151,9 @@ class BlockTrainer:
             | asdict(self.plan)
             | {
                 "layers": sum(map(len, self.names)),
-                "tokens": self.data[self.deciding :].numel(),
+                "tokens": self.model.tokens(self.data[self.deciding :]),
                 "epochs": self.plan.steps * self.plan.windows / (len(self.data) - self.deciding),
-                "deciding_tokens": self.data[: self.deciding].numel(),
+                "deciding_tokens": self.model.tokens(self.data[: self.deciding]),
                 "losses": {"0": before, str(self.plan.steps): after},
                 "errors": [list(error) for error in errors],
             }

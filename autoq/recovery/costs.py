@@ -93,14 +93,15 @@ def costs(model: LoadedModel, blocks: Sequence[nn.Module], windows: Tensor, seed
 
         return hook
 
-    count = min(len(windows), max(1, TOKENS // windows.shape[1]))
+    length = model.length(windows)
+    count = min(len(windows), max(1, TOKENS // length))
     with contextlib.ExitStack() as stack:
         for k, block in enumerate(blocks):
             stack.callback(block.register_forward_hook(watch(k)).remove)
         with torch.enable_grad():
             for ids in windows[:count]:
                 go_back(model.outputs(ids.unsqueeze(0).to(model.device)), model.info.task, generator)
-    positions = windows[:count].numel()
+    positions = count * length
     found = []
     for k, (total, number) in enumerate(sinks):
         found.append(_cost(totals[k] / max(1, positions - number), total / max(1, number)))

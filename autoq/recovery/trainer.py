@@ -37,7 +37,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from autoq.assignment import Assignment
-from autoq.calibration.text import recovery_windows
+from autoq.calibration.data import recovery_windows
 from autoq.chunks import mean_loss
 from autoq.errors import AutoQError, BadInput, DataRefused, NotFinite
 from autoq.methods import QuantizedWeight
@@ -163,9 +163,9 @@ class Trainer:
             | asdict(self.plan)
             | {
                 "layers": len(self.names),
-                "tokens": self.data.numel(),
+                "tokens": self.model.tokens(self.data),
                 "epochs": self.plan.steps * self.plan.windows / len(self.data),
-                "deciding_tokens": self.deciding.numel(),
+                "deciding_tokens": self.model.tokens(self.deciding),
                 "losses": {str(step): loss for step, loss in self.losses.items()},
                 "kept_step": kept,
             }
@@ -295,15 +295,16 @@ def recover(
         note(f"going on from step {training.steps} of {plan.steps}")
     found = training.run(tell, path)
     path.unlink(missing_ok=True)
+    held = found.facts["deciding_tokens"]
     if found.facts["kept_step"] == 0:
         raise AutoQError(
-            f"nothing was gained: in {plan.steps} steps the loss on {training.deciding.numel()} tokens that were not "
+            f"nothing was gained: in {plan.steps} steps the loss on {held} tokens that were not "
             f"trained on was never below the {training.losses[0]:.4g} of the start; try another rate or more steps"
         )
     before, after = training.losses[0], training.losses[found.facts["kept_step"]]
     note(
         f"step {found.facts['kept_step']} is kept: {after:.4g} nats/token instead of {before:.4g} on "
-        f"{training.deciding.numel()} tokens that were not trained on"
+        f"{held} tokens that were not trained on"
     )
     return found
 
@@ -311,16 +312,16 @@ def recover(
 def recovery_data(model: QuantizedModel, tokens: int | None, note: Note) -> Tensor:
     """Windows (n, window) to train on: those that are in no part of the study, at most `tokens` of them; where there
     are fewer than two, the calibration part. Raises `DataRefused` where that, too, has fewer."""
-    data = recovery_windows(model.spec.data, model.model.tokenizer, model.info.max_positions)
+    data = recovery_windows(model.spec.data, model.model)
     if len(data) < 2:
-        note("all text is in the study's parts; training on the calibration part")
+        note("all data are in the study's parts; training on the calibration part")
         data = model.parts.calibration
     if len(data) < 2:
         raise DataRefused(
-            f"data source {model.spec.data.source!r} has no text left to train on and the calibration part has one "
-            "window; give more text, or more data.calibration_tokens"
+            f"data source {model.spec.data.source!r} has nothing left to train on and the calibration part has "
+            "one window; give more, or more data.calibration_tokens"
         )
-    return data if tokens is None else data[: max(2, -(-tokens // data.shape[1]))]
+    return data if tokens is None else data[: max(2, -(-tokens // model.model.length(data)))]
 
 
 def mean_over(model: LoadedModel, objective: TokenObjective, reference: Reference, data: Tensor) -> float:

@@ -187,12 +187,24 @@ def _pace(problem: Problem) -> Pace:
         rate, basis, origin = cost.ONE_H100.flops * min(1.0, spec.workers.gpus), "assumed", cost.ONE_H100.origin
     else:
         rate = _products(problem, spec.model.dtype)
-    windows = 1 / spec.data.window_tokens
-    vocabulary = problem.info.vocab_size
-    judging = 0.0 if problem.info.task == "encoder" else vocabulary * speed.answers(vocabulary, _threads(spec))
+    windows = 1 / _window_tokens(problem)
+    width = problem.info.answers
+    judging = 0.0 if problem.info.task == "encoder" else _answers(problem) * speed.answers(width, _threads(spec))
     each = 2 * _model(problem).active / rate + len(problem.info.layers) * LAYER_SECONDS * windows + judging
     slopes = SLOPE_PASSES * each * min(spec.data.search_tokens, SLOPE_TOKENS)
     return Pace(basis, origin, each, slopes)
+
+
+def _window_tokens(problem: Problem) -> int:
+    """How long a sequence of the study's data is."""
+    images = problem.info.images
+    return problem.spec.data.window_tokens if images is None else images.tokens
+
+
+def _answers(problem: Problem) -> float:
+    """Numbers of logits for a token of the data: a classifier answers once for each sequence."""
+    once = problem.info.task == "classification"
+    return problem.info.answers / (_window_tokens(problem) if once else 1)
 
 
 def _threads(spec: StudySpec) -> int:
@@ -299,9 +311,9 @@ def _figures(problem: Problem, pace: Pace) -> tuple[tuple[Figure, ...], tuple[st
     steps = (loading, calibrating, quantizing / workers, timing, search, reporting / workers)
     share = psutil.virtual_memory().available // (4 * workers) if spec.bank.memory is None else spec.bank.memory
     dequantized = float(sum(layer.dtype_bytes * layer.parameters for layer, _ in made))
-    answers = 2.0 * max(data.search_tokens, data.report_tokens) * problem.info.vocab_size if qualities else 0.0
-    tokens = min(data.search_tokens, SLOPE_TOKENS if slopes else data.window_tokens)
-    passing = ANSWERS * 4.0 * tokens * problem.info.vocab_size if qualities else 0.0
+    answers = 2.0 * max(data.search_tokens, data.report_tokens) * _answers(problem) if qualities else 0.0
+    tokens = min(data.search_tokens, SLOPE_TOKENS if slopes else _window_tokens(problem))
+    passing = ANSWERS * 4.0 * tokens * _answers(problem) if qualities else 0.0
     memory = FREE_BYTES + model.stored * (2 if slopes else 1) + min(share, dequantized) + answers + passing
     database = EMPTY_BYTES + cost.database_bytes(study, software)
     limit, backward = spec.budget.wall_time, f"the first {slopes}, with a backward pass each"

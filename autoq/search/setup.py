@@ -47,7 +47,7 @@ from autoq.search.stages import run_job
 from autoq.search.tables import tabulate
 from autoq.spec import StudySpec, split_objective
 from autoq.store import Prepared, Store, StudyRecord
-from autoq.targets import CostTable, Target, load_target, missing_packages
+from autoq.targets import CostTable, Target, cannot_run, load_target, missing_packages
 from autoq.tasks import TaskKind, source_of
 
 MOST_SEEDS = 128  # of samplers without a model: each is an exact solution, and all of them stand in the study's plan
@@ -148,7 +148,7 @@ def pose(spec: StudySpec) -> Problem:
     """
     info = models.inspect(spec.model)
     target = load_target(spec.target)
-    if (rule := target.refuses_model(info)) is not None:
+    if (rule := cannot_run(target, info)) is not None:
         raise SpecError(f"target.name: {spec.target.name} cannot run {spec.model.id!r}: {rule}")
     info = dataclasses.replace(info, other_bytes=target.other_bytes(info, spec.model))
     objectives = {name: load_objective(name) for name in spec.measured}
@@ -168,6 +168,13 @@ def pose(spec: StudySpec) -> Problem:
             raise SpecError(f"objectives: target {spec.target.name} does not time {name}; it times {can}")
     if any(isinstance(o, LatencyObjective) for o in objectives.values()) and (missing := target.unavailable()):
         raise SpecError(f"target.name: {spec.target.name} cannot measure on this machine: {missing}")
+    images = info.images
+    passing = any(isinstance(o, LatencyObjective | EnergyObjective) for o in objectives.values())
+    if images is not None and passing and spec.target.prompt_tokens != images.tokens:
+        raise SpecError(
+            f"target.prompt_tokens: an image is {images.tokens} tokens to {spec.model.id!r}, no more and no less; set "
+            f"it to {images.tokens} (got {spec.target.prompt_tokens})"
+        )
     space = build_space(info, spec.space, spec.target.name, target)
     held = space.caches or "peak_memory_bytes" in objectives
     if held and info.max_positions is not None and spec.target.prompt_tokens > info.max_positions:
@@ -213,15 +220,16 @@ def prepare(spec: StudySpec) -> Prepared:
     Raises `BadInput` with one line for whatever does not fit.
     """
     problem = pose(spec)
+    info = problem.info
     if problem.reported:
-        from autoq.calibration.text import load_text
+        from autoq.calibration.data import check
 
-        load_text(spec.data)
+        check(spec.data, info)
     for name in problem.reported:
         objective = load_objective(name)
         if isinstance(objective, TaskObjective):
             kind = plugins.load("tasks.kinds", objective.answers, TaskKind)
-            kind.read(source_of(name, kind, spec), problem.info)
+            kind.read(source_of(name, kind, spec), info)
     proposals = _read_recipes(problem)
     # Readers of the store know no model: this is what a difference of two trials is priced by.
     tables: dict[str, Any] = {"layers": {layer.name: asdict(layer) for layer in problem.info.layers}}

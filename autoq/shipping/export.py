@@ -24,7 +24,7 @@ from autoq.scheme import Keep
 from autoq.shipping import manifest as files
 from autoq.shipping.card import card, frontier_picture
 from autoq.spec import StudySpec, TargetSpec, WorkersSpec
-from autoq.targets import Exported, Target, load_target
+from autoq.targets import Exported, Target, cannot_run, load_target
 
 if TYPE_CHECKING:
     from autoq.evaluation import Evaluator
@@ -148,7 +148,7 @@ def export(
     from autoq import models
 
     info = models.inspect(spec.model)
-    if (rule := target.refuses_model(info)) is not None:
+    if (rule := cannot_run(target, info)) is not None:
         raise BadInput(f"target {spec.target.name} cannot run {spec.model.id!r}: {rule}")
     refuse_unrunnable(trial, info, spec, target)
     with _beside(out) as folder:

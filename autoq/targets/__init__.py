@@ -101,8 +101,8 @@ class Runtime(abc.ABC):
 
     @abc.abstractmethod
     def outputs(self, tokens: Tensor) -> Tensor:
-        """Logits (tokens, vocabulary) float32 of one window of token ids (tokens,); final hidden states for
-        an encoder without a head."""
+        """Logits (tokens, vocabulary) float32 of one window of token ids (tokens,), or (1, classes) of one window or
+        image (channels, height, width); final hidden states for an encoder without a head."""
 
     def time(self, workload: TargetSpec) -> list[Measurement]:
         """End-to-end latency, one measurement (part `report`, kind `measured`) per phase; empty where the
@@ -130,6 +130,7 @@ class Target(abc.ABC):
     searched model as that is from the original.
     `rounds_per_token` says that a range of inputs that is found while running (`a8dyn`) is each token's own, and not
     that of all tokens that are multiplied together.
+    `reads_images` says that it runs models of images; `cannot_run` refuses them for all others.
     `runs_on` is the part of this machine whose meters tell the target's energy, if `meter` asks them.
     """
 
@@ -138,6 +139,7 @@ class Target(abc.ABC):
     latencies: ClassVar[frozenset[str]] = frozenset()
     predicts_only: ClassVar[bool] = False
     logits_tolerance: ClassVar[float] = 1e-4
+    reads_images: ClassVar[bool] = False
     runs_on: ClassVar[Part | None] = None
 
     def configured(self, workload: TargetSpec) -> Target:
@@ -263,6 +265,15 @@ class Target(abc.ABC):
 def load_target(workload: TargetSpec) -> Target:
     """The target that a spec's `target` section names and configures. Raises `SpecError`."""
     return plugins.load("targets", workload.plugin, Target).configured(workload)
+
+
+def cannot_run(target: Target, info: ModelInfo) -> str | None:
+    """Why a target cannot run a model at all (one clause), or None: by what it reads, or by its `refuses_model`."""
+    if info.images is not None and not target.reads_images:
+        able = [name for name in plugins.names("targets") if plugins.load("targets", name, Target).reads_images]
+        choices = ", ".join(name.replace("_", "-") for name in able)
+        return f"it reads token ids, and {info.architecture} reads images; choose from {choices}"
+    return target.refuses_model(info)
 
 
 def missing_packages(packages: Sequence[str], extra: str) -> str | None:

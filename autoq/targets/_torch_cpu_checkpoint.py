@@ -3,8 +3,8 @@
 `model.safetensors` holds, for each quantized layer, exactly the tensors that its scheme ships
 (`NAME.weight.codes`, `.scales`, `.zeros`, `.input_scales`), and every other tensor of the model under its own name; a
 tensor that several names share is stored once. Its metadata say what each layer is. `config.json` and
-the tokenizer's files are the model's own. Codes are packed for the kernels of the machine that loads
-them, as packed layouts differ between machines.
+the files of the tokenizer, or image processor, are the model's own. Codes are packed for the kernels of the
+machine that loads them, as packed layouts differ between machines.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from autoq.assignment import Assignment
 from autoq.errors import AutoQError, BadInput, ExportBroken
 from autoq.kv_cache import Cache
-from autoq.layer import Layer, ModelInfo
+from autoq.layer import Images, Layer, ModelInfo
 from autoq.measurement import Measurement
 from autoq.methods import QuantizedWeight
 from autoq.methods._weights import restore
 from autoq.models import experts
 from autoq.models.inspection import architecture, attention, read_config
 from autoq.models.loaded import LoadedModel
-from autoq.models.loading import read_tokenizer
+from autoq.models.loading import read_preparation
 from autoq.models.quiet import quiet
 from autoq.scheme import Keep, Scheme, parse_scheme
 from autoq.spec import ModelSpec, TargetSpec
@@ -92,7 +92,9 @@ class Checkpoint:
             )
             labels = tuple(told["info"].get("labels", ()))
             caches = tuple(Cache(**facts) for facts in told["info"].get("caches", ()))
-            self.info = ModelInfo(**{**told["info"], "layers": layers, "labels": labels, "caches": caches})
+            images = None if told["info"].get("images") is None else Images(**told["info"]["images"])
+            own = {"layers": layers, "labels": labels, "caches": caches, "images": images}
+            self.info = ModelInfo(**{**told["info"], **own})
             self.aliases: dict[str, str] = dict(told["aliases"])
             self.quantized = {
                 name: self._take(tensors, self.info.layer(name), parse_scheme(text))
@@ -135,8 +137,8 @@ class Checkpoint:
                 )
             experts.split(model)
             self._fill(model)
-            tokenizer = read_tokenizer(spec, self.folder)
-        loaded = LoadedModel(model, tokenizer, self.info)
+            prepared_by = read_preparation(spec, self.folder, self.info)
+        loaded = LoadedModel(model, prepared_by, self.info)
         forwards, _ = assemble(loaded, self.quantized, engine)
         for module, forward in forwards:
             module.forward = forward
@@ -192,7 +194,7 @@ class TorchCpuRuntime(Runtime):
 
 
 def load(folder: Path, engine: Chooser) -> tuple[Any, Any]:
-    """The transformers model on packed kernels and its tokenizer. Raises `AutoQError`."""
+    """The transformers model on packed kernels and its tokenizer or image processor. Raises `AutoQError`."""
     if not (folder / WEIGHTS).is_file():
         raise AutoQError(f"{str(folder)!r} holds no {WEIGHTS}")
     loaded = Checkpoint(folder).build(engine)

@@ -54,7 +54,7 @@ class Session:
 
     Decoder-only models prefill the prompt and compute the logits of its last position only, where
     the architecture can. Encoder-decoders prefill the encoder and the decoder's start token, and a
-    step is the decoder's. Encoders, masked models and classifiers have no steps.
+    step is the decoder's. Encoders, masked models and classifiers have no steps; those of images read a batch of them.
     """
 
     def __init__(self, model: LoadedModel, workload: TargetSpec) -> None:
@@ -68,6 +68,12 @@ class Session:
             )
         self._model = model.model
         generator = torch.Generator().manual_seed(0)
+        self._images: Tensor | None = None
+        if info.images is not None:
+            pixels = (workload.batch_size, info.images.channels, info.images.height, info.images.width)
+            dtype = getattr(torch, info.dtype)
+            self._images = torch.randn(pixels, generator=generator).to(model.device, dtype)
+            return
         shape = (workload.batch_size, workload.prompt_tokens)
         self._prompt = torch.randint(info.vocab_size, shape, generator=generator).to(model.device)
         self._token = self._prompt[:, -1:].clone()
@@ -79,6 +85,9 @@ class Session:
 
     def prefill(self) -> dict[str, Any]:
         """Run the prompt; returns what the next step needs."""
+        if self._images is not None:
+            self._model(pixel_values=self._images)
+            return {}
         if self._task in ONE_PASS:
             self._model(input_ids=self._prompt)
             return {}

@@ -37,6 +37,7 @@ class Described(Target):
     latencies = frozenset({"latency_decode_ms", "latency_prefill_ms"})
     rounds_per_token = True
     predicts_only = True
+    reads_images = True
 
     def __init__(self, source: str | None = None) -> None:
         self._source = source

@@ -24,6 +24,8 @@ _GROUP_SIZES = (64, 32, 128)  # the first is the one that baselines prefer
 class Generic(Target):
     """No runtime in particular."""
 
+    reads_images = True
+
     def grid(self) -> Grid:
         """The usual integer formats. Other methods, widths and groups are there for who names them."""
         from autoq.methods import Grid

@@ -26,6 +26,18 @@ if TYPE_CHECKING:
 
 _OPERATIONS = ("_weight_int8pack_mm", "_weight_int4pack_mm_for_cpu", "_convert_weight_to_int4pack_for_cpu")
 
+_RUN = """import autoq
+
+model, tokenizer = autoq.load({folder!r})
+ids = tokenizer("The quick brown fox", return_tensors="pt")
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=20)[0]))"""
+_RUN_ON_AN_IMAGE = """import autoq
+from PIL import Image
+
+model, processor = autoq.load({folder!r})
+pixels = processor(Image.open("image.png").convert("MODE"), return_tensors="pt").to(model.dtype)
+print(model.config.id2label[int(model(**pixels).logits.argmax())])"""
+
 
 class TorchCpu(Target):
     """PyTorch's CPU kernels."""
@@ -33,6 +45,7 @@ class TorchCpu(Target):
     latencies = frozenset({"latency_decode_ms", "latency_prefill_ms"})
     # In bfloat16, SmolLM2 itself is 0.0012 from its float32 evaluation, and int4 kernels 0.0022 from theirs.
     logits_tolerance = 5e-3
+    reads_images = True
     runs_on = "cpu"
 
     def grid(self) -> Grid:
@@ -181,9 +194,8 @@ class TorchCpu(Target):
         from autoq.targets import _torch_cpu_checkpoint as checkpoint
 
         checkpoint.write(model, weights, folder)
-        run = "import autoq\n\nmodel, tokenizer = autoq.load({folder!r})\n"
-        run += 'ids = tokenizer("The quick brown fox", return_tensors="pt")\n'
-        run += "print(tokenizer.decode(model.generate(**ids, max_new_tokens=20)[0]))"
+        images = model.info.images
+        run = _RUN if images is None else _RUN_ON_AN_IMAGE.replace("MODE", "L" if images.channels == 1 else "RGB")
         return Exported("safetensors for PyTorch's CPU kernels", (checkpoint.WEIGHTS,), run)
 
     def reload(self, folder: Path, threads: int | None = None) -> Runtime:
@@ -195,7 +207,7 @@ class TorchCpu(Target):
 
 
 def load(folder: Path, threads: int | None = None) -> tuple[Any, Any]:
-    """The transformers model and the tokenizer of an export: see `autoq.load`."""
+    """The transformers model and the tokenizer (or image processor) of an export: see `autoq.load`."""
     import torch
 
     from autoq.targets import _torch_cpu_checkpoint as checkpoint

@@ -5,17 +5,19 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from autoq.errors import DataRefused
+from autoq.layer import ModelInfo
 from autoq.tasks import Examples, Row, Source
 from autoq.user_path import user_path
 
 _SUFFIXES = (".jsonl", ".csv")
+Check = Callable[[Row, ModelInfo], Row]
 
 
 def read_rows(source: Source, columns: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -24,9 +26,7 @@ def read_rows(source: Source, columns: Mapping[str, str]) -> Iterator[tuple[str,
     `columns` maps each column that is needed to what it holds. Raises `DataRefused` with one line.
     """
     spec, path = source.spec, user_path(source.spec.source)
-    if unknown := sorted(spec.columns.keys() - columns):
-        raise DataRefused(f"{source.field}.columns: no column {unknown[0]!r}; choose from {', '.join(columns)}")
-    named = {name: spec.columns.get(name, name) for name in columns}
+    named = _named(source, columns)
     if path.is_file() and path.suffix in _SUFFIXES:
         rows = (_json_lines if path.suffix == ".jsonl" else _csv)(source, path)
     elif path.is_file() or path.suffix in _SUFFIXES:
@@ -43,6 +43,13 @@ def read_rows(source: Source, columns: Mapping[str, str]) -> Iterator[tuple[str,
                     f"has {has}: say columns: {{{name}: ITS NAME}}"
                 )
         yield place, {name: row[theirs] for name, theirs in named.items()}
+
+
+def _named(source: Source, columns: Mapping[str, str]) -> dict[str, str]:
+    """What the source calls each of the columns that are needed. Raises `DataRefused`."""
+    if unknown := sorted(source.spec.columns.keys() - columns):
+        raise DataRefused(f"{source.field}.columns: no column {unknown[0]!r}; choose from {', '.join(columns)}")
+    return {name: source.spec.columns.get(name, name) for name in columns}
 
 
 def _or(path: Path) -> str:
@@ -103,11 +110,59 @@ def split(source: Source, rows: Sequence[Row]) -> Examples:
     spec = source.spec
     unique = list({json.dumps(row, sort_keys=True, default=str): row for row in rows}.values())
     wanted = spec.search_examples + spec.report_examples
-    if len(unique) < wanted:
-        raise DataRefused(
-            f"{source.field}: {spec.source!r} has {len(unique)} examples that differ, and {wanted} are needed "
-            f"(search_examples {spec.search_examples}, report_examples {spec.report_examples}): ask for fewer"
-        )
+    refuse_too_few(source, len(unique))
     order = np.random.default_rng(source.seed).permutation(len(unique))[:wanted]
     drawn = [unique[i] for i in order]
     return Examples(drawn[: spec.search_examples], drawn[spec.search_examples :])
+
+
+def refuse_too_few(source: Source, available: int) -> None:
+    """Raise `DataRefused` where a task asks for more examples than its source has."""
+    spec = source.spec
+    if available < spec.search_examples + spec.report_examples:
+        raise DataRefused(
+            f"{source.field}: {spec.source!r} has {available} examples that differ, and "
+            f"{spec.search_examples + spec.report_examples} are needed (search_examples {spec.search_examples}, "
+            f"report_examples {spec.report_examples}): ask for fewer"
+        )
+
+
+def read_images(source: Source, columns: Mapping[str, str], info: ModelInfo, check: Check) -> Examples:
+    """Both parts of a task of images, `columns["image"]`, drawn as `autoq.calibration.images` says; no more rows are
+    read than that takes. A row has its image as bytes, decoded once to be sure, and its `place`.
+
+    `check` is `TaskKind.check`, which raises `ValueError`. Raises `DataRefused` with one line.
+    """
+    from autoq.calibration import images
+
+    assert info.images is not None
+    spec = source.spec
+    named = _named(source, columns)
+    wanted = spec.search_examples + spec.report_examples
+    images.fits(wanted, info.images, source.field)
+    others = {name: theirs for name, theirs in named.items() if name != "image"}
+    drawn = images.Rows(spec, source.field, named["image"], source.seed, list(others.values()))
+    found: list[Row] = []
+    for each in drawn:
+        if len(found) == wanted:
+            break
+        row = {"image": each.content, "place": each.place}
+        row |= {
+            name: _class_name(drawn.rows.features[theirs], each.others[theirs], info) for name, theirs in others.items()
+        }
+        try:
+            images.decoded(each.content, info.images.channels)
+            found.append(check(row, info))
+        except ValueError as problem:
+            raise DataRefused(f"{source.field}: {spec.source!r}, {each.place}: {problem}") from None
+    refuse_too_few(source, len(found))
+    return Examples(found[: spec.search_examples], found[spec.search_examples :])
+
+
+def _class_name(feature: Any, value: Any, info: ModelInfo) -> Any:
+    """A number that the dataset has a name for as that name, where the names are the model's too: a folder of images
+    numbers its classes by their names' order, and the model in its own."""
+    names = getattr(feature, "names", None)
+    if not isinstance(names, list) or not isinstance(value, int) or not 0 <= value < len(names):
+        return value
+    return names[value] if set(names) & set(info.labels) else value

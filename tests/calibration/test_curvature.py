@@ -45,6 +45,12 @@ class Toy:
     def positions(self, tokens):
         return tokens
 
+    def length(self, data):
+        return data.shape[1]
+
+    def tokens(self, data):
+        return data.numel()
+
     def outputs(self, ids):
         hidden = 0
         for run in range(self.runs):

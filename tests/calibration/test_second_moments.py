@@ -33,6 +33,12 @@ class Wired:
     def positions(self, tokens):
         return tokens
 
+    def length(self, data):
+        return data.shape[1]
+
+    def tokens(self, data):
+        return data.numel()
+
     def outputs(self, ids):
         hidden = 0
         for run in self.wiring[int(ids[0, 0]) // 12]:

@@ -296,7 +296,7 @@ def test_text_that_is_all_in_parts_leaves_the_calibration_part(made, tmp_path):
     all_of_it = spec.data.model_copy(update={"report_tokens": 64 * (len(free) + 3)})
     evaluator.spec = spec.model_copy(update={"data": all_of_it})
     assert recovery_data(evaluator, None, notes.append) is evaluator.parts.calibration
-    assert notes == ["all text is in the study's parts; training on the calibration part"]
+    assert notes == ["all data are in the study's parts; training on the calibration part"]
     assert assignment
 
 
