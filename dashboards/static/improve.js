@@ -1,6 +1,6 @@
 /** Make a trial better: its layers quantized once more in sequence, or trained; what comes of it is another trial. */
 import { ask, studyPage, studyPath } from "./api.js";
-import { fill, h, say } from "./dom.js";
+import { calm, fill, h, say } from "./dom.js";
 import { counted, objectiveName, withError } from "./format.js";
 import { follow } from "./live.js";
 import { holders, standings, waits } from "./queue.js";
@@ -72,12 +72,12 @@ export function improvePanel(root, study, trial, told) {
       problem.hidden = true;
       [job, state, message, since, seen] = [kind, found.state, null, found.queued_at, found.changes];
       say(`Queued: trial ${trial.number} is to be ${MADE[kind]}.`);
-      await look();
     } catch (refused) {
       problem.hidden = false;
       fill(problem, refused.message);
     }
     show();
+    look().catch(later);
   };
 
   root.classList.add("improve");
@@ -162,15 +162,21 @@ export function improvePanel(root, study, trial, told) {
     // In this order: what a study that is over made is among its trials by then.
     const now = await ask(studyPath(name), { cache: "no-store" });
     const found = await ask(`${studyPath(name, "trials")}?parent=${trial.number}&limit=1000`, { cache: "no-store" });
+    await calm();
     if (now.changes < seen) return; // another look was faster
+    if (found.trials.length !== children.length) told(found.trials);
     children = found.trials;
     [state, message, since, seen] = [now.state, now.message, now.queued_at, now.changes];
-    told(children);
     show();
     await progress();
   }
 
+  /** A server that does not answer at the moment is asked again. */
+  function later({ status }) {
+    if (status === 0 || status >= 500) setTimeout(() => look().catch(later), 1500);
+  }
+
   show();
-  look().catch(() => {});
-  follow(studyPath(name, "events"), ["change", "gone"], () => look().catch(() => {}), () => Boolean(job) || GOING.has(state));
+  look().catch(later);
+  follow(studyPath(name, "events"), ["change", "gone"], () => look().catch(later), () => Boolean(job) || GOING.has(state));
 }

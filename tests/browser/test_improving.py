@@ -17,6 +17,7 @@ from playwright.sync_api import Page, Route, expect
 from autoq.assignment import Assignment
 from autoq.store import Descent, Origin, Store, StudyRecord, TrialRecord
 
+pytestmark = pytest.mark.timeout(900)
 KL = "kl_nats_per_token"
 
 

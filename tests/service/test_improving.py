@@ -176,6 +176,7 @@ sys.exit(runner.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.timeout(600)
 def test_a_runner_that_is_killed_and_one_that_gives_way_make_one_trial(real, monkeypatch):
     store, study = real, real.study("mine")
     monkeypatch.setattr(holding, "LOOK_SECONDS", 0.0)
