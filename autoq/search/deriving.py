@@ -36,16 +36,6 @@ def here(spec: StudySpec) -> Executor:
     return LocalExecutor(spec, make_evaluator)
 
 
-def derivable(store: Store, study_id: int, number: int, done: str) -> TrialRecord:
-    """The trial, with its assignment. Raises `NotFound`, and `BadInput` for one that is not complete; `done` is what
-    it cannot be then."""
-    trial = store.trial(study_id, number)
-    if trial.state != "complete" or trial.assignment is None:
-        name = store.study(study_id).name
-        raise BadInput(f"trial {number} of {name!r} is {trial.state}; only a complete one can be {done}")
-    return trial
-
-
 def derive(
     store: Store,
     parent: TrialRecord,
@@ -120,6 +110,8 @@ class _Derivation:
                 assignment = Assignment(own, {**own.trained, **digests}, own.caches)
                 if (same := self.store.find(study_id, assignment.hash)) is not None:
                     self.observer.note(f"this is trial {same.number}, which was made likewise before")
+                    # Whoever made it may have ended before it was reported; what was reported is not done again.
+                    report(problem, self.store, study_id, executor, self.observer, also=[same.number])
                     return same.number
                 contents = dict(layers.values())
                 trained.place(assignment, lambda digests: {digest: contents[digest] for digest in digests})

@@ -12,12 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from autoq import trained
 from autoq.cache import cache_dir
-from autoq.errors import BadInput
-from autoq.search.deriving import Layers, derivable, derive, here
+from autoq.search.deriving import Layers, derive, here
 from autoq.search.executors import Executor, Job
 from autoq.search.holding import Hold
+from autoq.search.lineage import recoverable
 from autoq.search.observer import Observer
 from autoq.search.stages import run_job
 from autoq.search.training import Training
@@ -46,13 +45,7 @@ def recover_trial(
     """
     observer = observer or Observer()
     training.check()
-    parent = derivable(store, study_id, number, "trained")
-    assert parent.assignment is not None
-    if not any(map(trained.trainable, parent.assignment.values())):
-        raise BadInput(
-            f"trial {number} of {parent.study!r} has nothing to train: integer schemes and codebooks can be, awq, "
-            "smooth and others not"
-        )
+    parent = recoverable(store, study_id, number)
 
     def train(executor: Executor, trial: TrialRecord, watching: Observer) -> tuple[Layers, Mapping[str, Any]]:
         return _train(executor, trial, training, watching)

@@ -13,8 +13,10 @@ from typing import Any
 
 from autoq.errors import BadInput
 from autoq.scheme import Keep
-from autoq.search.deriving import Layers, derivable, derive, here
+from autoq.search.deriving import Layers, derive, here
 from autoq.search.executors import Executor, Job
+from autoq.search.holding import Hold
+from autoq.search.lineage import sequenceable
 from autoq.search.observer import Observer
 from autoq.search.stages import run_job
 from autoq.spec import StudySpec
@@ -27,20 +29,17 @@ def sequence_trial(
     number: int,
     observer: Observer | None = None,
     make: Callable[[StudySpec], AbstractContextManager[Executor]] = here,
+    hold: Hold | None = None,
 ) -> TrialRecord:
     """Quantize trial `number` in sequence and store the result as a new trial with both parts measured; the new trial.
 
     Where that was done before, that trial. Raises `NotFound` for a trial that is not there, and `BadInput` for one that
     is not complete or none of whose layers is quantized, and for a study that is not finished. The study is
-    left as it was but for the trial, whatever happens.
+    left as it was but for the trial, whatever happens. A queue's process has it in `hold`.
     """
     observer = observer or Observer()
-    parent = derivable(store, study_id, number, "quantized in sequence")
-    if parent.origin == "sequential":
-        raise BadInput(
-            f"trial {number} of {parent.study!r} was quantized in sequence already, from trial {parent.parent}"
-        )
-    return derive(store, parent, "sequential", _make, observer, make)
+    parent = sequenceable(store, study_id, number)
+    return derive(store, parent, "sequential", _make, observer, make, hold)
 
 
 def sequence_trials(

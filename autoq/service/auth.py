@@ -3,7 +3,7 @@
 | role | sees | may change |
 |---|---|---|
 | viewer | the studies of its user | nothing |
-| submitter | the studies of its user | those: submit, cancel, remove, resume, refine, export, remark |
+| submitter | the studies of its user | those: submit, cancel, remove, resume, refine, improve, export, remark |
 | admin | every study | every study, and the tokens |
 
 Another user's study is answered as one that is not there. A server on loopback whose database never had a token is

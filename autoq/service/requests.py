@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -42,6 +42,7 @@ class ResumeBody(Asked):
     trials: Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)] | None = None
 
 
+MAX_STEPS = 10**6  # as `search.training` has it
 Limit = Annotated[float, Field(strict=True)] | Annotated[str, Field(min_length=1, max_length=40)]
 
 
@@ -52,6 +53,21 @@ class RefineBody(Asked):
     min: dict[Name, Limit] = Field(default_factory=dict, max_length=16)
     best: Name | None = None
     n: Annotated[int, Field(strict=True, ge=1, le=64)] = 1
+
+
+class RecoverBody(Asked):
+    """How to train a trial: so many updates of each layer, each by so many windows of text, on at most so many tokens
+    (null: all that are in no part of the study). `rate` multiplies the usual learning rates; `how`: all layers
+    together by the model's answers, or one block of the model after the other by what it gives."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"steps": 200}, {"steps": 50, "how": "blocks"}]})
+
+    steps: Annotated[int, Field(strict=True, ge=1, le=MAX_STEPS)]
+    tokens: Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)] | None = None
+    windows: Annotated[int, Field(strict=True, ge=1, le=MAX_STEPS)] = 1
+    rate: Annotated[float, Field(strict=True, gt=0, lt=1000)] = 1.0
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = 0
+    how: Literal["model", "blocks"] = "model"
 
 
 class ExportBody(Asked):

@@ -6,6 +6,7 @@ It takes the study's lease, so that whoever starts a second one finds it busy, a
 
     {"kind": "run"}                                                       to the end of the budget
     {"kind": "refine", "max": {…}, "min": {…}, "n": 2, "best": …}         offers of the model become trials
+    {"kind": "sequential", "trial": 23}                                   a trial is quantized once more, in sequence
     {"kind": "recover", "trial": 23, "training": {"steps": 200, …}}       a trial is trained
 
 What it is asked to (`cancel`, `yield`) is heard between trials; SIGTERM has the study wait again. It ends with 0 when
@@ -102,6 +103,13 @@ def _refine(hold: Hold, study: StudyRecord, job: Mapping[str, Any], make: Make |
     )  # fmt: skip
 
 
+def _sequential(hold: Hold, study: StudyRecord, job: Mapping[str, Any], make: Make | None) -> None:
+    from autoq.search.deriving import here
+    from autoq.search.sequencing import sequence_trial
+
+    sequence_trial(hold.store, study.id, job["trial"], _log(), make or here, hold)
+
+
 def _recover(hold: Hold, study: StudyRecord, job: Mapping[str, Any], make: Make | None) -> None:
     from autoq.search.deriving import here
     from autoq.search.recovering import recover_trial
@@ -113,6 +121,7 @@ def _recover(hold: Hold, study: StudyRecord, job: Mapping[str, Any], make: Make 
 _JOBS: Mapping[str, Callable[[Any, StudyRecord, Mapping[str, Any], Make | None], None]] = {
     "run": _run,
     "refine": _refine,
+    "sequential": _sequential,
     "recover": _recover,
 }
 

@@ -14,7 +14,7 @@ taken before a clock was set back, or the machine began anew, and has ended.
              ▼                ▼                       │
     submit ─► queued ── a runner takes the lease ─► running ─► finished | failed | interrupted | cancelled
                 ▲                                                 │
-                └────────────── resume, refine, recover ──────────┘
+                └────────────── resume, refine, … ────────────────┘
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Queue(SubmissionQueue, ExportQueue, StudyRemoval):
     ) -> StudyRecord:
         """Queue a study that is there: to go on to the end of its budget, which `trials` raises, or for another `job`.
 
-        A finished study has nothing to go on with but more trials, and a job that adds trials (refine, recover) is
+        A finished study has nothing to go on with but more trials, and a job that adds trials (refine, recover, …) is
         for finished ones alone: `Conflict` otherwise, as for what is queued or running. Raises `BadInput` for no
         more trials than it has had, and `LimitReached`.
         """

@@ -348,15 +348,18 @@ class Store:
         after: int | None = None,
         limit: int | None = None,
         changed_since: int | None = None,
+        parent: int | None = None,
     ) -> list[TrialRecord]:
         """The trials of a study in the order of their numbers.
 
         `states` keeps those in one of them. `after` and `limit` page: numbers greater than `after`, at
         most `limit` of them. `changed_since` keeps what changed after that count of the study's
-        `changes`, frontier membership included.
+        `changes`, frontier membership included. `parent` keeps what was made of that trial.
         """
         t = m.trials.c
         where = [t.study_id == study_id]
+        if parent is not None:
+            where.append(t.parent == parent)
         if states is not None:
             where.append(t.state.in_(states))
         if after is not None:

@@ -1,8 +1,9 @@
-/** One trial: what was measured and how, what it is made of, what people noted, and how to ship it. */
+/** One trial: what was measured and how, what it is made of, what people noted, what can be made of it, and how to ship it. */
 import { ask, studyPage, studyPath } from "./api.js";
 import { at, complain, fill, h, pageData, table } from "./dom.js";
 import { exportPanel } from "./export.js";
 import { counted, duration, objectiveName, provenance, withError } from "./format.js";
+import { improvePanel, made } from "./improve.js";
 import { download } from "./plot.js";
 import { remarksForm } from "./remarks.js";
 import { typing } from "./shell.js";
@@ -15,11 +16,10 @@ function head() {
   fill(at("state"), h("span", { class: `state ${trial.state}` }, trial.state));
   const link = (number, text) => h("a", { href: studyPage(name, number) }, text);
   fill(at("facts"),
-    h("span", {}, trial.baseline ? `baseline ${trial.baseline}` : { sampler: "proposed by the sampler", seed: "a seed", refine: "measured on request", recover: "trained" }[trial.origin] ?? trial.origin),
+    h("span", {}, trial.baseline ? `baseline ${trial.baseline}` : trial.parent !== null ? [made(trial), ", of ", link(trial.parent, `trial ${trial.parent}`)] : { sampler: "proposed by the sampler", seed: "a seed", refine: "measured on request" }[trial.origin] ?? trial.origin),
     trial.on_frontier ? h("span", {}, "on the frontier") : trial.state === "complete" ? h("span", {}, trial.feasible === false ? "infeasible" : "dominated") : null,
-    trial.parent !== null ? h("span", {}, "trained from ", link(trial.parent, `trial ${trial.parent}`)) : null,
     trial.duplicate_of !== null ? h("span", {}, "the same assignment as ", link(trial.duplicate_of, `trial ${trial.duplicate_of}`)) : null,
-    trial.derived.length ? h("span", {}, "trained further: ", trial.derived.map((number, i) => [i ? ", " : "", link(number, `trial ${number}`)])) : null,
+    trial.derived.length ? h("span", {}, "made into ", trial.derived.map((number, i) => [i ? ", " : "", link(number, `trial ${number}`)])) : null,
     trial.seconds !== null ? h("span", {}, duration(trial.seconds), trial.worker ? ` on ${trial.worker}` : "") : null,
     trial.attempt > 1 ? h("span", {}, `attempt ${trial.attempt}`) : null);
   fill(at("actions"),
@@ -102,6 +102,10 @@ measurements();
 failure();
 assignment();
 remarksForm(at("remarks"), name, trial.number);
+improvePanel(at("improve"), study, trial, (children) => {
+  trial.derived = children.map((child) => child.number);
+  head();
+});
 exportPanel(at("export"), study, trial);
 const map = figureCard("Layers", name, "layer_map", { options: () => ({ trial: trial.number, by: "scheme" }) });
 at("layers").replaceWith(map.card.querySelector(".figure"));

@@ -140,6 +140,8 @@ REQUESTS = [
     ("POST", f"{THERE}/resume", holding(trials=NO_NUMBER), "trials"),
     ("POST", f"{THERE}/refine", holding(max=st.dictionaries(TEXT, SCALARS, min_size=1)), None),
     ("POST", f"{THERE}/refine", holding(max={"size_bytes": "90MB"}, n=NO_NUMBER | st.none() | st.integers(65)), "n"),
+    ("POST", f"{THERE}/trials/0/recover", holding(steps=NO_NUMBER | st.none()), "steps"),
+    ("POST", f"{THERE}/trials/0/recover", holding(steps=3, how=no_name("model", "blocks")), "how"),
     ("POST", f"{THERE}/exports", holding(trial=NO_TRIAL), "trial"),
     ("POST", f"{THERE}/exports", holding(trial=TEXT), None),
     (

@@ -350,7 +350,10 @@ def test_a_training_in_the_queue_gives_way_and_goes_on_to_the_same_end(made, mon
     assert (store.study(study.id).state, len(store.trials(study.id))) == ("finished", had + 1)
     # What goes wrong is said on the study, which stays finished.
     keep = next(t for t in store.trials(study.id) if t.baseline == "unquantized")
-    jobs.recover(store, study.id, keep.number, {"steps": 3})
+    with pytest.raises(BadInput, match="has nothing to train"):
+        jobs.recover(store, study.id, keep.number, {"steps": 3})
+    training = {"steps": 3}
+    store.queue.enqueue(study.id, job={"kind": "recover", "trial": keep.number, "training": training})
     assert runner.run(store, study.id) == 1
     record = store.study(study.id)
     assert record.state == "finished"

@@ -255,6 +255,7 @@ PATHS = (
     "/api/v1/studies", "/api/v1/studies/mine", "/api/v1/studies/mine/trials", "/api/v1/studies/mine/frontier",
     "/api/v1/studies/mine/pick", "/api/v1/studies/mine/diff", "/api/v1/studies/mine/trials/3",
     "/api/v1/studies/mine/trials/3/assignment", "/api/v1/studies/mine/trials/3/remark", "/api/v1/studies/mine/refine",
+    "/api/v1/studies/mine/trials/3/sequential", "/api/v1/studies/mine/trials/3/recover",
     "/api/v1/studies/mine/resume", "/api/v1/studies/mine/cancel", "/api/v1/studies/mine/exports",
     "/api/v1/studies/mine/sensitivity", "/api/v1/studies/mine/figures/frontier", "/api/v1/specs:check",
     "/api/v1/tokens", "/api/v1/tokens/1", "/api/v1/session", "/api/v1/exports/1", "/api/v1/exports/1/download",

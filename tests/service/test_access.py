@@ -17,6 +17,7 @@ BODIES = {
     "/api/v1/studies/{study}/refine": {"max": {"size_bytes": "90MB"}},
     "/api/v1/studies/{study}/resume": {"trials": 100},
     "/api/v1/studies/{study}/exports": {"trial": 3},
+    "/api/v1/studies/{study}/trials/{number}/recover": {"steps": 3},
     "/api/v1/studies/{study}/trials/{number}/remark": {"note": "x"},
     "/api/v1/tokens": {"name": "x", "user": "eve", "role": "admin"},
     "/api/v1/session": {"token": "x"},

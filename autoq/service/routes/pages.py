@@ -11,7 +11,7 @@ from fastapi import APIRouter, Path, Request, Response
 from fastapi.responses import HTMLResponse, PlainTextResponse
 
 from autoq.errors import NotFound
-from autoq.service import assets
+from autoq.service import assets, jobs
 from autoq.service.context import Stored, Visible
 
 router = APIRouter(include_in_schema=False)
@@ -96,6 +96,8 @@ def trial_page(
         "attempt": trial.attempt,
         "sampler": _finite(trial.sampler_attrs),
         "derived": store.feed.derived(study.id, number),
+        "improvable": jobs.improvable(store, study.id, number),
+        "job": jobs.of_trial(store, study.id),
     }
     data = {"study": store.study(study.id).to_json(), "trial": facts}
     return _page(request, "trial.html", "", templates=_plot_templates(), data=data)

@@ -1,11 +1,11 @@
-"""What changes studies: submit, cancel, remove, resume, refine; and the questions that need a model."""
+"""What changes studies: submit, cancel, remove, resume, refine, improve; and the questions that need a model."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 
 from anyio import to_thread
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Header, Path, Query, Request, Response
 
 from autoq import documents
 from autoq.errors import AutoQError, BadInput, GaveUp, LimitReached, StoreError, Unavailable
@@ -13,7 +13,7 @@ from autoq.service import jobs
 from autoq.service.answers import answer
 from autoq.service.context import WAKES, Asks, Configured, Stored, Visible
 from autoq.service.errors import Refusal, field_of
-from autoq.service.requests import CheckBody, RefineBody, ResumeBody, SubmitBody
+from autoq.service.requests import CheckBody, RecoverBody, RefineBody, ResumeBody, SubmitBody
 from autoq.service.schemas import CheckAnswer, OfferAnswer, RemovalAnswer, StudyAnswer
 from autoq.service.submitting import backroom_of, read_spec
 
@@ -27,6 +27,7 @@ Key = Annotated[
         description="Of the client's making. The same one again gives the same study, however often it is sent.",
     ),
 ]
+Number = Annotated[int, Path(ge=0, le=2**31 - 1, description="A trial's number.")]
 _AGAIN: dict[int | str, dict[str, Any]] = {
     200: {"model": StudyAnswer, "description": "The study that was submitted under this key before"}
 }
@@ -86,6 +87,21 @@ def refine_study(store: Stored, settings: Configured, study: Visible, body: Refi
     """Queue up to `n` trials of what the study's model offers within limits."""
     limit = settings.limits.waiting_studies
     return answer(jobs.refine(store, study.id, body.max, body.min, body.n, body.best, limit).to_json())
+
+
+@router.post("/studies/{study}/trials/{number}/sequential", response_model=StudyAnswer, dependencies=[WAKES])
+def sequence_trial(store: Stored, settings: Configured, study: Visible, number: Number) -> Response:
+    """Queue a trial's layers to be quantized once more, in sequence: a new trial of the same bytes. 409 where that was
+    done before; the message names the trial."""
+    limit = settings.limits.waiting_studies
+    return answer(jobs.sequential(store, study.id, number, limit).to_json())
+
+
+@router.post("/studies/{study}/trials/{number}/recover", response_model=StudyAnswer, dependencies=[WAKES])
+def recover_trial(store: Stored, settings: Configured, study: Visible, number: Number, body: RecoverBody) -> Response:
+    """Queue a trial to be trained: a new trial of the same bytes."""
+    limit = settings.limits.waiting_studies
+    return answer(jobs.recover(store, study.id, number, body.model_dump(), limit).to_json())
 
 
 @router.get("/studies/{study}/offer", response_model=OfferAnswer)

@@ -39,11 +39,16 @@ def list_trials(
     after: Annotated[int | None, Query(ge=-1, le=2**31 - 1, description="`next` of the page before.")] = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     assignments: bool = False,
+    parent: Annotated[
+        int | None, Query(ge=0, le=2**31 - 1, description="Only what was made of this trial: trained, in sequence.")
+    ] = None,
 ) -> Response:
     """A page of trials in the order of their numbers."""
 
     def make() -> dict[str, Any]:
-        found = store.trials(study.id, states=state or None, with_assignments=assignments, after=after, limit=limit + 1)
+        found = store.trials(
+            study.id, state or None, with_assignments=assignments, after=after, limit=limit + 1, parent=parent
+        )
         shown = found[:limit]
         following = shown[-1].number if len(found) > limit else None
         return documents.document(store.study(study.id), shown) | {"next": following}
