@@ -101,9 +101,10 @@ class Exporter:
 
     def clean(self) -> None:
         """Remove exports that are too old or too many, and folders that belong to none."""
+        # In this order: one that is finished meanwhile is among the second.
+        kept: set[str] = {str(e.id) for e in self._store.queue.exports(states=("queued", "running"))}
         finished = sorted(self._store.queue.exports(states=("finished",)), key=lambda e: e.id, reverse=True)
         oldest = datetime.now(UTC) - self._kept_days
-        kept: set[str] = {str(e.id) for e in self._store.queue.exports(states=("queued", "running"))}
         for place, export in enumerate(finished):
             if place < self._kept and (export.finished_at or export.created_at) >= oldest:
                 kept.add(str(export.id))

@@ -299,6 +299,8 @@ class Scheduler:
             return  # somebody else runs it by now
         store = self._store.under(study.id, epoch)
         try:
+            if store.study(study.id).state != study.state:
+                return  # it ended well after it was looked at, and so did its process
             job = store.table(study.id, JOB) or RUN
             ended: str = "failed" if job["kind"] == "run" else "finished"
             if store.queue.request(study.id) == "cancel":

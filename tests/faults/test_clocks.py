@@ -122,7 +122,7 @@ def test_a_controller_whose_clock_jumps_keeps_its_study(
                 time.sleep(dice.uniform(0, 0.05))
             process.stdin.write("\n")
             process.stdin.flush()
-        process.communicate(timeout=60)
+        process.communicate(timeout=250)
         assert process.returncode == 0
         made_up.check(store, study, None, whole)
         assert all(trial.attempt == 1 and 0 <= trial.seconds < 60 for trial in store.trials(study.id))
@@ -186,7 +186,7 @@ def test_a_token_lasts_as_long_as_was_said_whoever_made_it(server, shifted, hour
     url = server.fresh()
     shifted.set(hours * HOUR)
     made = shifted(TOKEN, url)
-    secret = made.communicate(timeout=60)[0].strip()
+    secret = made.communicate(timeout=250)[0].strip()
     with Store.open(url) as store:
         token = store.accounts.find(secret)
         assert token is not None

@@ -191,9 +191,9 @@ def test_killed_again_and_again(controllers, new_study, rounds) -> None:
             pid = controllers.start(study)
             # From before the lease is taken to after the last report.
             study.moment(dice, controllers, pid)
-            if left > 0 and not study.struck_twice():
-                with contextlib.suppress(ProcessLookupError):  # it has ended by itself
-                    os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+                freeze(pid)  # so that the trial that is struck is the one that is looked at
+                os.kill(pid, signal.SIGCONT if left == 0 or study.struck_twice() else signal.SIGKILL)
             if (found := controllers.ended(pid))[0] == KILLED:
                 left -= 1
                 moments[len(study.results())] += 1
@@ -209,32 +209,34 @@ def test_killed_again_and_again(controllers, new_study, rounds) -> None:
     print(f"results that were stored: {sorted(moments.items())}")
 
 
-def take_over(controllers: Controllers, study: Study, lease: float) -> tuple[int, int]:
-    """Two controllers want the study, again and again, until one gets it; its process id, and how many wanted it."""
+def take_over(controllers: Controllers, study: Study, lease: float) -> int:
+    """Two controllers want the study, again and again, until one has finished it; how many wanted it."""
     wanted = 0
     until = time.monotonic() + PATIENCE
     while time.monotonic() < until:
         both = [controllers.start(study, host, lease=lease) for host in ("-", "third")]
         wanted += 2
-        while both:
-            for pid in both:
-                if study.store.queue.lease(study.id).holder.split(":")[1] == str(pid):
-                    return pid, wanted
-            for pid in [pid for pid in both if not controllers.ends[pid].empty()]:
-                code, said = controllers.ended(pid)
-                assert code == BUSY, said
-                both.remove(pid)
+        ends = [controllers.ended(pid) for pid in both]
+        # On a busy machine one may lose it to the other, or come when that has finished it.
+        assert all(code in (BUSY, LOST) or (code, said) == (DONE, "finished") for code, said in ends), ends
+        if any(code == DONE for code, _ in ends):
+            return wanted
     raise AssertionError("nobody could take the study over")
+
+
+def freeze(pid: int) -> None:
+    """Stop a process and all of its threads. One that is in the kernel stops when it comes out."""
+    os.kill(pid, signal.SIGSTOP)
+    for task in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            while task.read_text().rpartition(") ")[2][0] not in "TtZX":
+                time.sleep(0.001)
 
 
 def stop(study: Study, pid: int) -> None:
     """Stop a process, but not while it writes to SQLite: its lock on the file would hold everybody up."""
     while True:
-        os.kill(pid, signal.SIGSTOP)
-        # A thread that is in the kernel stops when it comes out, and may have got the lock by then.
-        tasks = list(Path(f"/proc/{pid}/task").glob("*/stat"))
-        while not all(task.read_text().rpartition(") ")[2].startswith("T") for task in tasks):
-            time.sleep(0.001)
+        freeze(pid)
         if not study.store.address.startswith("sqlite"):
             return
         probe = sqlite3.connect(study.store.address.removeprefix("sqlite:///"), timeout=0.2, isolation_level=None)
@@ -254,20 +256,22 @@ def test_another_takes_over_and_the_first_changes_nothing_any_more(controllers, 
     dice, lease = random.Random(int(how)), rounds(2, LEASE_SECONDS)
     whole = new_study()
     assert controllers.ended(controllers.start(whole, pause=0.0)) == (DONE, "finished")
-    took, wanted = [], 0
-    for _ in range(rounds(1, 12)):
+    taken = wanted = 0
+    while taken < rounds(1, 12):
         study = new_study()
         first = controllers.start(study, "elsewhere", pause=3 * PAUSE, lease=lease)
         study.moment(dice, controllers, first)
-        if how is signal.SIGSTOP:
-            stop(study, first)
-        else:
-            os.kill(first, how)
-        struck, seen = time.monotonic(), study.results()
-        second, tries = take_over(controllers, study, lease)
-        took.append(time.monotonic() - struck)
-        wanted += tries
-        assert controllers.ended(second) == (DONE, "finished")
+        with contextlib.suppress(ProcessLookupError):
+            stop(study, first) if how is signal.SIGSTOP else freeze(first)
+        if study.store.study(study.id).state == "finished":  # before it was struck
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(first, signal.SIGCONT)
+            assert controllers.ended(first) == (DONE, "finished")
+            continue
+        os.kill(first, how)
+        seen = study.results()
+        wanted += take_over(controllers, study, lease)
+        taken += 1
         study.check_whole(seen)
         changes = study.store.study(study.id).changes
         if how is signal.SIGSTOP:
@@ -278,6 +282,4 @@ def test_another_takes_over_and_the_first_changes_nothing_any_more(controllers, 
             assert controllers.ended(first)[0] == KILLED
         assert study.outcome() == whole.outcome()
         assert study.store.study(study.id).changes == changes, "who has lost the study has written to it"
-    print(
-        f"{how.name}: {len(took)} of {wanted} took over after {min(took):.1f} to {max(took):.1f} s (lease {lease:g} s)"
-    )
+    print(f"{how.name}: {taken} of {wanted} took over (lease {lease:g} s)")

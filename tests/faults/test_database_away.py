@@ -143,6 +143,8 @@ def test_a_server_that_goes_down_in_the_middle_of_writes_pauses_the_study(
                 injector.join()
                 if problems:  # what comes of it says nothing of the study
                     raise problems[0]
+            while not reachable(store, study.id):  # the last fault may have come after the last trial
+                time.sleep(0.1)
             made_up.check(store, study, witness, whole(turn % 4))
         told = [note for note in witness.notes if "waiting for it" in note]
         assert len(told) == len([note for note in witness.notes if note.startswith("the database answers again")])
@@ -186,7 +188,7 @@ class Cutter:
             while data := client.recv(1 << 16):
                 if data == COMMIT and self.dice.random() < self.chance:
                     self.closed = time.monotonic() + self.dice.uniform(0, 0.3)
-                    if self.dice.random() < 0.5:
+                    if self.before <= self.after:  # by turns: each has to be there
                         self.before += 1
                         break
                     state["cut"] = True
@@ -293,6 +295,8 @@ def test_a_network_that_drops_everything_in_silence_pauses_the_study(
             if trial.number in self.moments:
                 self.knife = threading.Timer(dice.uniform(0, 0.02), self.cut)
                 self.knife.start()
+                if trial.number == max(self.moments):
+                    self.knife.join()  # or the study might be through before
 
         def cut(self):
             self.cut_at = time.monotonic()
@@ -366,7 +370,7 @@ def test_a_study_gives_up_after_the_limit_and_goes_on_when_it_is_resumed(
         try:
             with pytest.raises(StoreAway) as said:
                 run_study(store, study.id, witness, made_up.make)
-            assert time.monotonic() - started < 60
+            assert time.monotonic() - started < holdings.WAIT_SECONDS / 2
             assert re.fullmatch(
                 r"the database '\S+' [^\n]*, after 1 s of waiting[^\n]*; go on with: autoq resume made-up",
                 str(said.value),
@@ -394,7 +398,7 @@ def test_an_interrupt_ends_the_wait(server, spec, whole, made_up, beats):
         try:
             with pytest.raises(KeyboardInterrupt):
                 run_study(store, study.id, made_up.Witness(stop), made_up.make)
-            assert time.monotonic() - started < 60
+            assert time.monotonic() - started < holdings.WAIT_SECONDS / 2
         finally:
             server.start()
         run_study(store, study.id, None, made_up.make)
@@ -449,9 +453,14 @@ def test_a_database_that_another_program_locks_for_long(spec, whole, made_up, tm
         def lock(trial):
             if trial.number == 5:
                 blocker.exec_driver_sql("BEGIN IMMEDIATE")
-                threading.Timer(1.0, blocker.rollback).start()
 
-        witness = made_up.Witness(lock)
+        class Waits(made_up.Witness):
+            def note(self, text):
+                super().note(text)
+                if "waiting for it" in text:
+                    blocker.rollback()
+
+        witness = Waits(lock)
         run_study(store, study.id, witness, made_up.make)
         blocker.close()
         assert any("stays locked by another process; try again; waiting for it" in note for note in witness.notes)

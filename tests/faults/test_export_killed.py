@@ -13,7 +13,7 @@ from autoq.shipping.verify import verify
 from autoq.spec import build_spec
 from autoq.store import Store
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def export(commands, folder):
 
 def ended(process):
     """Its exit code and what it said on standard error."""
-    _, told = process.communicate(timeout=60)
+    _, told = process.communicate(timeout=250)
     return process.returncode, told
 
 

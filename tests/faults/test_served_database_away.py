@@ -110,7 +110,7 @@ def test_a_server_waits_for_its_database(server, tiny_model_dir, tmp_path, round
                 t["number"]: t["state"] for t in client.get("/api/v1/studies/whole/trials?limit=500").json()["trials"]
             }
             assert list(trials) == list(range(len(trials)))
-            until(lambda: follower.told == trials, 60)
+            until(lambda: follower.told == trials)
             follower.ended.set()
             found = store.study("whole")
             # Its process waited: nobody took it for dead, and nothing was sent out again.
@@ -124,7 +124,7 @@ def test_a_server_waits_for_its_database(server, tiny_model_dir, tmp_path, round
             assert "Traceback" not in text, text
             assert "s3cret" not in text
         process.terminate()
-        assert process.wait(timeout=90) == 0
+        assert process.wait(timeout=180) == 0
     finally:
         process.kill()
         process.wait()

@@ -21,9 +21,9 @@ import pytest
 
 from autoq.store import Store
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-PATIENCE = 120.0
+PATIENCE = 600.0
 TRIALS = 4
 
 # The real application, queue, scheduler and process model; nobody looks at a model, and trials are made up.

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -96,6 +97,14 @@ def test_a_crash_leaves_its_last_words_and_nothing_else(tmp_path: Path) -> None:
     assert list(home.iterdir()) == []
 
 
+def is_agent(pid: int) -> bool:
+    """Whether it is one of Ray's agents, also before it has given itself their name."""
+    with suppress(psutil.Error):
+        command = psutil.Process(pid).cmdline()
+        return any(part.endswith(("Agent", "dashboard/agent.py", "runtime_env/agent/main.py")) for part in command)
+    return False
+
+
 DRIVER = """
 import sys, time
 import psutil
@@ -106,7 +115,7 @@ from autoq.workers.executor import RayExecutor
 class Fake:
     def __init__(self, spec): pass
     def echo(self, value): return value
-    def nap(self): time.sleep(100)
+    def nap(self): time.sleep(1000)
 
 spec = StudySpec.model_validate(
     {"model": {"id": "demo:smollm2"}, "workers": {"executor": "ray", "count": 2, "cpus": 1}})
@@ -138,28 +147,27 @@ def start_driver() -> tuple[subprocess.Popen[str], Path, list[int]]:
 
 def test_an_interrupt_ends_everything_quickly() -> None:
     driver, folder, pids = start_driver()
-    start = time.monotonic()
     os.killpg(driver.pid, signal.SIGINT)
-    out, err = driver.communicate(timeout=90)
-    assert time.monotonic() - start < 90  # what it waits for takes 100
+    out, err = driver.communicate(timeout=240)  # what it waits for takes 1000
     assert driver.returncode == -signal.SIGINT
     assert err.rstrip().endswith("KeyboardInterrupt")
     assert out == ""
-    assert all(gone(pid, 20) for pid in pids)
+    assert all(gone(pid, 120) for pid in pids)
     assert not folder.exists()
 
 
 def test_a_killed_study_takes_its_workers_with_it() -> None:
     driver, folder, pids = start_driver()
     # Ray's two agents need a minute to notice; they hold neither the model nor a CPU.
-    agents = {pid for pid in pids if psutil.Process(pid).cmdline()[0].endswith("Agent")}
+    agents = {pid for pid in pids if is_agent(pid)}
     driver.kill()
-    driver.communicate(timeout=90)
+    driver.communicate(timeout=240)
     try:
         assert len(agents) == 2
-        assert all(gone(pid, 20) for pid in pids if pid not in agents)
+        assert all(gone(pid, 120) for pid in pids if pid not in agents)
     finally:
         for pid in agents:
-            if psutil.pid_exists(pid):
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        assert all(gone(pid, 120) for pid in agents)  # they write there
         shutil.rmtree(folder)

@@ -161,3 +161,22 @@ def test_what_cannot_be_exported_fails_in_one_line_and_leaves_nothing(store, exp
     assert "\n" not in found.message
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(str(asked))] == []
     assert not exporting.write(store, asked, tmp_path)  # it does not wait any more
+
+
+def test_what_is_finished_while_it_cleans_stays(store, exporter, export, tmp_path, monkeypatch):
+    asked = export()
+    writes = exporter()
+    folder = tmp_path / "exports" / str(asked)
+    assert store.queue.set_export(asked, "running", ["queued"], None, {"attempt": 1})
+    folder.mkdir()
+    looked = type(store.queue).exports
+
+    def look(self, *arguments, **named):
+        found = looked(self, *arguments, **named)
+        store.queue.set_export(asked, "finished", ["running"], None, {"stage": "finished"}, {"lines": []})
+        return found
+
+    monkeypatch.setattr(type(store.queue), "exports", look)
+    writes.clean()
+    assert store.queue.export(asked).state == "finished"
+    assert folder.is_dir()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -258,3 +259,19 @@ def test_a_study_that_loads_for_long_has_long_turns(store, submit, schedule, unt
     scheduler._running[slow].loading = 0.001
     until(lambda: state(store, quick) == "finished")
     store.queue.cancel(slow)
+
+
+def test_what_ends_well_while_it_is_looked_at_has_not_crashed(store, submit, schedule, until):
+    """It was running when the database was asked, and its process was gone when that was looked up."""
+    study = submit("ann")
+    scheduler = schedule()
+    scheduler.stop()
+    epoch = store.queue.acquire(study, holders.holder(), 60)
+    store.set_state(study, "running")
+    found = [(record, replace(lease, live=False)) for record, lease in store.queue.running()]
+    store.queue.settle(study, "finished")
+    store.queue.release(study, epoch)
+    scheduler._grace = 0.0
+    scheduler._adopt(found)
+    assert state(store, study) == "finished"
+    assert scheduler.counts()["crashed"] == 0

@@ -241,7 +241,7 @@ class Process:
     def stop(self) -> tuple[int, str]:
         """End it as an init system does; its exit code and what it said on standard error."""
         self.process.terminate()
-        _, said = self.process.communicate(timeout=60)
+        _, said = self.process.communicate(timeout=250)
         return self.process.returncode, said
 
 

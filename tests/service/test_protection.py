@@ -180,14 +180,14 @@ def test_depth_is_that_of_the_parsed_tree(tree):
 def test_no_body_takes_the_square_of_its_length(body):
     started = time.process_time()
     assert refuse_body(body, "application/json", Limits()) is not None
-    assert time.process_time() - started < 2
+    assert time.process_time() - started < 20  # of its own; the square would take minutes
 
 
 def test_many_equal_keys_take_no_time():
     body = json.dumps({str(i): i for i in range(60_000)})[:-1].encode() + b', "59999": 1}'
     started = time.process_time()
     assert "'59999' stands twice" in refuse_body(body, "application/json", Limits())[1]
-    assert time.process_time() - started < 2
+    assert time.process_time() - started < 20  # of its own; the square would take minutes
 
 
 def test_a_slow_body_is_given_up(in_loop):

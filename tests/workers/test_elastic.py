@@ -32,8 +32,8 @@ def answers(executor, keys, exclusive=False):
         executor.submit(Job(str(key), "who", exclusive=exclusive))
     found = []
     while len(found) < len(keys):
-        result = executor.next(timeout=60)
-        assert result is not None, "no answer in a minute"
+        result = executor.next(timeout=400)
+        assert result is not None, "no answer"
         if result.failure is not None:
             assert result.failure.crashed, result.failure
             executor.submit(Job(result.job.key, "who", attempt=result.job.attempt + 1))
@@ -48,7 +48,7 @@ with RayExecutor(spec(2, cluster.address), Fake) as executor:
     assert len({r.value for r in answers(executor, range(3))}) == 1, "there is room for one worker"
     assert len(answers(executor, [3], exclusive=True)) == 1, "one that waits for room does not hold up a timing"
     node = cluster.add_node(num_cpus=1)
-    deadline, seen = time.time() + 60, set()
+    deadline, seen = time.time() + 400, set()
     while len(seen) < 2 and time.time() < deadline:
         seen |= {r.value for r in answers(executor, range(10, 16))}
     assert len(seen) == 2, "the new node was not used"
@@ -58,7 +58,7 @@ with RayExecutor(spec(2, cluster.address), Fake) as executor:
     done = answers(executor, [])
     keys = set()
     while len(keys) < 6:
-        result = executor.next(timeout=60)
+        result = executor.next(timeout=400)
         assert result is not None
         if result.failure is not None:
             assert result.failure.crashed
@@ -97,17 +97,19 @@ def run(script: str) -> None:
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", COMMON + script],
-        env=os.environ | token, capture_output=True, text=True, timeout=280, check=False,
+        env=os.environ | token, capture_output=True, text=True, timeout=850, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.splitlines()[-1] == "fine"
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_workers_come_and_go_with_their_nodes() -> None:
     run(GROWS)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_study_may_come_in_by_the_client_server() -> None:
     run(CLIENT)

@@ -26,7 +26,7 @@ from autoq.targets import CostTable
 from autoq.workers.executor import RayExecutor
 from autoq.workers.session import Session
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 # Workers cannot import this file.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -99,6 +99,17 @@ def found(trials: Sequence[TrialRecord]) -> list[Any]:
     ]
 
 
+def both_there(spec: StudySpec, make: Callable[[StudySpec], Evaluator] = make_evaluator) -> RayExecutor:
+    """Two workers, once both have loaded: the first one might do all that there is meanwhile."""
+    executor = RayExecutor(spec, make)
+    end = time.monotonic() + 600
+    while [view.state for view in executor.workers()].count("idle") < 2:
+        assert time.monotonic() < end, executor.workers()
+        executor.submit(Job("describe", "describe"))
+        executor.next()
+    return executor
+
+
 def test_a_study_on_ray_is_the_study_in_this_process_to_the_last_bit(
     session: Session,
     cache: Callable[[str], Path],
@@ -109,7 +120,7 @@ def test_a_study_on_ray_is_the_study_in_this_process_to_the_last_bit(
     cache("one")
     local = search(tmp_path / "local.db", spec, here)
     other = cache("other")
-    remote = search(tmp_path / "ray.db", spec, RayExecutor)
+    remote = search(tmp_path / "ray.db", spec, both_there)
     assert {trial.origin for trial in remote} == {"baseline", "seed", "sampler"}
     assert len({trial.measurements["kl_nats_per_token", "search"].value for trial in remote if trial.measurements}) > 16
     assert found(remote) == found(local)
@@ -201,9 +212,7 @@ def test_workers_share_the_bank_and_the_weights(
 ) -> None:
     cache("one")
     spec = spec_for(tiny_model_dir("llama"), {"count": 2, "cpus": 1})
-    with RayExecutor(spec, Counting) as executor:
-        executor.submit(Job("describe", "describe"))
-        assert executor.next() is not None
+    with both_there(spec, Counting) as executor:
         names = [layer.name for layer in make_evaluator(spec).info.layers if layer.kind == "linear"]
         choices = dict.fromkeys(names, SCHEMES)
         executor.submit(Job("make", "sensitivities", {"choices": choices}, exclusive=True))
