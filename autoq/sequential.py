@@ -16,7 +16,11 @@ Ichikawa ("Quantization Error Propagation: Revisiting Layer-Wise Post-Training Q
 et al. ("GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration", 2025, equation 4) have it, a layer's
 method is given the weight that does so best, part of the way:
 
-    W* = W + α W E[(x - x̂) x̂ᵀ] (E[x̂ x̂ᵀ] + λ I)⁻¹        α  SHARE        λ  DAMPING times the mean of E[x̂²]
+    W* = W + α W D        D = E[(x - x̂) x̂ᵀ] (E[x̂ x̂ᵀ] + λ I)⁻¹        λ  DAMPING times the mean of E[x̂²]
+
+Where we differ: both papers have one α for the model (0.5, and 1). A few thousand tokens tell D with errors of its own,
+which are as large as all of it where inputs are many and changed little. So each half of the tokens says how far to go
+along the step that the other half tells, by least squares of W (x - x̂), for each layer.
 
 GPTAQ adds the term column by column; of one layer it is the same least squares, and so any method can have it, also
 one that asks for no statistics. Where experts read what routers give them, or a layer runs twice, x and x̂ are not of
@@ -59,7 +63,6 @@ from autoq.models.prefix import Chain, cut, run
 from autoq.quantized_model import CURVATURE_TOKENS, QuantizedModel, naming
 from autoq.scheme import Keep
 
-SHARE = 0.5  # of the way to the unquantized model's outputs: a few thousand tokens tell it with errors of their own
 DAMPING = 0.1
 _TRIED_TOKENS = 16
 Tell = Callable[[int, int], None]  # so many blocks are done, of so many
@@ -196,9 +199,7 @@ class _Sequence:
                 told: Statistics = found[name]
                 if is_folded(scheme):  # what shares its scales reads the same
                     told = self.quantized_model.together(name, told)
-                weight = original.cpu()
-                if aim is not None:
-                    weight = weight.float() + weight.float() @ aim
+                weight = original.cpu() if aim is None else aim.weight(original.cpu().float())
                 with naming(name, scheme):
                     made = method.quantize(weight, scheme, told)
                 self.made[name] = made
@@ -310,23 +311,55 @@ class _Sequence:
         ]
 
 
-def _aim(wanted: Sequence[Tensor], read: Sequence[Tensor]) -> Tensor | None:
-    """α E[(x - x̂) x̂ᵀ] (E[x̂ x̂ᵀ] + λ I)⁻¹ (in, in) of x `wanted` and x̂ `read`, (tokens, in) of each window; None where
-    they are the same."""
+@dataclass(frozen=True)
+class _Aim:
+    """The step D (in, in) that all tokens tell; by halves of them, the step, and E[(x - x̂) x̂ᵀ] and E[x̂ x̂ᵀ] of the
+    other half."""
+
+    step: Tensor
+    tried: list[tuple[Tensor, Tensor, Tensor]]
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """W* of a layer's weight (out, in), float32."""
+        gained = spent = 0.0
+        for step, across, square in self.tried:
+            moved = weight @ step
+            gained += float(((weight @ across) * moved).sum())
+            spent += float(((moved @ square) * moved).sum())
+        share = gained / spent if spent > 0 else 0.0
+        return weight + min(max(share, 0.0), 1.0) * (weight @ self.step)
+
+
+def _aim(wanted: Sequence[Tensor], read: Sequence[Tensor]) -> _Aim | None:
+    """From x `wanted` and x̂ `read`, (tokens, in) of each window; None where they are the same."""
     if all(map(torch.equal, wanted, read)):
         return None
-    inputs = read[0].shape[1]
-    across, square = torch.zeros(inputs, inputs), torch.zeros(inputs, inputs)
-    for x, seen in zip(wanted, read, strict=True):
-        product(x.float(), seen.float(), seen.dtype, across)
-        product(seen.float(), seen.float(), seen.dtype, square)
+    x, seen = torch.cat(list(wanted)), torch.cat(list(read))
+    middle = len(x) // 2
+    halves = [_moments(x[part], seen[part]) for part in (slice(middle), slice(middle, None))]
+    whole = tuple(first + second for first, second in zip(*halves, strict=True))
+    steps = [_step(*moments) for moments in (whole, *halves)]
+    if (step := steps[0]) is None:
+        return None
+    other = zip(steps[1:], reversed(halves), strict=True)
+    return _Aim(step, [(told, *moments) for told, moments in other if told is not None])
+
+
+def _moments(x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of (x - x̂) x̂ᵀ and of x̂ x̂ᵀ, (in, in) float32. Products of bfloat16 numbers are quick; of differences not."""
+    square = product(seen.float(), seen.float(), seen.dtype)
+    return product(x.float(), seen.float(), seen.dtype).sub_(square), square
+
+
+def _step(across: Tensor, square: Tensor) -> Tensor | None:
+    """D (in, in) by moments; None where nothing was read."""
     mean = square.diagonal().mean()
-    across -= square
-    square.diagonal().add_(DAMPING * mean)
-    lower, failed = torch.linalg.cholesky_ex(square.double())
+    damped = square.double()
+    damped.diagonal().add_(DAMPING * mean)
+    lower, failed = torch.linalg.cholesky_ex(damped)
     if failed or not mean > 0:
         return None
-    return SHARE * torch.cholesky_solve(across.double().t(), lower).t().float()
+    return torch.cholesky_solve(across.double().t(), lower).t().float()
 
 
 def _stop(*_: Any) -> None:

@@ -14,7 +14,7 @@ from autoq.evaluation import Evaluator
 from autoq.methods import Method
 from autoq.methods._weights import IntegerWeight
 from autoq.scheme import Keep, parse_scheme
-from autoq.sequential import DAMPING, SHARE, sequenced
+from autoq.sequential import DAMPING, sequenced
 from autoq.spec import build_spec
 
 FAMILIES = ("llama", "gemma2", "phi", "opt", "gpt2", "mixtral", "bert", "t5")
@@ -63,6 +63,24 @@ def read_by(model, name, data):
     return torch.cat(rows).double()
 
 
+def aimed(weight, wanted, x):
+    """The weight that gives on `x` (tokens, in) what `weight` gives on `wanted`, by damped least squares, as far on the
+    way there as each half of the tokens says of the change that the other half told."""
+    if torch.equal(x, wanted):
+        return weight
+    off, middle = (wanted - x) @ weight.double().t(), len(x) // 2
+
+    def change(rows):
+        square = x[rows].t() @ x[rows]
+        square += DAMPING * square.diagonal().mean() * torch.eye(len(square))
+        return torch.linalg.solve(square, x[rows].t() @ off[rows]).t()
+
+    halves = slice(middle), slice(middle, None)
+    given = torch.cat([x[rows] @ change(other).t() for rows, other in zip(halves, reversed(halves), strict=True)])
+    share = float((given * off).sum() / given.square().sum())
+    return (weight.double() + min(max(share, 0), 1) * change(slice(None))).float()
+
+
 def one_by_one(evaluator, assignment, made):
     """Layer -> weight, each from a run of the whole model with all layers that run before it as they were `made`.
 
@@ -88,11 +106,7 @@ def one_by_one(evaluator, assignment, made):
         model.restore()
         weight = model.weight(name)
         if model.info.layer(name).stack is None:
-            # Least squares for the outputs of the unquantized model, drawn to the weight by damping; half of the way.
-            off = weight.double() @ (read_by(model, name, data) - x).t()
-            square = x.t() @ x
-            square += DAMPING * square.diagonal().mean() * torch.eye(len(square))
-            weight = (weight.double() + SHARE * torch.linalg.solve(square, (off @ x).t()).t()).float()
+            weight = aimed(weight, read_by(model, name, data), x)
         method = plugins.load("methods", assignment[name].method, Method)
         statistics = {
             "hessian": (x.t() @ x / len(x)).float(),
