@@ -124,9 +124,12 @@ class Hub:
             if version != followed.version:
                 if version > followed.version:
                     since = followed.version
-                    upto, text = await to_thread.run_sync(self._read, study_id, since)
-                    followed.chunks.append((since, upto, text))
-                    version = upto
+                    try:
+                        version, text = await to_thread.run_sync(self._read, study_id, since)
+                    except NotFound:  # removed a moment ago: the others are told of theirs all the same
+                        version = -1
+                    else:
+                        followed.chunks.append((since, version, text))
                 followed.version = version
                 news = True
         return news

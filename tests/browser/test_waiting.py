@@ -33,7 +33,7 @@ with Store.open(os.environ["AUTOQ_DB"]) as store, holding(store, int(sys.argv[1]
         hold.store.queue.settle(int(sys.argv[1]), hold.state_after(stop, "interrupted"))
 """
 SERVER = """
-import socket, sys, uvicorn
+import signal, socket, sys, uvicorn
 from pathlib import Path
 from autoq.service.app import create_app
 from autoq.service.scheduler import Scheduler
@@ -42,6 +42,7 @@ db, listening, runner = sys.argv[1:]
 with Store.open(db) as store:
     scheduler = Scheduler(store, 2, folder=Path(db).parent / "server", quantum=1e6, runner=(sys.executable, runner))
     scheduler.start()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # uvicorn raises it once more at its end: runners end, too
     try:
         app = create_app(store, scheduler=scheduler)
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
