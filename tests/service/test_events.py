@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -9,11 +10,13 @@ import shutil
 import socket
 import threading
 import time
+import types
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
+from autoq.errors import NotFound
 from autoq.measurement import Measurement
 from autoq.service import events
 from autoq.store import Store
@@ -222,3 +225,24 @@ def test_a_measurement_is_told_with_all_its_parts(served):
     assert told == store.trial(store.study("mine").id, 3, with_assignments=False).to_json()
     follower.close()
     assert isinstance(searched(store.trial(store.study("mine").id, 3))[0], Measurement)
+
+
+def test_a_study_that_is_removed_between_two_looks_keeps_no_other_waiting(monkeypatch):
+    """It is among the changes, and gone once they are read: those who follow another study are told of theirs."""
+
+    class Feed:
+        def versions(self, ids):
+            return dict.fromkeys(ids, 2)
+
+    hub = events.Hub(types.SimpleNamespace(feed=Feed()), None, 9, 9)
+    hub._followed = {1: events._Followed(1), 2: events._Followed(1)}
+
+    def read(study_id, since):
+        if study_id == 1:
+            raise NotFound("there is no study 1")
+        return 2, b"change"
+
+    monkeypatch.setattr(hub, "_read", read)
+    assert asyncio.run(hub._look())
+    assert hub._followed[1].version == -1
+    assert (hub._followed[2].version, hub._followed[2].after(1)) == (2, (2, b"change"))
