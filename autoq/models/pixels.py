@@ -15,7 +15,7 @@ import transformers
 from torch import nn
 
 from autoq.errors import ModelRefused
-from autoq.models.sources import PREPROCESSOR
+from autoq.models.sources import PREPROCESSOR, check_config
 from autoq.spec import ModelSpec
 
 INPUT = "pixel_values"
@@ -40,6 +40,7 @@ def shape(spec: ModelSpec, model: nn.Module, folder: Path, config: Any) -> tuple
         raise ModelRefused(f"model {spec.id!r}: it reads num_channels {channels!r:.80}; images have 1 or 3")
     if not (folder / PREPROCESSOR).is_file():
         raise ModelRefused(f"model {spec.id!r} has no {PREPROCESSOR}, which says how images become its inputs")
+    check_config(spec.id, folder / PREPROCESSOR)
     return channels, height, width
 
 

@@ -83,10 +83,9 @@ def check_folder(model_id: str, folder: Path) -> None:
         raise ModelRefused(f"model {model_id!r} has no config.json{hint}")
     if (folder / "adapter_config.json").is_file():
         raise ModelRefused(f"model {model_id!r} is an adapter (adapter_config.json); merge it into its model first")
-    for name in ("config.json", PREPROCESSOR, *_SETTINGS):
+    for name in ("config.json", *_SETTINGS):
         if (folder / name).is_file():
-            config = read_json(model_id, folder / name)
-            _check_config(model_id, name, config)
+            config = check_config(model_id, folder / name)
             if name in _SETTINGS:
                 _check_settings(model_id, folder, name, config)
     if not stored:
@@ -94,7 +93,10 @@ def check_folder(model_id: str, folder: Path) -> None:
     weight_files(model_id, folder)
 
 
-def _check_config(model_id: str, name: str, config: dict[str, Any]) -> None:
+def check_config(model_id: str, file: Path) -> dict[str, Any]:
+    """What a JSON file of a model's folder says. Raises `ModelRefused` for one that asks for code, or for what is not
+    read here."""
+    name, config = file.name, read_json(model_id, file)
     for key, value in _entries(config):
         if key == "auto_map" and value:
             raise ModelRefused(f"model {model_id!r} brings its own code ('auto_map' in {name}), which is never run")
@@ -107,6 +109,7 @@ def _check_config(model_id: str, name: str, config: dict[str, Any]) -> None:
             raise ModelRefused(f"model {model_id!r} asks for code from the hub ({key} {value!r} in {name})")
         if key == "transformers_weights" and value:
             raise ModelRefused(f"model {model_id!r} renames its weights ({key} in {name}); only {WEIGHTS} is read")
+    return config
 
 
 def _check_settings(model_id: str, folder: Path, name: str, settings: dict[str, Any]) -> None:
