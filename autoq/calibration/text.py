@@ -234,7 +234,8 @@ def open_dataset(
     spec's place in the study, for what `DataRefused` says, and `instead` what does without a network.
     """
     if importlib.util.find_spec("datasets") is None:
-        raise DataRefused(f"{field} source {spec.source!r} needs the datasets package: pip install 'autoq[datasets]'")
+        extra = "images" if encoded else "datasets"
+        raise DataRefused(f"{field} source {spec.source!r} needs the datasets package: pip install 'autoq[{extra}]'")
     import datasets
     from huggingface_hub.utils import logging as hub_logging
 

@@ -27,7 +27,7 @@ def sequential(
     trials: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[TRIAL]...",
+            metavar="TRIAL",
             help="Numbers of trials, or names of baselines; if none, all of the frontier that are not done yet.",
         ),
     ] = None,
@@ -43,16 +43,17 @@ def sequential(
     """
     gc.enable()
     from autoq.display.progress import default_observer
+    from autoq.search.lineage import unsequenced
     from autoq.search.observer import Observer
-    from autoq.search.sequencing import improvable, is_better, sequence_trials
+    from autoq.search.sequencing import is_better, sequence_trials
 
     with terminable(), open_store(db) as store:
         record = store.study(study)
         if trials:
-            named = [named_trial(store, record, trial) for trial in trials]
+            numbers = list(dict.fromkeys(named_trial(store, record, trial).number for trial in trials))
         else:
-            named = [store.trial(record.id, number) for number in improvable(store, record.id)]
-        numbers, found, told = list(dict.fromkeys(trial.number for trial in named)), [], []
+            numbers = unsequenced(store, record.id)
+        found, told = [], []
         with contextlib.ExitStack() as stack:
             observer = Observer() if quiet else stack.enter_context(default_observer(record.objectives))
             for trial in sequence_trials(store, record.id, numbers, observer):

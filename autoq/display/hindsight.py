@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from autoq.display.compare import quality_objective
+from autoq.display.numbers import counted
 from autoq.search.sampler_view import ENDED, SamplerView, sampler_view
 
 if TYPE_CHECKING:
@@ -39,16 +40,12 @@ class Hindsight:
             ratio = f"{self.optimism['ratio']:.3f}" + ("" if error is None else f" ±{error:.3f}")
             points, baselines = len(self.optimism["frontier"]), len(self.optimism["baselines"])
             found.append(
-                f"optimism: {self.optimism['objective']} of {_counted(points, 'frontier point')}, report against "
-                f"search part, is {ratio} × that of {_counted(baselines, 'baseline')}"
+                f"optimism: {self.optimism['objective']} of {counted(points, 'frontier point')}, report against "
+                f"search part, is {ratio} × that of {counted(baselines, 'baseline')}"
             )
         if self.sampler_view is not None:
             found.append(str(self.sampler_view))
         return found
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}" + ("" if count == 1 else "s")
 
 
 def hindsight(store: Store, study: StudyRecord) -> Hindsight:

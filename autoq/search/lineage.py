@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from autoq import trained
+from autoq.assignment import Assignment
 from autoq.errors import BadInput
 from autoq.scheme import Keep
 from autoq.store import Store, TrialRecord
@@ -27,7 +28,7 @@ def sequenceable(store: Store, study_id: int, number: int) -> TrialRecord:
         raise BadInput(
             f"trial {number} of {trial.study!r} was quantized in sequence already, from trial {trial.parent}"
         )
-    if all(isinstance(scheme, Keep) or name in trial.assignment.trained for name, scheme in trial.assignment.items()):
+    if not _quantized_by_method(trial.assignment):
         raise BadInput(
             f"no layer of the assignment is quantized, trained ones aside (trial {number} of {trial.study!r})"
         )
@@ -50,3 +51,23 @@ def sequenced_before(store: Store, study_id: int, number: int) -> int | None:
     """The number of the complete trial that this one became in sequence, None where that was not done yet."""
     made = store.trials(study_id, states=("complete",), parent=number)
     return next((trial.number for trial in made if trial.origin == "sequential"), None)
+
+
+def unsequenced(store: Store, study_id: int) -> list[int]:
+    """The numbers of the frontier's trials that can be quantized in sequence, were not before, and were not made of
+    others. Raises `BadInput` where there is none."""
+    found = [
+        trial.number
+        for trial in store.frontier(study_id, with_assignments=True)
+        if trial.parent is None and trial.assignment is not None and _quantized_by_method(trial.assignment)
+        if sequenced_before(store, study_id, trial.number) is None
+    ]
+    if not found:
+        name = store.study(study_id).name
+        raise BadInput(f"no point of the frontier of {name!r} is left to be quantized in sequence; name a trial")
+    return found
+
+
+def _quantized_by_method(assignment: Assignment) -> bool:
+    """Whether any layer is what its method made of it: quantized, and not trained."""
+    return any(not isinstance(scheme, Keep) and name not in assignment.trained for name, scheme in assignment.items())

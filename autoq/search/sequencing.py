@@ -12,11 +12,10 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 from autoq.errors import BadInput
-from autoq.scheme import Keep
 from autoq.search.deriving import Layers, derive, here
 from autoq.search.executors import Executor, Job
 from autoq.search.holding import Hold
-from autoq.search.lineage import sequenceable
+from autoq.search.lineage import sequenceable, sequenced_before
 from autoq.search.observer import Observer
 from autoq.search.stages import run_job
 from autoq.spec import StudySpec
@@ -39,6 +38,11 @@ def sequence_trial(
     """
     observer = observer or Observer()
     parent = sequenceable(store, study_id, number)
+    if hold is None and (before := sequenced_before(store, study_id, number)) is not None:
+        same = store.trial(study_id, before)
+        if any(part == "report" for _, part in same.measurements):  # else whoever made it ended before its report
+            observer.note(f"this is trial {before}, which was made likewise before")
+            return same
     return derive(store, parent, "sequential", _make, observer, make, hold)
 
 
@@ -69,25 +73,6 @@ def sequence_trials(
                 if len(numbers) == 1:
                     raise
                 observer.note(f"trial {number} is left out: {refused}")
-
-
-def improvable(store: Store, study_id: int) -> list[int]:
-    """The numbers of the frontier's trials that have quantized layers, and were not made of another trial or quantized
-    in sequence before. Raises `BadInput` where there is none."""
-    trials = store.trials(study_id, states=("complete",))
-    before = {trial.parent for trial in trials if trial.origin == "sequential"}
-    found = [
-        trial.number
-        for trial in store.frontier(study_id, with_assignments=True)
-        if trial.number not in before and trial.parent is None and trial.assignment is not None
-        if any(not isinstance(scheme, Keep) for scheme in trial.assignment.values())
-    ]
-    if not found:
-        name = store.study(study_id).name
-        raise BadInput(
-            f"no point of the frontier of {name!r} is left to be quantized in sequence; name trials to do it"
-        )
-    return found
 
 
 def _make(executor: Executor, parent: TrialRecord, observer: Observer) -> tuple[Layers, Mapping[str, Any]]:

@@ -7,7 +7,8 @@ from typer.testing import CliRunner
 
 from autoq.cli import app
 from autoq.search.controller import create_study, run_study
-from autoq.search.sequencing import improvable, is_better, sequence_trial
+from autoq.search.lineage import unsequenced
+from autoq.search.sequencing import is_better, sequence_trial
 from autoq.spec import build_spec
 from autoq.store import Store, results
 
@@ -77,6 +78,7 @@ def test_a_trial_in_sequence_is_measured_listed_exported_and_verified(autoq, par
     again = autoq("sequential", "tiny", str(parent))
     assert again.exit_code == 0, again.stderr
     assert f"this is trial {found['number']}, which was made likewise before" in " ".join(again.stderr.split())
+    assert "loading" not in again.stderr
     assert f"trial {found['number']} is trial {parent}, quantized in sequence" in again.stdout
     with Store.open("autoq.db") as store:
         better = is_better(store, store.trial(store.study("tiny").id, found["number"]))
@@ -134,7 +136,7 @@ def test_a_worse_one_is_stored_and_said_to_be(autoq, folder, parent):
 def test_all_of_the_frontier_are_done_once_each(autoq, folder):
     with Store.open(str(folder / "autoq.db")) as store:
         study = store.study("tiny")
-        wanted = improvable(store, study.id)
+        wanted = unsequenced(store, study.id)
         assert wanted
     done = autoq("sequential", "tiny", "--json")
     assert done.exit_code == 0, done.stderr
