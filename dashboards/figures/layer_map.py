@@ -161,7 +161,7 @@ def _note(cells: Sequence[_Cell], by: str) -> str:
     if TIED in marks:
         parts.append(f"{TIED} a weight that another module shares")
     if TRAINED in marks:
-        parts.append(f"{TRAINED} trained after it was quantized")
+        parts.append(f"{TRAINED} trained, or quantized in sequence")
     sizes = [cell.nbytes for cell in cells if not cell.is_cache]
     if None not in sizes:
         parts.append(f"the layers take {numbers.size(sum(size for size in sizes if size is not None))} together")
